@@ -1,0 +1,329 @@
+// The row operations: log-sum-exps, sums and gradient of a divergence over the vocabulary, row by row.
+//
+// - A row is loaded once into a float buffer of its own (L2 or L3 sized), with the head's bias, scale and softcap applied, and the
+//   target mixed in; the later sweeps never see a dtype, a bias or a tail.
+// - The divergence is a template argument of one sweep only (reduce).
+// - Buffers are padded to whole vectors with -inf, the value that contributes nothing anywhere.
+// - Sums run in float inside a block of 1024 entries and in double across blocks.
+//
+// Included once per instruction set after vec.h, inside its namespace.
+
+constexpr int64_t block = 1024;
+
+inline int64_t padded(int64_t n) { return (n + KD_LANES - 1) / KD_LANES * KD_LANES; }
+
+// Three row buffers in one aligned allocation: student, target (later the slope), and the teacher where metrics ask for it.
+class Buffers {
+ public:
+  Buffers(int64_t vocabulary, bool metrics) {
+    const int64_t length = padded(vocabulary);
+    memory_ = static_cast<float*>(std::aligned_alloc(64, ((metrics ? 3 : 2) * length * 4 + 63) / 64 * 64));
+    if (!memory_) throw std::bad_alloc();
+    x = memory_;
+    y = x + length;
+    z = metrics ? y + length : nullptr;
+  }
+  ~Buffers() { std::free(memory_); }
+  Buffers(const Buffers&) = delete;
+  Buffers& operator=(const Buffers&) = delete;
+  float *x, *y, *z;
+
+ private:
+  float* memory_;
+};
+
+template <class T>
+void load_span(const T* from, int64_t n, float* to) {
+  const int64_t whole = n / KD_LANES * KD_LANES;
+  for (int64_t v = 0; v < whole; v += KD_LANES) store(to + v, load(from + v));
+  if (whole < n) {
+    T tail[KD_LANES] = {};
+    std::memcpy(tail, from + whole, (n - whole) * sizeof(T));
+    store(to + whole, load(tail));
+    for (int64_t v = n; v < padded(n); ++v) to[v] = -infinity;
+  }
+}
+
+template <class T>
+void store_span(const float* from, int64_t n, T* to) {
+  const int64_t whole = n / KD_LANES * KD_LANES;
+  for (int64_t v = 0; v < whole; v += KD_LANES) store(to + v, load(from + v));
+  if (whole < n) {
+    T tail[KD_LANES];
+    store(tail, load(from + whole));
+    std::memcpy(to + whole, tail, (n - whole) * sizeof(T));
+  }
+}
+
+// Entries [v0, v0 + n) of a row as floats, head applied, over the temperature, padded.
+void load_logits(const Side& side, float inverse_temperature, int64_t row, int64_t v0, int64_t n, float* to) {
+  const int64_t offset = row * side.stride + v0;
+  switch (side.dtype) {
+    case Dtype::f32: load_span(static_cast<const float*>(side.logits) + offset, n, to); break;
+    case Dtype::bf16: load_span(static_cast<const uint16_t*>(side.logits) + offset, n, to); break;
+    case Dtype::f16: load_span(static_cast<const _Float16*>(side.logits) + offset, n, to); break;
+  }
+  if (side.bias)
+    for (int64_t v = 0; v < n; ++v) to[v] += side.bias[v0 + v];
+  if (side.scale != 1.f)
+    for (int64_t v = 0; v < n; ++v) to[v] *= side.scale;
+  if (side.softcap != 0.f) {
+    const float inverse = 1.f / side.softcap;
+    for (int64_t v = 0; v < n; v += KD_LANES) store(to + v, side.softcap * tanh(load(to + v) * inverse));
+    for (int64_t v = n; v < padded(n); ++v) to[v] = -infinity;
+  }
+  if (inverse_temperature != 1.f)
+    for (int64_t v = 0; v < n; ++v) to[v] *= inverse_temperature;
+}
+
+// y = (1 - t) x + t z, written from the nearer end so that t = 0, t = 1 and x = z are exact. An entry banned (-inf)
+// in a model whose share is positive is banned in the target. NaN and +inf of the teacher come through even at t = 0.
+void mix(const Problem& p, const float* x, const float* z, int64_t n, float* y) {
+  const bool from_x = p.t < 0.5f;
+  const float share = from_x ? p.t : p.t - 1.f;
+  for (int64_t v = 0; v < n; v += KD_LANES) {
+    const F xv = load(x + v), zv = load(z + v);
+    const F base = from_x ? xv : zv;
+    const I banned = (xv == -infinity) | (zv == -infinity);
+    F yv = where(banned, share == 0.f ? base : xv + zv, base + share * (zv - xv));
+    yv = where(zv < infinity, yv, splat(__builtin_nanf("")));
+    store(y + v, yv);
+  }
+}
+
+// log sum exp(factor * v) over the blocks seen so far.
+struct LogSumExp {
+  float m = -infinity;
+  double s = 0;
+
+  static float block_max(const float* values, int64_t n) {
+    F m = splat(-infinity);
+    for (int64_t v = 0; v < n; v += KD_LANES) m = maximum(load(values + v), m);
+    return largest(m);
+  }
+  void add(const float* values, int64_t n, float factor) {
+    const float seen = block_max(values, n) * factor;
+    if (seen > m) {
+      s *= std::exp(static_cast<double>(m) - seen);
+      m = seen;
+    }
+    const float shift = m == -infinity ? 0.f : m;  // all banned so far: exp(-inf - 0) = 0, and NaN stays NaN
+    F total{};
+    for (int64_t v = 0; v < n; v += KD_LANES) total += exp(load(values + v) * factor - shift);
+    s += sum(total);
+  }
+  float value() const { return static_cast<float>(m + std::log(s)); }
+};
+
+struct Top {
+  float m = -infinity;
+  int64_t index = 0;
+
+  void add(const float* values, int64_t n, int64_t v0) {
+    const float seen = LogSumExp::block_max(values, n);
+    if (!(seen > m)) return;
+    m = seen;
+    for (int64_t v = 0; v < n; ++v)
+      if (values[v] == seen) {
+        index = v0 + v;
+        return;
+      }
+  }
+};
+
+// First sweep: fills the buffers (everything over the temperature) and, if asked, the row's statistics.
+template <bool with_stats>
+void load_row(const Problem& p, int64_t row, const Buffers& b, float* stats) {
+  const bool own_x = p.ce && p.temperature != 1.f;
+  const float inverse_temperature = 1.f / p.temperature;
+  LogSumExp x_T, y_T, x, z_T;
+  Top top_x, top_z;
+  for (int64_t v0 = 0; v0 < p.vocabulary; v0 += block) {
+    const int64_t n = std::min(block, p.vocabulary - v0);
+    float* z = b.z ? b.z + v0 : b.y + v0;
+    load_logits(p.x, inverse_temperature, row, v0, n, b.x + v0);
+    load_logits(p.z, inverse_temperature, row, v0, n, z);
+    if (with_stats && p.metrics) {
+      top_x.add(b.x + v0, n, v0);
+      top_z.add(z, n, v0);
+      z_T.add(z, n, 1.f);
+    }
+    mix(p, b.x + v0, z, n, b.y + v0);
+    if (with_stats) {
+      x_T.add(b.x + v0, n, 1.f);
+      y_T.add(b.y + v0, n, 1.f);
+      if (own_x) x.add(b.x + v0, n, p.temperature);
+    }
+  }
+  if (!with_stats) return;
+  stats[lse_x_T] = x_T.value();
+  stats[lse_y_T] = y_T.value();
+  stats[lse_x] = own_x ? x.value() : stats[lse_x_T];
+  stats[lse_z_T] = z_T.value();
+  stats[max_x] = top_x.m;
+  stats[argmax_x] = static_cast<float>(top_x.index);
+  stats[max_z] = top_z.m;
+  stats[argmax_z] = static_cast<float>(top_z.index);
+}
+
+// 0 * log 0 = 0
+inline F entropy_term(F probability, F log_probability) {
+  return where(log_probability == -infinity, F{}, probability * log_probability);
+}
+
+// Second sweep: sums of value and slope; the slope replaces the target in b.y.
+template <class Divergence, bool metrics>
+void reduce_row(const Problem& p, int64_t row, const Buffers& b, const float* stats, float* sums) {
+  double value_sum = 0, slope_sum = 0, entropy_y = 0, entropy_x = 0, shared = 0;
+  for (int64_t v0 = 0; v0 < p.vocabulary; v0 += block) {
+    const int64_t end = std::min(v0 + block, p.vocabulary);
+    F values{}, slopes{}, terms_y{}, terms_x{}, least{};
+    for (int64_t v = v0; v < end; v += KD_LANES) {
+      const F lq = load(b.x + v) - stats[lse_x_T];
+      const F lp = load(b.y + v) - stats[lse_y_T];
+      F value, slope;
+      Divergence::apply(lp, lq, p.a, value, slope);
+      const I banned = (lp == -infinity) | (lq == -infinity);
+      slope = where(banned, F{}, slope);
+      values += where(banned, F{}, value);
+      slopes += slope;
+      if constexpr (metrics) {
+        const F q = exp(lq);
+        terms_y += entropy_term(exp(lp), lp);
+        terms_x += entropy_term(q, lq);
+        least += minimum(q, exp(load(b.z + v) - stats[lse_z_T]));
+      }
+      store(b.y + v, slope);
+    }
+    value_sum += sum(values);
+    slope_sum += sum(slopes);
+    if constexpr (metrics) {
+      entropy_y -= sum(terms_y);
+      entropy_x -= sum(terms_x);
+      shared += sum(least);
+    }
+  }
+  sums[sum_value] = static_cast<float>(value_sum);
+  // A slope that compares (total variation) can hide a NaN that the value shows.
+  sums[sum_slope] = static_cast<float>(value_sum == value_sum ? slope_sum : value_sum);
+  const int64_t label = p.labels ? p.labels[row] : -1;
+  sums[label_logit] = label >= 0 && label < p.vocabulary ? b.x[label] * p.temperature : 0.f;
+  sums[target_entropy] = static_cast<float>(entropy_y);
+  sums[student_entropy] = static_cast<float>(entropy_x);
+  sums[overlap] = static_cast<float>(shared);
+}
+
+// Third sweep: dx = kd (slope - q sum slope) / T + ce (softmax(x) - e_label), times the row's weight, through the head's chain
+// rule; b.x holds the student's logits after head and temperature, b.y the slope.
+void grad_row(const Problem& p, int64_t row, const Buffers& b, const float* stats, float slope_sum) {
+  const float weight = (p.weight ? p.weight[row] : 1.f) * p.x.scale;
+  const float kd = p.kd_scale / p.temperature * weight, ce = p.ce_scale * weight;
+  const bool own_x = ce != 0.f && p.temperature != 1.f;
+  const float q_factor = (own_x ? 0.f : ce) - kd * slope_sum;
+  const int64_t label = p.labels && ce != 0.f ? p.labels[row] : -1;
+  const float over_cap = p.x.softcap == 0.f ? 0.f : p.temperature / p.x.softcap;
+  alignas(64) float dx[block];
+  for (int64_t v0 = 0; v0 < p.vocabulary; v0 += block) {
+    const int64_t n = std::min(block, p.vocabulary - v0);
+    for (int64_t v = 0; v < n; v += KD_LANES) {
+      const F x = load(b.x + v0 + v);
+      F d = kd * load(b.y + v0 + v) + q_factor * exp(x - stats[lse_x_T]);
+      if (own_x) d += ce * exp(x * p.temperature - stats[lse_x]);
+      store(dx + v, d);
+    }
+    if (label >= v0 && label < v0 + n) dx[label - v0] -= ce;
+    if (over_cap != 0.f)
+      for (int64_t v = 0; v < n; v += KD_LANES) {
+        const F tanh_x = load(b.x + v0 + v) * over_cap;
+        store(dx + v, load(dx + v) * (1.f - tanh_x * tanh_x));
+      }
+    const int64_t offset = row * p.dx_stride + v0;
+    switch (p.x.dtype) {
+      case Dtype::f32: store_span(dx, n, static_cast<float*>(p.dx) + offset); break;
+      case Dtype::bf16: store_span(dx, n, static_cast<uint16_t*>(p.dx) + offset); break;
+      case Dtype::f16: store_span(dx, n, static_cast<_Float16*>(p.dx) + offset); break;
+    }
+  }
+}
+
+void zero_row(const Problem& p, int64_t row) {
+  const int64_t size = p.x.dtype == Dtype::f32 ? 4 : 2;
+  std::memset(static_cast<char*>(p.dx) + row * p.dx_stride * size, 0, p.vocabulary * size);
+}
+
+inline bool dropped(const Problem& p, int64_t row) { return p.weight && p.weight[row] == 0.f; }
+
+template <class Divergence>
+void reduce(const Problem& p, int64_t row, const Buffers& b, const float* stats, float* sums) {
+  if (p.metrics)
+    reduce_row<Divergence, true>(p, row, b, stats, sums);
+  else
+    reduce_row<Divergence, false>(p, row, b, stats, sums);
+}
+
+template <class Divergence>
+void row_loss(const Problem& p, int64_t begin, int64_t end) {
+  const Buffers b(p.vocabulary, p.metrics);
+  for (int64_t row = begin; row < end; ++row) {
+    float* out = p.rows + row * row_columns;
+    std::fill(out, out + row_columns, 0.f);
+    if (dropped(p, row)) {
+      if (p.dx) zero_row(p, row);
+      continue;
+    }
+    float stats[stats_columns], sums[sums_columns];
+    load_row<true>(p, row, b, stats);
+    reduce<Divergence>(p, row, b, stats, sums);
+    out[row_kd] = sums[sum_value];
+    if (p.ce) out[row_ce] = stats[lse_x] - sums[label_logit];
+    if (p.metrics) {
+      out[row_target_entropy] = sums[target_entropy];
+      out[row_student_entropy] = sums[student_entropy];
+      out[row_agreement] = stats[argmax_x] == stats[argmax_z] ? 1.f : 0.f;
+      out[row_overlap] = sums[overlap];
+    }
+    if (p.dx) grad_row(p, row, b, stats, sums[sum_slope]);
+  }
+}
+
+// The three sweeps by themselves, over a block of the vocabulary, for strategies that stream it.
+void block_stats(const Problem& p, int64_t begin, int64_t end) {
+  const Buffers b(p.vocabulary, p.metrics);
+  for (int64_t row = begin; row < end; ++row) load_row<true>(p, row, b, p.stats + row * stats_columns);
+}
+
+template <class Divergence>
+void block_reduce(const Problem& p, int64_t begin, int64_t end) {
+  const Buffers b(p.vocabulary, p.metrics);
+  for (int64_t row = begin; row < end; ++row) {
+    load_row<false>(p, row, b, nullptr);
+    reduce<Divergence>(p, row, b, p.stats + row * stats_columns, p.sums + row * sums_columns);
+  }
+}
+
+template <class Divergence>
+void block_grad(const Problem& p, int64_t begin, int64_t end) {
+  const Buffers b(p.vocabulary, false);
+  float unused[sums_columns];
+  for (int64_t row = begin; row < end; ++row) {
+    if (dropped(p, row)) {
+      zero_row(p, row);
+      continue;
+    }
+    const float* stats = p.stats + row * stats_columns;
+    load_row<false>(p, row, b, nullptr);
+    reduce_row<Divergence, false>(p, row, b, stats, unused);
+    grad_row(p, row, b, stats, p.sums[row * sums_columns + sum_slope]);
+  }
+}
+
+namespace divergence {
+#include "generated/divergences.inc"
+}
+
+#define KD_DIVERGENCE(name) \
+  {#name, row_loss<divergence::name>, block_reduce<divergence::name>, block_grad<divergence::name>},
+const DivergenceKernels divergence_kernels[] = {
+#include "generated/names.inc"
+};
+#undef KD_DIVERGENCE

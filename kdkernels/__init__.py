@@ -1,0 +1,37 @@
+"""Distillation losses for language models with large vocabularies, without the logits."""
+
+from kdkernels.backends import backend
+from kdkernels.divergences import (
+    Divergence,
+    divergences,
+    forward_kl,
+    jsd,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    total_variation,
+)
+from kdkernels.losses import LinearKDLoss, LMHead, kd_loss, linear_kd_loss
+from kdkernels.plan import Plan, plan
+from kdkernels.taid import TAIDSchedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Divergence",
+    "LMHead",
+    "LinearKDLoss",
+    "Plan",
+    "TAIDSchedule",
+    "backend",
+    "divergences",
+    "forward_kl",
+    "jsd",
+    "kd_loss",
+    "linear_kd_loss",
+    "plan",
+    "reverse_kl",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+]

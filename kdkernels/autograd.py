@@ -1,0 +1,80 @@
+"""The backward passes of the library operators of ops.py.
+
+An operator takes its differentiable arguments first, then token_weight, and ends with ``needs`` (which of them need a gradient) and
+``metrics``; it returns losses, one gradient for each differentiable argument, and metrics. A summed loss has its gradients made in
+the forward, and the backward only scales them. A loss per token learns its upstream gradient in the backward, so it computes there
+again, with that gradient as token weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Arguments of ``apply`` before those of the operator.
+_OWN = 5
+
+
+def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
+    """The saved gradient times the upstream one.
+
+    A graph that this backward frees gives its buffers away, scaled in place; one that is kept must keep them as they are.
+    """
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return grad * scale
+    if scale.device.type == "cpu" and scale.item() == 1.0:
+        return grad
+    return grad.mul_(scale)
+
+
+class SummedLoss(torch.autograd.Function):
+    """(sum of losses times ``factor``, metrics); ``pending`` is what the gradients still lack of that factor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, operator: Any, differentiable: int, metrics: bool, factor: Tensor, pending: Tensor, *arguments: Any
+    ) -> Any:
+        ctx.needs = [bool(need) for need in ctx.needs_input_grad[_OWN : _OWN + differentiable]]
+        losses, *grads, summary = operator(*arguments, ctx.needs, metrics)
+        ctx.save_for_backward(pending, *grads)
+        ctx.mark_non_differentiable(summary)
+        return (losses.sum(dtype=torch.float64) * factor).to(losses.dtype), summary
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Any) -> Any:
+        pending, *grads = ctx.saved_tensors
+        scale = upstream * pending
+        scaled = [_scaled(grad, scale) if need else None for grad, need in zip(grads, ctx.needs, strict=True)]
+        return (*[None] * _OWN, *scaled, *[None] * (len(ctx.needs_input_grad) - _OWN - len(scaled)))
+
+
+class LossPerToken(torch.autograd.Function):
+    """(loss of each token, metrics). ``factor`` and ``pending`` do not apply."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, operator: Any, differentiable: int, metrics: bool, factor: Tensor, pending: Tensor, *arguments: Any
+    ) -> Any:
+        losses, *_, summary = operator(*arguments, [False] * differentiable, metrics)
+        ctx.operator, ctx.differentiable = operator, differentiable
+        ctx.tensors = [isinstance(argument, Tensor) for argument in arguments]
+        ctx.save_for_backward(*[argument for argument in arguments if isinstance(argument, Tensor)])
+        ctx.others = [argument for argument in arguments if not isinstance(argument, Tensor)]
+        ctx.mark_non_differentiable(summary)
+        return losses, summary
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Any) -> Any:
+        saved, others = list(ctx.saved_tensors), list(ctx.others)
+        arguments = [saved.pop(0) if tensor else others.pop(0) for tensor in ctx.tensors]
+        token_weight = arguments[ctx.differentiable]
+        arguments[ctx.differentiable] = upstream if token_weight is None else token_weight * upstream
+        needs = [bool(need) for need in ctx.needs_input_grad[_OWN : _OWN + ctx.differentiable]]
+        _, *grads, _ = ctx.operator(*arguments, needs, False)
+        scaled = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        return (*[None] * _OWN, *scaled, *[None] * (len(arguments) - len(scaled)))

@@ -1,0 +1,232 @@
+"""The low-level operators in plain torch: any dtype, any device. It runs where nothing faster does, and for float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdkernels.backends.operators import ROW_COLUMNS, accumulate_dtype, library
+from kdkernels.divergences import Divergence, resolve
+
+# Live [rows, V] tensors of accumulate_dtype at the peak of row_loss with metrics; the plan counts them.
+LIVE_COPIES = 12
+
+
+@dataclass
+class _Rows:
+    """A block of logits after head and temperature: student x, target y, teacher z, all [rows, V] over T."""
+
+    x: Tensor
+    y: Tensor
+    z: Tensor
+    temperature: float
+    student_softcap: float
+
+    def own_x(self) -> Tensor:
+        """The student's logits at temperature 1."""
+        return self.x if self.temperature == 1.0 else self.x * self.temperature
+
+
+def _after_head(logits: Tensor, bias: Tensor | None, scale: float, softcap: float, temperature: float) -> Tensor:
+    v = logits.to(accumulate_dtype(logits.dtype))
+    if bias is not None:
+        v = v + bias
+    if scale != 1.0:
+        v = v * scale
+    if softcap != 0.0:
+        v = softcap * torch.tanh(v / softcap)
+    return v if temperature == 1.0 else v / temperature
+
+
+def _mix(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
+    """(1 - t) x + t z, from the nearer end, so that t = 0, t = 1 and x = z are exact.
+
+    An entry banned (-inf) in a model whose share is positive is banned; NaN and +inf of the teacher come through at t = 0.
+    """
+    from_x = t < 0.5
+    share = torch.where(from_x, t, t - 1.0)
+    base = torch.where(from_x, x, z)
+    banned = (x == -torch.inf) | (z == -torch.inf)
+    y = torch.where(banned, torch.where(share == 0.0, base, x + z), base + share * (z - x))
+    return torch.where(z < torch.inf, y, torch.nan)
+
+
+def _load(
+    x: Tensor, z: Tensor, x_bias: Tensor | None, z_bias: Tensor | None, t: Tensor, temperature: float, head: list[float]
+) -> _Rows:
+    dtype = torch.promote_types(accumulate_dtype(x.dtype), accumulate_dtype(z.dtype))
+    student = _after_head(x, x_bias, head[0], head[1], temperature).to(dtype)
+    teacher = _after_head(z, z_bias, head[2], head[3], temperature).to(dtype)
+    return _Rows(student, _mix(student, teacher, t), teacher, temperature, head[1])
+
+
+def _stats(rows: _Rows, ce: bool, metrics: bool) -> Tensor:
+    lse_x_t = rows.x.logsumexp(1)
+    lse_x = rows.own_x().logsumexp(1) if ce and rows.temperature != 1.0 else lse_x_t
+    columns = [lse_x_t, rows.y.logsumexp(1), lse_x]
+    if metrics:
+        top_x, top_z = rows.x.max(1), rows.z.max(1)
+        columns += [rows.z.logsumexp(1), top_x.values, top_x.indices, top_z.values, top_z.indices]
+    else:
+        columns += [torch.zeros_like(lse_x)] * 5
+    return torch.stack([column.to(lse_x.dtype) for column in columns], 1)
+
+
+def _value_and_slope(rows: _Rows, stats: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    lq = rows.x - stats[:, :1]
+    lp = rows.y - stats[:, 1:2]
+    value, slope = divergence.pair(lp, lq, divergence.a)
+    banned = (lp == -torch.inf) | (lq == -torch.inf)
+    return value.masked_fill_(banned, 0.0), slope.masked_fill(banned, 0.0)
+
+
+def _reduce(rows: _Rows, labels: Tensor | None, stats: Tensor, value: Tensor, slope: Tensor, metrics: bool) -> Tensor:
+    total = value.sum(1)
+    # A slope that compares (total variation) can hide a NaN that the value shows.
+    columns = [total, torch.where(total.isnan(), total, slope.sum(1))]
+    nothing = torch.zeros_like(total)
+    if labels is None:
+        columns.append(nothing)
+    else:
+        here = (labels >= 0) & (labels < rows.x.shape[1])
+        picked = rows.own_x().gather(1, labels.where(here, 0)[:, None])[:, 0]
+        columns.append(picked.where(here, nothing))
+    if metrics:
+        lq, lp = rows.x - stats[:, :1], rows.y - stats[:, 1:2]
+        p, q = lp.exp(), lq.exp()
+        overlap = torch.minimum(q, (rows.z - stats[:, 3:4]).exp()).sum(1)
+        entropies = [-(m * lm).masked_fill(lm == -torch.inf, 0.0).sum(1) for m, lm in ((p, lp), (q, lq))]
+        columns += [*entropies, overlap]
+    else:
+        columns += [nothing] * 3
+    return torch.stack(columns, 1)
+
+
+def _grad(
+    rows: _Rows,
+    labels: Tensor | None,
+    weight: Tensor,
+    kd_scale: float,
+    ce_scale: float,
+    head: list[float],
+    stats: Tensor,
+    slope_sum: Tensor,
+    slope: Tensor,
+    out: Tensor,
+) -> None:
+    q = (rows.x - stats[:, :1]).exp()
+    dx = (slope - q * slope_sum[:, None]).mul_(kd_scale / rows.temperature)
+    if ce_scale != 0.0 and labels is not None:
+        own_q = q if rows.temperature == 1.0 else (rows.own_x() - stats[:, 2:3]).exp()
+        dx += ce_scale * own_q
+        here = (labels >= 0) & (labels < dx.shape[1])
+        dx.scatter_add_(1, labels.where(here, 0)[:, None], -ce_scale * here[:, None].to(dx.dtype))
+    if rows.student_softcap != 0.0:
+        dx *= 1.0 - (rows.own_x() / rows.student_softcap).square()
+    dx *= (weight * head[0])[:, None]
+    out.copy_(dx.masked_fill_((weight == 0.0)[:, None], 0.0))
+
+
+def _divergence(name: str, a: float) -> Divergence:
+    default = resolve(name)
+    return Divergence(name, default.pair, a, default.one_sweep)
+
+
+def row_loss(
+    x: Tensor,
+    z: Tensor,
+    x_bias: Tensor | None,
+    z_bias: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor,
+    t: Tensor,
+    divergence: str,
+    a: float,
+    temperature: float,
+    kd_scale: float,
+    ce_scale: float,
+    head: list[float],
+    grad: bool,
+    metrics: bool,
+    out: Tensor | None = None,
+) -> Tensor:
+    rows = _load(x, z, x_bias, z_bias, t, temperature, head)
+    ce = labels is not None and (ce_scale != 0.0 or metrics)
+    stats = _stats(rows, ce, metrics)
+    value, slope = _value_and_slope(rows, stats, _divergence(divergence, a))
+    sums = _reduce(rows, labels, stats, value, slope, metrics)
+    if grad:
+        target = x if out is None else out
+        _grad(rows, labels, weight, kd_scale, ce_scale, head, stats, sums[:, 1], slope, target)
+    nothing = torch.zeros_like(sums[:, 0])
+    columns = [
+        sums[:, 0],
+        stats[:, 2] - sums[:, 2] if ce else nothing,
+        sums[:, 3],
+        sums[:, 4],
+        (stats[:, 5] == stats[:, 7]).to(sums.dtype) if metrics else nothing,
+        sums[:, 5],
+    ]
+    assert len(columns) == len(ROW_COLUMNS)
+    return torch.stack(columns, 1).masked_fill((weight == 0.0)[:, None], 0.0)
+
+
+def block_stats(
+    x: Tensor,
+    z: Tensor,
+    x_bias: Tensor | None,
+    z_bias: Tensor | None,
+    t: Tensor,
+    temperature: float,
+    head: list[float],
+    ce: bool,
+    metrics: bool,
+) -> Tensor:
+    return _stats(_load(x, z, x_bias, z_bias, t, temperature, head), ce, metrics)
+
+
+def block_reduce(
+    x: Tensor,
+    z: Tensor,
+    x_bias: Tensor | None,
+    z_bias: Tensor | None,
+    labels: Tensor | None,
+    t: Tensor,
+    divergence: str,
+    a: float,
+    temperature: float,
+    head: list[float],
+    stats: Tensor,
+    metrics: bool,
+) -> Tensor:
+    rows = _load(x, z, x_bias, z_bias, t, temperature, head)
+    value, slope = _value_and_slope(rows, stats, _divergence(divergence, a))
+    return _reduce(rows, labels, stats, value, slope, metrics)
+
+
+def block_grad(
+    x: Tensor,
+    z: Tensor,
+    x_bias: Tensor | None,
+    z_bias: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor,
+    t: Tensor,
+    divergence: str,
+    a: float,
+    temperature: float,
+    kd_scale: float,
+    ce_scale: float,
+    head: list[float],
+    stats: Tensor,
+    sums: Tensor,
+) -> None:
+    rows = _load(x, z, x_bias, z_bias, t, temperature, head)
+    _, slope = _value_and_slope(rows, stats, _divergence(divergence, a))
+    _grad(rows, labels, weight, kd_scale, ce_scale, head, stats, sums[:, 1], slope, x)
+
+
+for _operator in (row_loss, block_stats, block_reduce, block_grad):
+    library.impl(_operator.__name__, _operator, "CompositeExplicitAutograd")

@@ -1,0 +1,69 @@
+"""The library operators behind the public functions, one opaque node each in a compiled graph.
+
+They take what the strategies take, flat, and return losses and gradients; autograd.py gives them their backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels import tokens
+from kdkernels.backends.operators import accumulate_dtype, library
+from kdkernels.products import product_dtype
+
+_TERMS = "str divergence, float a, float temperature, float kd_scale, float ce_scale, float[] head"
+
+library.define(
+    "linear_kd(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? token_weight, "
+    "Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, Tensor? labels, "
+    f"Tensor grad_scale, Tensor t, {_TERMS}, int ignore_index, int vocab, ScalarType student_dtype, ScalarType teacher_dtype, "
+    "int memory_budget, bool[] needs, bool metrics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+library.define(
+    "logits_kd(Tensor student_logits, Tensor? token_weight, Tensor teacher_logits, Tensor? labels, "
+    f"Tensor grad_scale, Tensor t, {_TERMS}, int ignore_index, bool[] needs, bool metrics) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def linear_kd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors, terms = arguments[:10], tokens.Terms(*arguments[10:16])
+    ignore_index, vocab, student_dtype, teacher_dtype, budget, needs, metrics = arguments[16:]
+    # The products' dtypes are decided already; an ambient autocast must not change them.
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return tokens.linear_kd(
+            *tensors, terms, ignore_index, vocab, (student_dtype, teacher_dtype), tuple(needs), metrics, budget
+        )
+
+
+def _fake_linear_kd(
+    student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    compute, needs, metrics = rest[-5], rest[-2], rest[-1]
+    losses = student_hidden.new_empty(
+        student_hidden.shape[0], dtype=accumulate_dtype(product_dtype(compute, student_hidden.device))
+    )
+    grads = [
+        losses.new_empty(0) if not need or source is None else source.new_empty(source.shape)
+        for source, need in zip((student_hidden, student_weight, student_bias), needs, strict=True)
+    ]
+    return losses, grads[0], grads[1], grads[2], losses.new_empty(len(tokens.METRICS) if metrics else 0)
+
+
+def logits_kd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    ignore_index, needs, metrics = arguments[12:]
+    return tokens.logits_kd(*arguments[:6], tokens.Terms(*arguments[6:12]), ignore_index, needs[0], metrics)
+
+
+def _fake_logits_kd(student_logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (need,), metrics = rest[-2:]
+    losses = student_logits.new_empty(student_logits.shape[0], dtype=accumulate_dtype(student_logits.dtype))
+    grad = student_logits.new_empty(student_logits.shape) if need else losses.new_empty(0)
+    return losses, grad, losses.new_empty(len(tokens.METRICS) if metrics else 0)
+
+
+for _operator, _fake in ((linear_kd, _fake_linear_kd), (logits_kd, _fake_logits_kd)):
+    library.impl(_operator.__name__, _operator, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kdkernels::{_operator.__name__}", _fake, lib=library)

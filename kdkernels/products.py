@@ -1,0 +1,85 @@
+"""The matrix products between hidden states, head and logits: x = H Wᵀ, dH = dx W, dW = dxᵀ H.
+
+They are library calls. What is decided here is the dtype they run in, and that nothing is copied whole to get there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Rows of a head are converted, or its gradient rounded, in blocks of about this size.
+BLOCK_BYTES = 8 * 2**20
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What products of ``dtype`` operands run in.
+
+    That is ``dtype`` itself, except for 16-bit types on a CPU whose matrix library has no fast path for them: there float32 is both
+    several times faster and more accurate, and heads are widened block by block.
+    """
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    fast = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }[dtype]()
+    return dtype if fast else torch.float32
+
+
+def block_rows(width: int) -> int:
+    """Head rows per block, so that a float32 block has about BLOCK_BYTES."""
+    return max(256, BLOCK_BYTES // (4 * width))
+
+
+class HeadProducts:
+    """The products of one head [V, D] with blocks of tokens.
+
+    weight: [V, D] in the parameter's dtype. dtype: what the products run in.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        # To a 16-bit dtype the head is rounded once as a whole: block-wise sums would round between blocks.
+        self.weight = weight.to(dtype) if dtype != torch.float32 else weight
+        self.dtype = dtype
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        vocabulary, width = self.weight.shape
+        if self.weight.dtype == self.dtype:
+            yield slice(0, vocabulary), self.weight
+            return
+        rows = min(vocabulary, block_rows(width))
+        buffer = self.weight.new_empty((rows, width), dtype=self.dtype)
+        for begin in range(0, vocabulary, rows):
+            here = slice(begin, min(begin + rows, vocabulary))
+            yield here, buffer[: here.stop - begin].copy_(self.weight[here])
+
+    def logits(self, hidden: Tensor, out: Tensor) -> None:
+        """out [C, V] = hidden [C, D] Wᵀ."""
+        for here, weight in self._blocks():
+            torch.mm(hidden, weight.t(), out=out[:, here])
+
+    def hidden_grad(self, dx: Tensor, out: Tensor) -> None:
+        """out [C, D] = dx [C, V] W."""
+        for here, weight in self._blocks():
+            if here.start == 0:
+                torch.mm(dx[:, here], weight, out=out)
+            else:
+                torch.addmm(out, dx[:, here], weight, out=out)
+
+
+def add_head_grad(dx: Tensor, hidden: Tensor, out: Tensor, first: bool) -> None:
+    """out [V, D] (+)= dxᵀ [V, C] hidden [C, D]; ``first`` overwrites. Rounds once where dtypes differ or the sum goes on."""
+    if out.dtype == dx.dtype:
+        if first:
+            torch.mm(dx.t(), hidden, out=out)
+        else:
+            torch.addmm(out, dx.t(), hidden, out=out)
+        return
+    rows = block_rows(out.shape[1])
+    for begin in range(0, out.shape[0], rows):
+        part = torch.mm(dx[:, begin : begin + rows].t(), hidden)
+        here = out[begin : begin + rows]
+        here.copy_(part) if first else here.add_(part)

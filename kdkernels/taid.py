@@ -1,0 +1,88 @@
+"""TAID's controller: how fast the target moves from the student's distribution to the teacher's (arXiv 2501.16937)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class TAIDSchedule(nn.Module):
+    """The interpolation ``t`` of the target, to be updated once per optimizer step.
+
+    With L the step's loss, d = (L_prev - L) / (L_prev + 1e-15), the momentum m = beta m + (1 - beta) d and
+    step = alpha sigmoid(m) (1 - t), an update sets t = min(t_end, max(t_lin, t + step)), where t_lin goes linearly from t_start to
+    t_end with progress. The first update only remembers L. adaptive=False: t = t_lin.
+
+    t_start, t_end: 0 <= t_start <= t_end <= 1. alpha: step size, at least 0. beta: momentum, in [0, 1).
+
+    Everything is a buffer: ``update`` never waits for the device, and state_dict carries it. Call ``.to(device)`` with the model.
+    """
+
+    t: Tensor
+    momentum: Tensor
+    previous: Tensor
+
+    def __init__(
+        self,
+        t_start: float = 0.4,
+        t_end: float = 1.0,
+        alpha: float = 5e-4,
+        beta: float = 0.99,
+        adaptive: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value in {"t_start": t_start, "t_end": t_end, "alpha": alpha, "beta": beta}.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} is a number, got {type(value).__name__}")
+        if not 0.0 <= t_start <= t_end <= 1.0:
+            raise ValueError(f"accepted: 0 <= t_start <= t_end <= 1, got t_start={t_start}, t_end={t_end}")
+        if not (math.isfinite(alpha) and alpha >= 0.0):
+            raise ValueError(f"alpha is at least 0, got {alpha}")
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"beta is in [0, 1), got {beta}")
+        self.t_start, self.t_end, self.alpha, self.beta, self.adaptive = t_start, t_end, alpha, beta, adaptive
+        self.register_buffer("t", torch.tensor(float(t_start)))
+        self.register_buffer("momentum", torch.tensor(0.0))
+        # NaN until the first loss has been seen.
+        self.register_buffer("previous", torch.tensor(math.nan))
+
+    @torch.no_grad()
+    def update(self, loss: Tensor | float, progress: float) -> Tensor:
+        """Move ``t`` after an optimizer step, and return it.
+
+        loss: the step's loss, 0-dim; where torch.distributed is initialised its mean over the ranks counts, so that all of them
+        keep one t. (The authors' code feeds the cross-entropy form, -sum p log q, which is metrics["kd"] + metrics["target_entropy"].)
+        progress: finished steps / total steps, in [0, 1]. Call it in training only: never on validation batches, and once per
+        optimizer step, not per micro-batch.
+        """
+        if isinstance(progress, bool) or not isinstance(progress, (int, float)) or not 0.0 <= progress <= 1.0:
+            raise ValueError(f"progress is finished steps / total steps, in [0, 1], got {progress!r}")
+        current = torch.as_tensor(loss, dtype=torch.float32, device=self.t.device).detach()
+        if current.dim() != 0:
+            raise ValueError(f"loss is a number or a 0-dim tensor, got shape {tuple(current.shape)}")
+        if dist.is_available() and dist.is_initialized():
+            current = current.clone()
+            dist.all_reduce(current)
+            current /= dist.get_world_size()
+        linear = self.t_start + (self.t_end - self.t_start) * progress
+        if not self.adaptive:
+            self.t.fill_(linear)
+            return self.t
+        first = self.previous.isnan()
+        change = (self.previous - current) / (self.previous + 1e-15)
+        momentum = self.beta * self.momentum + (1.0 - self.beta) * change
+        step = self.alpha * momentum.sigmoid() * (1.0 - self.t)
+        moved = (self.t + step).clamp(min=linear).clamp(max=self.t_end)
+        # A loss that is not a number teaches nothing, and must not stay in the momentum for the rest of the run.
+        usable = current.isfinite()
+        self.t.copy_(torch.where(first | ~usable, self.t, moved))
+        self.momentum.copy_(torch.where(first | ~usable, self.momentum, momentum))
+        self.previous.copy_(torch.where(usable, current, self.previous))
+        return self.t
+
+    def extra_repr(self) -> str:
+        names = ("t_start", "t_end", "alpha", "beta", "adaptive")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
