@@ -65,11 +65,7 @@ def resolve(divergence: Divergence | str) -> Divergence:
     if not isinstance(divergence, str):
         raise TypeError(
             f"divergence is a name or a Divergence such as kd.forward_kl(), got {type(divergence).__name__}"
-            + (
-                f" (did you mean {divergence.__name__}()?)"
-                if callable(divergence) and hasattr(divergence, "__name__")
-                else ""
-            )
+            + (f" (did you mean {divergence.__name__}()?)" if callable(divergence) and hasattr(divergence, "__name__") else "")
         )
     if divergence not in _factories:
         raise ValueError(f"divergence {divergence!r} is not known; accepted: {', '.join(_factories)}")
@@ -148,9 +144,7 @@ def _skew_forward_kl(lp, lq, a):  # type: ignore[no-untyped-def]
 @_listed
 def skew_forward_kl(alpha: float = 0.1) -> Divergence:
     """KL(p || m) with m = alpha p + (1 - alpha) q (DistiLLM, arXiv 2402.03898); alpha in (0, 1)."""
-    return Divergence(
-        "skew_forward_kl", _skew_forward_kl, _inside("alpha", alpha, "it is forward_kl() or 0: use that name")
-    )
+    return Divergence("skew_forward_kl", _skew_forward_kl, _inside("alpha", alpha, "it is forward_kl() or 0: use that name"))
 
 
 def _skew_reverse_kl(lp, lq, a):  # type: ignore[no-untyped-def]
@@ -162,9 +156,7 @@ def _skew_reverse_kl(lp, lq, a):  # type: ignore[no-untyped-def]
 @_listed
 def skew_reverse_kl(alpha: float = 0.1) -> Divergence:
     """KL(q || m) with m = (1 - alpha) p + alpha q (DistiLLM, arXiv 2402.03898); alpha in (0, 1)."""
-    return Divergence(
-        "skew_reverse_kl", _skew_reverse_kl, _inside("alpha", alpha, "it is reverse_kl() or 0: use that name")
-    )
+    return Divergence("skew_reverse_kl", _skew_reverse_kl, _inside("alpha", alpha, "it is reverse_kl() or 0: use that name"))
 
 
 def _total_variation(lp, lq, a):  # type: ignore[no-untyped-def]

@@ -76,9 +76,7 @@ def _head(name: str, value: Any, hidden: Tensor, hidden_name: str) -> LMHead:
     if head.bias is not None:
         bias = _float_tensor(f"{name}.bias", head.bias, hidden.device)
         if bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"{name}.bias is ({weight.shape[0]},) like the rows of its weight, got {tuple(bias.shape)}"
-            )
+            raise ValueError(f"{name}.bias is ({weight.shape[0]},) like the rows of its weight, got {tuple(bias.shape)}")
     _number(f"{name}.logit_scale", head.logit_scale, "a positive number", 0.0, above=True)
     if head.softcap is not None:
         _number(f"{name}.softcap", head.softcap, "a positive number or None", 0.0, above=True)
@@ -91,9 +89,7 @@ def _compute_dtype(hidden: Tensor, weight: Tensor, names: str) -> torch.dtype:
     if hidden.dtype != torch.float64 and weight.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     if hidden.dtype != weight.dtype:
-        raise TypeError(
-            f"{names} are {hidden.dtype} and {weight.dtype}; outside torch.autocast they must have one dtype"
-        )
+        raise TypeError(f"{names} are {hidden.dtype} and {weight.dtype}; outside torch.autocast they must have one dtype")
     return hidden.dtype
 
 
@@ -152,9 +148,7 @@ def _checked(
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"labels is {labels.dtype}; accepted: integers such as torch.int64")
         if labels.shape != shape:
-            raise ValueError(
-                f"labels has shape {tuple(labels.shape)}; {name} {tuple(leading.shape)} needs {tuple(shape)}"
-            )
+            raise ValueError(f"labels has shape {tuple(labels.shape)}; {name} {tuple(leading.shape)} needs {tuple(shape)}")
     elif ce_weight != 0.0:
         raise ValueError(f"labels is None, but ce_weight={ce_weight} asks for the cross-entropy on them")
     if token_weight is not None:
@@ -371,9 +365,7 @@ def _vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
         raise TypeError(f"vocab_size is an integer, got {type(vocab_size).__name__}")
     if not 1 <= vocab_size <= min(student, teacher):
-        raise ValueError(
-            f"vocab_size={vocab_size}; accepted: 1 to {min(student, teacher)}, the rows that both heads have"
-        )
+        raise ValueError(f"vocab_size={vocab_size}; accepted: 1 to {min(student, teacher)}, the rows that both heads have")
     return vocab_size
 
 
@@ -470,9 +462,7 @@ class LinearKDLoss(nn.Module):
         labels: Tensor | None = None,
         **options: Any,
     ) -> Any:
-        return linear_kd_loss(
-            student_hidden, student_head, teacher_hidden, teacher_head, labels, **{**self.options, **options}
-        )
+        return linear_kd_loss(student_hidden, student_head, teacher_hidden, teacher_head, labels, **{**self.options, **options})
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

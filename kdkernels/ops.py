@@ -33,9 +33,7 @@ def linear_kd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     ignore_index, vocab, student_dtype, teacher_dtype, budget, needs, metrics = arguments[16:]
     # The products' dtypes are decided already; an ambient autocast must not change them.
     with torch.autocast(tensors[0].device.type, enabled=False):
-        return tokens.linear_kd(
-            *tensors, terms, ignore_index, vocab, (student_dtype, teacher_dtype), tuple(needs), metrics, budget
-        )
+        return tokens.linear_kd(*tensors, terms, ignore_index, vocab, (student_dtype, teacher_dtype), tuple(needs), metrics, budget)
 
 
 def _fake_linear_kd(

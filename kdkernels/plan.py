@@ -108,9 +108,7 @@ def plan(
     widened = dtype != computed[0] or teacher_dtype != computed[1]
     blocks = max(block_rows(width) * width * 4 for width in (student_dim, teacher_dim)) if widened else 0
     hidden = rows * (student_dim * computed[0].itemsize * 2 + teacher_dim * computed[1].itemsize) if widened else 0
-    buffers = (
-        torch.get_num_threads() * 3 * vocab * 4 if backends.select(device, dtype, teacher_dtype) == "native" else 0
-    )
+    buffers = torch.get_num_threads() * 3 * vocab * 4 if backends.select(device, dtype, teacher_dtype) == "native" else 0
     scratch = logits + accumulator + blocks + hidden + buffers
 
     inputs = (tokens + vocab) * (student_dim * dtype.itemsize + teacher_dim * teacher_dtype.itemsize)

@@ -96,17 +96,13 @@ def linear_kd(
 
     need_hidden, need_weight, need_bias = needs
     losses = torch.zeros(tokens, dtype=sum_dtype, device=device)
-    hidden_grad = (
-        torch.zeros_like(student_hidden, memory_format=torch.contiguous_format) if need_hidden else losses.new_empty(0)
-    )
+    hidden_grad = torch.zeros_like(student_hidden, memory_format=torch.contiguous_format) if need_hidden else losses.new_empty(0)
     size = chunk_rows(tokens, vocab, logit_bytes(*dtypes, device), budget)
     if need_weight:
         weight_grad = torch.empty_like(student_weight, memory_format=torch.contiguous_format)
         weight_grad[0 if count == 0 else vocab :] = 0
         split = tokens > size and weight_grad.dtype.itemsize == 2
-        weight_sum = (
-            weight_grad.new_empty((vocab, weight_grad.shape[1]), dtype=sum_dtype) if split else weight_grad[:vocab]
-        )
+        weight_sum = weight_grad.new_empty((vocab, weight_grad.shape[1]), dtype=sum_dtype) if split else weight_grad[:vocab]
     else:
         weight_grad = losses.new_empty(0)
     bias_sum = losses.new_zeros(0 if student_bias is None else student_bias.shape[0])

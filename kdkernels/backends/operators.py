@@ -27,16 +27,12 @@ ROW_COLUMNS = ("kd", "ce", "target_entropy", "student_entropy", "agreement", "ov
 library = torch.library.Library("kdkernels", "DEF")
 
 _LOGITS = "Tensor z, Tensor? x_bias, Tensor? z_bias"
-_LOSS = (
-    "Tensor weight, Tensor t, str divergence, float a, float temperature, float kd_scale, float ce_scale, float[] head"
-)
+_LOSS = "Tensor weight, Tensor t, str divergence, float a, float temperature, float kd_scale, float ce_scale, float[] head"
 
 library.define(
     f"row_loss(Tensor(a!) x, {_LOGITS}, Tensor? labels, {_LOSS}, bool grad, bool metrics, Tensor(b!)? out=None) -> Tensor"
 )
-library.define(
-    f"block_stats(Tensor x, {_LOGITS}, Tensor t, float temperature, float[] head, bool ce, bool metrics) -> Tensor"
-)
+library.define(f"block_stats(Tensor x, {_LOGITS}, Tensor t, float temperature, float[] head, bool ce, bool metrics) -> Tensor")
 library.define(
     f"block_reduce(Tensor x, {_LOGITS}, Tensor? labels, Tensor t, str divergence, float a, float temperature, "
     "float[] head, Tensor stats, bool metrics) -> Tensor"
