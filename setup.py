@@ -28,7 +28,7 @@ FLAGS = [
 ]
 
 
-class BuildOrGoWithout(BuildExtension):  # type: ignore[misc]
+class BuildOrGoWithout(BuildExtension):
     """A build that failed leaves a package that runs the reference, and says so."""
 
     def build_extensions(self) -> None:
@@ -39,7 +39,7 @@ class BuildOrGoWithout(BuildExtension):  # type: ignore[misc]
                 f"kdkernels: the native backend was not built ({error}); the reference backend will run.",
                 file=sys.stderr,
             )
-            self.extensions = []
+            self.extensions: list[Any] = []
 
     def get_outputs(self) -> list[str]:
         return [output for output in super().get_outputs() if Path(output).exists()]

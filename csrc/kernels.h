@@ -18,9 +18,12 @@ struct Side {
   float softcap;  // 0: none
 };
 
-// Columns of a [rows, stats_columns] result: what a sweep over the vocabulary must know before the gradient.
-// T is the temperature; x, y, z are student, target and teacher logits after the head.
-enum StatsColumn { lse_x_T, lse_y_T, lse_x, lse_z_T, max_x, argmax_x, max_z, argmax_z, stats_columns };
+// Columns of a [rows, stats_columns] result: what a sweep over the vocabulary must know before the gradient. T is the temperature;
+// x, y, z are student, target and teacher logits after the head. A log-sum-exp is kept as the largest entry and the log of the sum of
+// exp(entry - largest): their sum, rounded, would put the rounding error of the largest logit into every probability.
+enum StatsColumn {
+  max_x_T, log_sum_x_T, max_y_T, log_sum_y_T, max_x, log_sum_x, max_z_T, log_sum_z_T, argmax_x, argmax_z, stats_columns
+};
 
 // Columns of a [rows, sums_columns] result.
 enum SumsColumn { sum_value, sum_slope, label_logit, target_entropy, student_entropy, overlap, sums_columns };

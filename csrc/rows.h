@@ -91,7 +91,7 @@ void mix(const Problem& p, const float* x, const float* z, int64_t n, float* y) 
   }
 }
 
-// log sum exp(factor * v) over the blocks seen so far.
+// log sum exp(factor * v) over the blocks seen so far, as the largest entry m and the log of the sum s of exp(entry - m).
 struct LogSumExp {
   float m = -infinity;
   double s = 0;
@@ -109,10 +109,10 @@ struct LogSumExp {
     }
     const float shift = m == -infinity ? 0.f : m;  // all banned so far: exp(-inf - 0) = 0, and NaN stays NaN
     F total{};
-    for (int64_t v = 0; v < n; v += KD_LANES) total += exp(load(values + v) * factor - shift);
+    for (int64_t v = 0; v < n; v += KD_LANES) total += exp<true>(load(values + v) * factor - shift);
     s += sum(total);
   }
-  float value() const { return static_cast<float>(m + std::log(s)); }
+  float log_sum() const { return static_cast<float>(std::log(s)); }
 };
 
 struct Top {
@@ -148,7 +148,10 @@ void load_row(const Problem& p, int64_t row, const Buffers& b, float* stats) {
       top_z.add(z, n, v0);
       z_T.add(z, n, 1.f);
     }
-    mix(p, b.x + v0, z, n, b.y + v0);
+    if (p.t != 1.f)
+      mix(p, b.x + v0, z, n, b.y + v0);
+    else if (b.z)
+      std::memcpy(b.y + v0, z, padded(n) * sizeof(float));
     if (with_stats) {
       x_T.add(b.x + v0, n, 1.f);
       y_T.add(b.y + v0, n, 1.f);
@@ -156,13 +159,16 @@ void load_row(const Problem& p, int64_t row, const Buffers& b, float* stats) {
     }
   }
   if (!with_stats) return;
-  stats[lse_x_T] = x_T.value();
-  stats[lse_y_T] = y_T.value();
-  stats[lse_x] = own_x ? x.value() : stats[lse_x_T];
-  stats[lse_z_T] = z_T.value();
-  stats[max_x] = top_x.m;
+  const LogSumExp& x_1 = own_x ? x : x_T;
+  stats[max_x_T] = x_T.m;
+  stats[log_sum_x_T] = x_T.log_sum();
+  stats[max_y_T] = y_T.m;
+  stats[log_sum_y_T] = y_T.log_sum();
+  stats[max_x] = x_1.m;
+  stats[log_sum_x] = x_1.log_sum();
+  stats[max_z_T] = z_T.m;
+  stats[log_sum_z_T] = z_T.log_sum();
   stats[argmax_x] = static_cast<float>(top_x.index);
-  stats[max_z] = top_z.m;
   stats[argmax_z] = static_cast<float>(top_z.index);
 }
 
@@ -179,8 +185,8 @@ void reduce_row(const Problem& p, int64_t row, const Buffers& b, const float* st
     const int64_t end = std::min(v0 + block, p.vocabulary);
     F values{}, slopes{}, terms_y{}, terms_x{}, least{};
     for (int64_t v = v0; v < end; v += KD_LANES) {
-      const F lq = load(b.x + v) - stats[lse_x_T];
-      const F lp = load(b.y + v) - stats[lse_y_T];
+      const F lq = (load(b.x + v) - stats[max_x_T]) - stats[log_sum_x_T];
+      const F lp = (load(b.y + v) - stats[max_y_T]) - stats[log_sum_y_T];
       F value, slope;
       Divergence::apply(lp, lq, p.a, value, slope);
       const I banned = (lp == -infinity) | (lq == -infinity);
@@ -188,10 +194,10 @@ void reduce_row(const Problem& p, int64_t row, const Buffers& b, const float* st
       values += where(banned, F{}, value);
       slopes += slope;
       if constexpr (metrics) {
-        const F q = exp(lq);
-        terms_y += entropy_term(exp(lp), lp);
+        const F q = exp<true>(lq);
+        terms_y += entropy_term(exp<true>(lp), lp);
         terms_x += entropy_term(q, lq);
-        least += minimum(q, exp(load(b.z + v) - stats[lse_z_T]));
+        least += minimum(q, exp<true>((load(b.z + v) - stats[max_z_T]) - stats[log_sum_z_T]));
       }
       store(b.y + v, slope);
     }
@@ -227,8 +233,8 @@ void grad_row(const Problem& p, int64_t row, const Buffers& b, const float* stat
     const int64_t n = std::min(block, p.vocabulary - v0);
     for (int64_t v = 0; v < n; v += KD_LANES) {
       const F x = load(b.x + v0 + v);
-      F d = kd * load(b.y + v0 + v) + q_factor * exp(x - stats[lse_x_T]);
-      if (own_x) d += ce * exp(x * p.temperature - stats[lse_x]);
+      F d = kd * load(b.y + v0 + v) + q_factor * exp<true>((x - stats[max_x_T]) - stats[log_sum_x_T]);
+      if (own_x) d += ce * exp<true>((x * p.temperature - stats[max_x]) - stats[log_sum_x]);
       store(dx + v, d);
     }
     if (label >= v0 && label < v0 + n) dx[label - v0] -= ce;
@@ -275,7 +281,7 @@ void row_loss(const Problem& p, int64_t begin, int64_t end) {
     load_row<true>(p, row, b, stats);
     reduce<Divergence>(p, row, b, stats, sums);
     out[row_kd] = sums[sum_value];
-    if (p.ce) out[row_ce] = stats[lse_x] - sums[label_logit];
+    if (p.ce) out[row_ce] = stats[log_sum_x] - (sums[label_logit] - stats[max_x]);
     if (p.metrics) {
       out[row_target_entropy] = sums[target_entropy];
       out[row_student_entropy] = sums[student_entropy];

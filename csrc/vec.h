@@ -35,22 +35,24 @@ inline float largest(F v) {
   return m;
 }
 
-constexpr float ln2_hi = 0.693145751953125f, ln2_lo = 1.42860682e-6f;
 constexpr float infinity = __builtin_inff();
+// ln 2 in two parts, so that n times the first is exact even without fused multiply-add.
+constexpr float ln2_hi = 0.693145751953125f, ln2_lo = 1.42860682e-6f;
 
-// 2^n * e^r with n = round(v / ln 2): adding 1.5 * 2^23 rounds, and leaves n in the low bits. e^r = 1 + r + r^2 Q(r).
+// 2^n * e^r with n = round(v / ln 2): adding 1.5 * 2^23 rounds, and 127 more leaves n + 127, the exponent field of 2^n, in the low
+// bits. At -88 that field is 0, and so is the result: what is banned (-inf) has probability 0 exactly. e^r = 1 + r + r^2 Q(r). 
+template <bool nonpositive = false>
 inline F exp(F v) {
-  const F shifted = v * 1.44269504f + 12582912.f;
-  const F n = shifted - 12582912.f;
-  const F r = (v - n * ln2_hi) - n * ln2_lo;
+  const F clamped = splat(-88.f) > v ? splat(-88.f) : v;  // in this order NaN stays NaN
+  const F shifted = clamped * 1.44269504f + 12583039.f;
+  const F n = shifted - 12583039.f;
+  const F r = (clamped - n * ln2_hi) - n * ln2_lo;
   F q = r * 0.00138145395f + 0.00836874545f;
   q = q * r + 0.041668389f;
   q = q * r + 0.166665211f;
   q = q * r + 0.49999994f;
-  const F power = as_float((as_int(shifted) << 23) + 0x3f800000);
-  F e = (r * r * q + r + 1.f) * power;
-  e = where(v < -87.33f, F{}, e);
-  return where(v > 88.37f, splat(infinity), e);
+  const F e = (r * r * q + r + 1.f) * as_float(as_int(shifted) << 23);
+  return nonpositive ? e : where(v > 88.37f, splat(infinity), e);
 }
 
 // v = 2^e * m with m in [sqrt(1/2), sqrt(2)); log m = f - f^2/2 + f^3 P(f) with f = m - 1.
@@ -74,7 +76,7 @@ inline F log(F v) {
 
 // Odd polynomial near 0, where 1 - e^-2v would lose digits.
 inline F tanh(F v) {
-  const F e = exp(-2.f * abs(v));
+  const F e = exp<true>(-2.f * abs(v));
   const F far = (1.f - e) / (1.f + e);
   const F square = v * v;
   F p = square * 0.00211801799f - 0.00815069769f;

@@ -90,13 +90,13 @@ def _inside(name: str, value: float, at_the_ends: str) -> float:
     return float(value)
 
 
-def _log_mixture(lp, lq, b):  # type: ignore[no-untyped-def]
+def _log_mixture(lp, lq, b):
     """log(b * p + (1 - b) * q), without leaving log space: p and q may both underflow."""
     e = xp.exp(-xp.abs(lp - lq))
     return xp.maximum(lp, lq) + xp.log(xp.where(lp > lq, b + (1.0 - b) * e, (1.0 - b) + b * e))
 
 
-def _forward_kl(lp, lq, a):  # type: ignore[no-untyped-def]
+def _forward_kl(lp, lq, a):
     p = xp.exp(lp)
     return p * (lp - lq), -p
 
@@ -107,7 +107,7 @@ def forward_kl() -> Divergence:
     return Divergence("forward_kl", _forward_kl, one_sweep=True)
 
 
-def _reverse_kl(lp, lq, a):  # type: ignore[no-untyped-def]
+def _reverse_kl(lp, lq, a):
     q = xp.exp(lq)
     d = lq - lp
     return q * d, q * (d + 1.0)
@@ -119,7 +119,7 @@ def reverse_kl() -> Divergence:
     return Divergence("reverse_kl", _reverse_kl, one_sweep=True)
 
 
-def _jsd(lp, lq, a):  # type: ignore[no-untyped-def]
+def _jsd(lp, lq, a):
     lm = _log_mixture(lp, lq, a)
     kq = (1.0 - a) * xp.exp(lq) * (lq - lm)
     return a * xp.exp(lp) * (lp - lm) + kq, kq
@@ -135,7 +135,7 @@ def jsd(beta: float = 0.5) -> Divergence:
     return Divergence("jsd", _jsd, _inside("beta", beta, ends))
 
 
-def _skew_forward_kl(lp, lq, a):  # type: ignore[no-untyped-def]
+def _skew_forward_kl(lp, lq, a):
     lm = _log_mixture(lp, lq, a)
     p = xp.exp(lp)
     return p * (lp - lm), -p * (1.0 - a) * xp.exp(lq - lm)
@@ -147,7 +147,7 @@ def skew_forward_kl(alpha: float = 0.1) -> Divergence:
     return Divergence("skew_forward_kl", _skew_forward_kl, _inside("alpha", alpha, "it is forward_kl() or 0: use that name"))
 
 
-def _skew_reverse_kl(lp, lq, a):  # type: ignore[no-untyped-def]
+def _skew_reverse_kl(lp, lq, a):
     d = lq - _log_mixture(lp, lq, 1.0 - a)
     q = xp.exp(lq)
     return q * d, q * (d + 1.0 - a * xp.exp(d))
@@ -159,7 +159,7 @@ def skew_reverse_kl(alpha: float = 0.1) -> Divergence:
     return Divergence("skew_reverse_kl", _skew_reverse_kl, _inside("alpha", alpha, "it is reverse_kl() or 0: use that name"))
 
 
-def _total_variation(lp, lq, a):  # type: ignore[no-untyped-def]
+def _total_variation(lp, lq, a):
     q = xp.exp(lq)
     d = q - xp.exp(lp)
     return 0.5 * xp.abs(d), xp.where(d == 0.0, 0.0 * q, xp.where(d > 0.0, 0.5 * q, -0.5 * q))

@@ -217,7 +217,7 @@ def _reduced(loss: _Loss, operator: Any, differentiable: int, dtype: torch.dtype
     tensors, options = arguments[: differentiable + 1], arguments[differentiable + 1 :]
     function = LossPerToken if loss.reduction == "none" else SummedLoss
     scale = one if loss.reduction == "none" else grad_scale
-    value, summary = function.apply(
+    value, summary = function.apply(  # type: ignore[no-untyped-call]
         operator,
         differentiable,
         loss.return_metrics,
@@ -394,13 +394,13 @@ def kd_loss(
     _float_tensor("teacher_logits", teacher_logits, student_logits.device)
     if student_logits.dim() < 1 or student_logits.shape[-1] == 0 or student_logits.shape != teacher_logits.shape:
         raise ValueError(
-            f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} must have one shape, "
-            "(..., V) with V at least 1"
+            f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} must have one "
+            "shape, (..., V) with V at least 1"
         )
     if teacher_logits.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            "teacher_logits requires grad, but the target of kd_loss is constant: run the teacher under torch.no_grad(), or train it "
-            "along with linear_okd_loss"
+            "teacher_logits requires grad, but the target of kd_loss is constant: run the teacher under torch.no_grad(), or "
+            "train it along with linear_okd_loss"
         )
     loss = _checked(
         student_logits,

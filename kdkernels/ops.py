@@ -5,6 +5,7 @@ They take what the strategies take, flat, and return losses and gradients; autog
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,11 +30,12 @@ library.define(
 
 
 def linear_kd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    run: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = tokens.linear_kd
     tensors, terms = arguments[:10], tokens.Terms(*arguments[10:16])
     ignore_index, vocab, student_dtype, teacher_dtype, budget, needs, metrics = arguments[16:]
     # The products' dtypes are decided already; an ambient autocast must not change them.
     with torch.autocast(tensors[0].device.type, enabled=False):
-        return tokens.linear_kd(*tensors, terms, ignore_index, vocab, (student_dtype, teacher_dtype), tuple(needs), metrics, budget)
+        return run(*tensors, terms, ignore_index, vocab, (student_dtype, teacher_dtype), tuple(needs), metrics, budget)
 
 
 def _fake_linear_kd(
@@ -51,8 +53,10 @@ def _fake_linear_kd(
 
 
 def logits_kd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]] = tokens.logits_kd
+    tensors = arguments[:6]
     ignore_index, needs, metrics = arguments[12:]
-    return tokens.logits_kd(*arguments[:6], tokens.Terms(*arguments[6:12]), ignore_index, needs[0], metrics)
+    return run(*tensors, tokens.Terms(*arguments[6:12]), ignore_index, needs[0], metrics)
 
 
 def _fake_logits_kd(student_logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,7 +54,7 @@ class TAIDSchedule(nn.Module):
         """Move ``t`` after an optimizer step, and return it.
 
         loss: the step's loss, 0-dim; where torch.distributed is initialised its mean over the ranks counts, so that all of them
-        keep one t. (The authors' code feeds the cross-entropy form, -sum p log q, which is metrics["kd"] + metrics["target_entropy"].)
+        keep one t. (The authors' code feeds the cross-entropy form, metrics["kd"] + metrics["target_entropy"].)
         progress: finished steps / total steps, in [0, 1]. Call it in training only: never on validation batches, and once per
         optimizer step, not per micro-batch.
         """

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import backends
+from kdkernels.backends import native
 from kdkernels.backends.operators import accumulate_dtype
 from kdkernels.plan import chunk_rows, logit_bytes
 from kdkernels.products import HeadProducts, add_head_grad, product_dtype
@@ -99,10 +100,10 @@ def linear_kd(
     hidden_grad = torch.zeros_like(student_hidden, memory_format=torch.contiguous_format) if need_hidden else losses.new_empty(0)
     size = chunk_rows(tokens, vocab, logit_bytes(*dtypes, device), budget)
     if need_weight:
-        weight_grad = torch.empty_like(student_weight, memory_format=torch.contiguous_format)
+        weight_grad = native.empty(tuple(student_weight.shape), student_weight.dtype, device)
         weight_grad[0 if count == 0 else vocab :] = 0
         split = tokens > size and weight_grad.dtype.itemsize == 2
-        weight_sum = weight_grad.new_empty((vocab, weight_grad.shape[1]), dtype=sum_dtype) if split else weight_grad[:vocab]
+        weight_sum = native.empty((vocab, weight_grad.shape[1]), sum_dtype, device) if split else weight_grad[:vocab]
     else:
         weight_grad = losses.new_empty(0)
     bias_sum = losses.new_zeros(0 if student_bias is None else student_bias.shape[0])
@@ -121,8 +122,8 @@ def linear_kd(
         teacher = HeadProducts(teacher_weight[:vocab], z_dtype)
         z_bias = None if teacher_bias is None else teacher_bias[:vocab].to(sum_dtype).contiguous()
         head = terms.head
-    x_scratch = torch.empty((size, vocab), dtype=x_dtype, device=device)
-    z_scratch = x_scratch if alone else torch.empty((size, vocab), dtype=z_dtype, device=device)
+    x_scratch = native.empty((size, vocab), x_dtype, device)
+    z_scratch = x_scratch if alone else native.empty((size, vocab), z_dtype, device)
 
     for chunk in range(chunks):
         here = slice(chunk * size, min((chunk + 1) * size, count))
@@ -203,7 +204,7 @@ def logits_kd(
     if rows is not None:
         weights = torch.zeros_like(weights).index_copy_(0, rows, weights[rows])
     name = backends.select(device, student_logits.dtype, teacher_logits.dtype)
-    out = torch.empty_like(student_logits, memory_format=torch.contiguous_format) if need else None
+    out = native.empty(tuple(student_logits.shape), student_logits.dtype, device) if need else None
     # The native backend needs no scratch beyond a row per thread; the reference's temporaries are bounded by chunks.
     size = tokens if name == "native" else 256
     columns = losses = weights.new_empty((0, 6))

@@ -20,7 +20,10 @@ from typing import Any
 
 import torch
 
-STATS_COLUMNS = ("lse_x_T", "lse_y_T", "lse_x", "lse_z_T", "max_x", "argmax_x", "max_z", "argmax_z")
+STATS_COLUMNS = (
+    *("max_x_T", "log_sum_x_T", "max_y_T", "log_sum_y_T", "max_x", "log_sum_x", "max_z_T", "log_sum_z_T"),
+    *("argmax_x", "argmax_z"),
+)
 SUMS_COLUMNS = ("value", "slope", "label_logit", "target_entropy", "student_entropy", "overlap")
 ROW_COLUMNS = ("kd", "ce", "target_entropy", "student_entropy", "agreement", "overlap")
 
@@ -71,4 +74,4 @@ for _name, _fake in {
     "block_reduce": _block_reduce,
     "block_grad": _block_grad,
 }.items():
-    torch.library.register_fake(f"kdkernels::{_name}", _fake, lib=library)
+    torch.library.register_fake(f"kdkernels::{_name}", _fake, lib=library)  # type: ignore[arg-type]

@@ -62,21 +62,30 @@ def _load(
     return _Rows(student, _mix(student, teacher, t), teacher, temperature, head[1])
 
 
+def _log_sum_exp(v: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest entry of each row, and the log of the sum of exp(entry - largest)."""
+    m = v.amax(1)
+    shift = m.masked_fill(m == -torch.inf, 0.0)  # an all-banned block: exp(-inf - 0) = 0
+    return m, (v - shift[:, None]).exp_().sum(1).log_()
+
+
+def _log_probability(v: Tensor, stats: Tensor, column: int) -> Tensor:
+    return (v - stats[:, column : column + 1]).sub_(stats[:, column + 1 : column + 2])
+
+
 def _stats(rows: _Rows, ce: bool, metrics: bool) -> Tensor:
-    lse_x_t = rows.x.logsumexp(1)
-    lse_x = rows.own_x().logsumexp(1) if ce and rows.temperature != 1.0 else lse_x_t
-    columns = [lse_x_t, rows.y.logsumexp(1), lse_x]
+    x_t = _log_sum_exp(rows.x)
+    columns = [*x_t, *_log_sum_exp(rows.y)]
+    columns += _log_sum_exp(rows.own_x()) if ce and rows.temperature != 1.0 else x_t
     if metrics:
-        top_x, top_z = rows.x.max(1), rows.z.max(1)
-        columns += [rows.z.logsumexp(1), top_x.values, top_x.indices, top_z.values, top_z.indices]
+        columns += [*_log_sum_exp(rows.z), rows.x.argmax(1), rows.z.argmax(1)]
     else:
-        columns += [torch.zeros_like(lse_x)] * 5
-    return torch.stack([column.to(lse_x.dtype) for column in columns], 1)
+        columns += [torch.zeros_like(columns[0])] * 4
+    return torch.stack([column.to(rows.x.dtype) for column in columns], 1)
 
 
 def _value_and_slope(rows: _Rows, stats: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
-    lq = rows.x - stats[:, :1]
-    lp = rows.y - stats[:, 1:2]
+    lq, lp = _log_probability(rows.x, stats, 0), _log_probability(rows.y, stats, 2)
     value, slope = divergence.pair(lp, lq, divergence.a)
     banned = (lp == -torch.inf) | (lq == -torch.inf)
     return value.masked_fill_(banned, 0.0), slope.masked_fill(banned, 0.0)
@@ -94,9 +103,9 @@ def _reduce(rows: _Rows, labels: Tensor | None, stats: Tensor, value: Tensor, sl
         picked = rows.own_x().gather(1, labels.where(here, 0)[:, None])[:, 0]
         columns.append(picked.where(here, nothing))
     if metrics:
-        lq, lp = rows.x - stats[:, :1], rows.y - stats[:, 1:2]
+        lq, lp = _log_probability(rows.x, stats, 0), _log_probability(rows.y, stats, 2)
         p, q = lp.exp(), lq.exp()
-        overlap = torch.minimum(q, (rows.z - stats[:, 3:4]).exp()).sum(1)
+        overlap = torch.minimum(q, _log_probability(rows.z, stats, 6).exp_()).sum(1)
         entropies = [-(m * lm).masked_fill(lm == -torch.inf, 0.0).sum(1) for m, lm in ((p, lp), (q, lq))]
         columns += [*entropies, overlap]
     else:
@@ -116,10 +125,10 @@ def _grad(
     slope: Tensor,
     out: Tensor,
 ) -> None:
-    q = (rows.x - stats[:, :1]).exp()
+    q = _log_probability(rows.x, stats, 0).exp_()
     dx = (slope - q * slope_sum[:, None]).mul_(kd_scale / rows.temperature)
     if ce_scale != 0.0 and labels is not None:
-        own_q = q if rows.temperature == 1.0 else (rows.own_x() - stats[:, 2:3]).exp()
+        own_q = q if rows.temperature == 1.0 else _log_probability(rows.own_x(), stats, 4).exp_()
         dx += ce_scale * own_q
         here = (labels >= 0) & (labels < dx.shape[1])
         dx.scatter_add_(1, labels.where(here, 0)[:, None], -ce_scale * here[:, None].to(dx.dtype))
@@ -163,10 +172,10 @@ def row_loss(
     nothing = torch.zeros_like(sums[:, 0])
     columns = [
         sums[:, 0],
-        stats[:, 2] - sums[:, 2] if ce else nothing,
+        stats[:, 5] - (sums[:, 2] - stats[:, 4]) if ce else nothing,
         sums[:, 3],
         sums[:, 4],
-        (stats[:, 5] == stats[:, 7]).to(sums.dtype) if metrics else nothing,
+        (stats[:, 8] == stats[:, 9]).to(sums.dtype) if metrics else nothing,
         sums[:, 5],
     ]
     assert len(columns) == len(ROW_COLUMNS)

@@ -1,0 +1,267 @@
+"""Time and memory of ``linear_kd_loss`` against its four bare matrix products, in one process, interleaved.
+
+    python -m benchmarks.linear                     # everything; about 20 minutes on 2 cores
+    python -m benchmarks.linear --only 32k --repeats 3
+
+The bare products (x, z, dH, dW, in blocks of 512 tokens, into buffers that exist already) are the work that no loss from hidden
+states can avoid. A time is reported as the median over the repeats of loss step / mean of the products before and after it. Memory
+is the process's high-water mark during one step, above the inputs and the returned gradients.
+
+Where the processor has no 16-bit matrix path, torch's bfloat16 products are many times slower than its float32 ones. The products
+that bfloat16 cases are held against are then the float32 ones (the stricter yardstick), and the bfloat16 ones are timed once, on
+the first eighth of the vocabulary, and reported beside them.
+
+Each case runs in its own process; the result goes to benchmarks/results/linear.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import gc
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kdkernels as kd
+from kdkernels.backends import native
+from kdkernels.products import product_dtype
+
+RESULTS = Path(__file__).parent / "results" / "linear.json"
+BLOCK = 512
+SHAPES = {"152k": (151_936, 896, 1536), "32k": (32_000, 512, 1024)}
+LOSSES: dict[str, dict[str, Any]] = {
+    "forward_kl": {},
+    "reverse_kl": {"divergence": "reverse_kl"},
+    "taid": {"t": 0.4},
+    "jsd": {"divergence": "jsd"},
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one process measures. kind: "time", "eager" (time and memory of plain PyTorch), "memory"."""
+
+    kind: str
+    shape: str
+    dtype: str = "fp32"
+    loss: str = "forward_kl"
+    tokens: int = 1024
+    budget: int | None = None
+    masked: bool = False
+    repeats: int = 3
+
+
+def cases(repeats: int) -> list[Case]:
+    listed = [Case("time", shape, dtype, loss, repeats=repeats) for shape in SHAPES for dtype in DTYPES for loss in LOSSES]
+    for shape in SHAPES:
+        listed += [
+            Case("time", shape, budget=128 * MIB, repeats=repeats),
+            Case("time", shape, masked=True, repeats=repeats),
+            Case("eager", shape, repeats=repeats),
+        ]
+    listed += [Case("memory", "152k", dtype, tokens=tokens) for dtype in DTYPES for tokens in (1024, 8192)]
+    listed += [Case("memory", "152k", dtype, budget=128 * MIB) for dtype in DTYPES]
+    return listed
+
+
+class Inputs:
+    def __init__(self, case: Case) -> None:
+        vocab, student_dim, teacher_dim = SHAPES[case.shape]
+        dtype = DTYPES[case.dtype]
+        torch.manual_seed(0)
+
+        def head(dim: int) -> torch.Tensor:
+            return torch.randn(vocab, dim).mul_(dim**-0.5).to(dtype)
+
+        self.hidden = torch.randn(case.tokens, student_dim).to(dtype).requires_grad_()
+        self.head = head(student_dim).requires_grad_()
+        self.teacher_hidden = torch.randn(case.tokens, teacher_dim).to(dtype)
+        self.teacher_head = head(teacher_dim)
+        self.labels = torch.arange(case.tokens) % vocab
+        if case.masked:
+            self.labels[1::2] = -100
+
+    def step(self, case: Case) -> None:
+        self.hidden.grad = self.head.grad = None
+        kd.linear_kd_loss(
+            self.hidden,
+            self.head,
+            self.teacher_hidden,
+            self.teacher_head,
+            self.labels if case.masked else None,
+            memory_budget=case.budget,
+            **LOSSES[case.loss],
+        ).backward()
+
+    def eager_step(self) -> None:
+        """Forward KL as one writes it."""
+        self.hidden.grad = self.head.grad = None
+        log_q = (self.hidden @ self.head.t()).log_softmax(-1)
+        log_p = (self.teacher_hidden @ self.teacher_head.t()).log_softmax(-1)
+        torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).div(len(log_q)).backward()
+
+    def products(self, dtype: torch.dtype, fraction: int = 1) -> Callable[[], None]:
+        """The bare products in ``dtype``, on the first 1 / fraction of the vocabulary."""
+        vocab = self.head.shape[0] // fraction
+        hidden, teacher_hidden = self.hidden.detach().to(dtype), self.teacher_hidden.to(dtype)
+        head, teacher_head = self.head.detach()[:vocab].to(dtype), self.teacher_head[:vocab].to(dtype)
+        x, z = torch.zeros(BLOCK, vocab, dtype=dtype), torch.zeros(BLOCK, vocab, dtype=dtype)
+        hidden_grad, head_grad = torch.zeros_like(hidden), torch.zeros_like(head)
+
+        def run() -> None:
+            for begin in range(0, len(hidden), BLOCK):
+                here = slice(begin, begin + BLOCK)
+                torch.mm(hidden[here], head.t(), out=x)
+                torch.mm(teacher_hidden[here], teacher_head.t(), out=z)
+                torch.mm(x, head, out=hidden_grad[here])
+                torch.addmm(head_grad, x.t(), hidden[here], beta=float(begin > 0), out=head_grad)
+
+        return run
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _status(key: str) -> int:
+    """VmRSS or VmHWM of this process in bytes (Linux)."""
+    match = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024
+
+
+def peak_above(run: Callable[[], object]) -> int:
+    """Bytes by which the process's resident memory rose above its start while ``run`` ran."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def measure(case: Case) -> dict[str, Any]:
+    inputs = Inputs(case)
+    returned = sum(tensor.numel() * tensor.element_size() for tensor in (inputs.hidden, inputs.head))
+    if case.kind == "memory":
+        # What the libraries keep for good is paid by a small step, outside the measurement.
+        small = Inputs(dataclasses.replace(case, shape="32k", tokens=64))
+        small.step(case)
+        del small
+        plan = kd.plan(case.tokens, *SHAPES[case.shape], DTYPES[case.dtype], memory_budget=case.budget)
+        peak = peak_above(lambda: inputs.step(case)) - returned
+        return {"scratch_bytes": peak, "planned_scratch_bytes": plan.scratch_bytes, "accumulator_bytes": plan.accumulator_bytes}
+    if case.kind == "eager":
+        result: dict[str, Any] = {"scratch_bytes": peak_above(inputs.eager_step) - returned}
+        step = inputs.eager_step
+    else:
+        result = {}
+        inputs.step(case)
+
+        def step() -> None:
+            inputs.step(case)
+
+    dtype = DTYPES[case.dtype]
+    yardstick = product_dtype(dtype, torch.device("cpu"))
+    products = inputs.products(yardstick)
+    products()
+    ratios, times = [], []
+    before = seconds(products)
+    for _ in range(case.repeats):
+        took = seconds(step)
+        after = seconds(products)
+        ratios.append(2 * took / (before + after))
+        times.append((took, after))
+        before = after
+    result |= {
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "seconds": statistics.median(took for took, _ in times),
+        "products_seconds": statistics.median(after for _, after in times),
+        "products_dtype": str(yardstick),
+    }
+    if yardstick != dtype and case.loss == "forward_kl":
+        del products
+        result["own_dtype_products_seconds"] = 8 * seconds(inputs.products(dtype, fraction=8))
+    return result
+
+
+def label(case: Case) -> str:
+    extras = [f"{case.budget // MIB} MiB budget"] if case.budget else []
+    extras += ["half masked"] if case.masked else []
+    loss = "eager forward_kl" if case.kind == "eager" else case.loss
+    return ", ".join([f"{case.shape} {case.dtype} N={case.tokens} {loss}", *extras])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps per case (default 5)")
+    parser.add_argument("--only", default="", help="run cases whose line contains this, and keep the other results")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(measure(Case(**json.loads(arguments.case)))))
+        return 0
+    kept: dict[str, Any] = json.loads(RESULTS.read_text())["cases"] if arguments.only and RESULTS.exists() else {}
+    for case in cases(arguments.repeats):
+        name = f"{case.kind}: {label(case)}"
+        if arguments.only not in name:
+            continue
+        child = [sys.executable, "-m", "benchmarks.linear", "--case", json.dumps(dataclasses.asdict(case))]
+        done = subprocess.run(child, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            kept[name] = {"failed": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"}
+        else:
+            kept[name] = json.loads(done.stdout.splitlines()[-1])
+        report(name, kept[name])
+        machine = {
+            "processor": processor(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "instruction_sets": list(native.instruction_sets()),
+            "date": datetime.date.today().isoformat(),
+        }
+        RESULTS.write_text(json.dumps({"machine": machine, "cases": kept}, indent=1) + "\n")
+    print(f"wrote {RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS}")
+    return 0
+
+
+def processor() -> str:
+    match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return match[1] if match else platform.processor()
+
+
+def report(name: str, result: dict[str, Any]) -> None:
+    parts = [f"{name:58}"]
+    if "failed" in result:
+        parts.append(f"failed: {result['failed']}")
+    if "ratio" in result:
+        spread = f"{min(result['ratios']):.3f}-{max(result['ratios']):.3f}"
+        parts.append(f"{result['ratio']:.3f}x its products ({spread}), {result['seconds']:.2f} s")
+    if "own_dtype_products_seconds" in result:
+        parts.append(f"(its 16-bit products take {result['own_dtype_products_seconds']:.0f} s)")
+    if "scratch_bytes" in result:
+        parts.append(f"{result['scratch_bytes'] / MIB:.0f} MiB above inputs and gradients")
+    if "planned_scratch_bytes" in result:
+        parts.append(f"(planned {result['planned_scratch_bytes'] / MIB:.0f})")
+    print("  ".join(parts), flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
