@@ -130,7 +130,8 @@ void set_gradient(Problem& p, Tensor& dx, const Tensor& x, const Tensor& weight,
   p.dx_stride = dx.stride(0);
   p.weight = weight.const_data_ptr<float>();
   p.kd_scale = static_cast<float>(kd_scale);
-  p.ce_scale = static_cast<float>(ce_scale);
+  p.ce_scale = p.labels ? static_cast<float>(ce_scale) : 0.f;
+  p.ce = p.ce_scale != 0.f || (p.labels && p.metrics);
 }
 
 // Asks for huge pages under a tensor that nothing has touched yet. Faulting a scratch of hundreds of MiB in by 4 KiB pages costs a
@@ -164,7 +165,6 @@ Tensor row_loss(Tensor x, const Tensor& z, const std::optional<Tensor>& x_bias, 
   set_gradient(p, dx, x, weight, kd_scale, ce_scale);
   if (!grad) p.dx = nullptr;
   p.a = static_cast<float>(a);
-  p.ce = p.labels && (ce_scale != 0 || metrics);
   Tensor result = torch::stable::new_empty(x, {rows, static_cast<int64_t>(kd::row_columns)}, ScalarType::Float);
   p.rows = result.mutable_data_ptr<float>();
   over_rows(p, rows, find(divergence).row_loss);

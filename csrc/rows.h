@@ -4,29 +4,32 @@
 //   target mixed in; the later sweeps never see a dtype, a bias or a tail.
 // - The divergence is a template argument of one sweep only (reduce).
 // - Buffers are padded to whole vectors with -inf, the value that contributes nothing anywhere.
-// - Sums run in float inside a block of 1024 entries and in double across blocks.
+// - Sums run in float inside a block of 256 entries and in double across blocks.
 //
 // Included once per instruction set after vec.h, inside its namespace.
 
-constexpr int64_t block = 1024;
+constexpr int64_t block = 256;
 
 inline int64_t padded(int64_t n) { return (n + KD_LANES - 1) / KD_LANES * KD_LANES; }
 
-// Three row buffers in one aligned allocation: student, target (later the slope), and the teacher where metrics ask for it.
+// Row buffers in one aligned allocation: student (later q), target (later the slope), and a third where metrics ask for the teacher
+// or the gradient asks for the student's logits again (then q is kept there).
 class Buffers {
  public:
-  Buffers(int64_t vocabulary, bool metrics) {
-    const int64_t length = padded(vocabulary);
-    memory_ = static_cast<float*>(std::aligned_alloc(64, ((metrics ? 3 : 2) * length * 4 + 63) / 64 * 64));
+  explicit Buffers(const Problem& p) {
+    const bool third = p.metrics || p.x.softcap != 0.f || (p.ce && p.temperature != 1.f);
+    const int64_t length = padded(p.vocabulary);
+    memory_ = static_cast<float*>(std::aligned_alloc(64, ((third ? 3 : 2) * length * 4 + 63) / 64 * 64));
     if (!memory_) throw std::bad_alloc();
     x = memory_;
     y = x + length;
-    z = metrics ? y + length : nullptr;
+    q = third ? y + length : x;
+    z = p.metrics ? q : nullptr;
   }
   ~Buffers() { std::free(memory_); }
   Buffers(const Buffers&) = delete;
   Buffers& operator=(const Buffers&) = delete;
-  float *x, *y, *z;
+  float *x, *y, *q, *z;
 
  private:
   float* memory_;
@@ -177,9 +180,11 @@ inline F entropy_term(F probability, F log_probability) {
   return where(log_probability == -infinity, F{}, probability * log_probability);
 }
 
-// Second sweep: sums of value and slope; the slope replaces the target in b.y.
-template <class Divergence, bool metrics>
+// Second sweep: sums of value and slope. For a gradient, the slope replaces the target in b.y, and q is written to b.q.
+template <class Divergence, bool metrics, bool grad>
 void reduce_row(const Problem& p, int64_t row, const Buffers& b, const float* stats, float* sums) {
+  const int64_t label = p.labels ? p.labels[row] : -1;
+  sums[label_logit] = label >= 0 && label < p.vocabulary ? b.x[label] * p.temperature : 0.f;
   double value_sum = 0, slope_sum = 0, entropy_y = 0, entropy_x = 0, shared = 0;
   for (int64_t v0 = 0; v0 < p.vocabulary; v0 += block) {
     const int64_t end = std::min(v0 + block, p.vocabulary);
@@ -194,12 +199,15 @@ void reduce_row(const Problem& p, int64_t row, const Buffers& b, const float* st
       values += where(banned, F{}, value);
       slopes += slope;
       if constexpr (metrics) {
-        const F q = exp<true>(lq);
-        terms_y += entropy_term(exp<true>(lp), lp);
+        const F q = exp(lq);
+        terms_y += entropy_term(exp(lp), lp);
         terms_x += entropy_term(q, lq);
         least += minimum(q, exp<true>((load(b.z + v) - stats[max_z_T]) - stats[log_sum_z_T]));
       }
-      store(b.y + v, slope);
+      if constexpr (grad) {
+        store(b.y + v, slope);
+        store(b.q + v, exp(lq));
+      }
     }
     value_sum += sum(values);
     slope_sum += sum(slopes);
@@ -212,15 +220,13 @@ void reduce_row(const Problem& p, int64_t row, const Buffers& b, const float* st
   sums[sum_value] = static_cast<float>(value_sum);
   // A slope that compares (total variation) can hide a NaN that the value shows.
   sums[sum_slope] = static_cast<float>(value_sum == value_sum ? slope_sum : value_sum);
-  const int64_t label = p.labels ? p.labels[row] : -1;
-  sums[label_logit] = label >= 0 && label < p.vocabulary ? b.x[label] * p.temperature : 0.f;
   sums[target_entropy] = static_cast<float>(entropy_y);
   sums[student_entropy] = static_cast<float>(entropy_x);
   sums[overlap] = static_cast<float>(shared);
 }
 
 // Third sweep: dx = kd (slope - q sum slope) / T + ce (softmax(x) - e_label), times the row's weight, through the head's chain
-// rule; b.x holds the student's logits after head and temperature, b.y the slope.
+// rule.
 void grad_row(const Problem& p, int64_t row, const Buffers& b, const float* stats, float slope_sum) {
   const float weight = (p.weight ? p.weight[row] : 1.f) * p.x.scale;
   const float kd = p.kd_scale / p.temperature * weight, ce = p.ce_scale * weight;
@@ -231,16 +237,15 @@ void grad_row(const Problem& p, int64_t row, const Buffers& b, const float* stat
   alignas(64) float dx[block];
   for (int64_t v0 = 0; v0 < p.vocabulary; v0 += block) {
     const int64_t n = std::min(block, p.vocabulary - v0);
-    for (int64_t v = 0; v < n; v += KD_LANES) {
-      const F x = load(b.x + v0 + v);
-      F d = kd * load(b.y + v0 + v) + q_factor * exp<true>((x - stats[max_x_T]) - stats[log_sum_x_T]);
-      if (own_x) d += ce * exp<true>((x * p.temperature - stats[max_x]) - stats[log_sum_x]);
-      store(dx + v, d);
-    }
+    const float *x = b.x + v0, *slope = b.y + v0, *q = b.q + v0;
+    for (int64_t v = 0; v < n; v += KD_LANES) store(dx + v, kd * load(slope + v) + q_factor * load(q + v));
+    if (own_x)
+      for (int64_t v = 0; v < n; v += KD_LANES)
+        store(dx + v, load(dx + v) + ce * exp<true>((load(x + v) * p.temperature - stats[max_x]) - stats[log_sum_x]));
     if (label >= v0 && label < v0 + n) dx[label - v0] -= ce;
     if (over_cap != 0.f)
       for (int64_t v = 0; v < n; v += KD_LANES) {
-        const F tanh_x = load(b.x + v0 + v) * over_cap;
+        const F tanh_x = load(x + v) * over_cap;
         store(dx + v, load(dx + v) * (1.f - tanh_x * tanh_x));
       }
     const int64_t offset = row * p.dx_stride + v0;
@@ -261,15 +266,14 @@ inline bool dropped(const Problem& p, int64_t row) { return p.weight && p.weight
 
 template <class Divergence>
 void reduce(const Problem& p, int64_t row, const Buffers& b, const float* stats, float* sums) {
-  if (p.metrics)
-    reduce_row<Divergence, true>(p, row, b, stats, sums);
-  else
-    reduce_row<Divergence, false>(p, row, b, stats, sums);
+  const auto run = p.metrics ? (p.dx ? reduce_row<Divergence, true, true> : reduce_row<Divergence, true, false>)
+                             : (p.dx ? reduce_row<Divergence, false, true> : reduce_row<Divergence, false, false>);
+  run(p, row, b, stats, sums);
 }
 
 template <class Divergence>
 void row_loss(const Problem& p, int64_t begin, int64_t end) {
-  const Buffers b(p.vocabulary, p.metrics);
+  const Buffers b(p);
   for (int64_t row = begin; row < end; ++row) {
     float* out = p.rows + row * row_columns;
     std::fill(out, out + row_columns, 0.f);
@@ -294,13 +298,13 @@ void row_loss(const Problem& p, int64_t begin, int64_t end) {
 
 // The three sweeps by themselves, over a block of the vocabulary, for strategies that stream it.
 void block_stats(const Problem& p, int64_t begin, int64_t end) {
-  const Buffers b(p.vocabulary, p.metrics);
+  const Buffers b(p);
   for (int64_t row = begin; row < end; ++row) load_row<true>(p, row, b, p.stats + row * stats_columns);
 }
 
 template <class Divergence>
 void block_reduce(const Problem& p, int64_t begin, int64_t end) {
-  const Buffers b(p.vocabulary, p.metrics);
+  const Buffers b(p);
   for (int64_t row = begin; row < end; ++row) {
     load_row<false>(p, row, b, nullptr);
     reduce<Divergence>(p, row, b, p.stats + row * stats_columns, p.sums + row * sums_columns);
@@ -309,7 +313,7 @@ void block_reduce(const Problem& p, int64_t begin, int64_t end) {
 
 template <class Divergence>
 void block_grad(const Problem& p, int64_t begin, int64_t end) {
-  const Buffers b(p.vocabulary, false);
+  const Buffers b(p);
   float unused[sums_columns];
   for (int64_t row = begin; row < end; ++row) {
     if (dropped(p, row)) {
@@ -318,7 +322,7 @@ void block_grad(const Problem& p, int64_t begin, int64_t end) {
     }
     const float* stats = p.stats + row * stats_columns;
     load_row<false>(p, row, b, nullptr);
-    reduce_row<Divergence, false>(p, row, b, stats, unused);
+    reduce_row<Divergence, false, true>(p, row, b, stats, unused);
     grad_row(p, row, b, stats, p.sums[row * sums_columns + sum_slope]);
   }
 }
