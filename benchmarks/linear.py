@@ -201,11 +201,12 @@ def measure(case: Case) -> dict[str, Any]:
     return result
 
 
-def label(case: Case) -> str:
+def name(case: Case) -> str:
+    """What a case is called in the results."""
     extras = [f"{case.budget // MIB} MiB budget"] if case.budget else []
     extras += ["half masked"] if case.masked else []
     loss = "eager forward_kl" if case.kind == "eager" else case.loss
-    return ", ".join([f"{case.shape} {case.dtype} N={case.tokens} {loss}", *extras])
+    return ", ".join([f"{case.kind}: {case.shape} {case.dtype} N={case.tokens} {loss}", *extras])
 
 
 def main() -> int:
@@ -219,16 +220,16 @@ def main() -> int:
         return 0
     kept: dict[str, Any] = json.loads(RESULTS.read_text())["cases"] if arguments.only and RESULTS.exists() else {}
     for case in cases(arguments.repeats):
-        name = f"{case.kind}: {label(case)}"
-        if arguments.only not in name:
+        key = name(case)
+        if arguments.only not in key:
             continue
         child = [sys.executable, "-m", "benchmarks.linear", "--case", json.dumps(dataclasses.asdict(case))]
         done = subprocess.run(child, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            kept[name] = {"failed": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"}
+            kept[key] = {"failed": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"}
         else:
-            kept[name] = json.loads(done.stdout.splitlines()[-1])
-        report(name, kept[name])
+            kept[key] = json.loads(done.stdout.splitlines()[-1])
+        report(key, kept[key])
         machine = {
             "processor": processor(),
             "threads": torch.get_num_threads(),
@@ -247,8 +248,8 @@ def processor() -> str:
     return match[1] if match else platform.processor()
 
 
-def report(name: str, result: dict[str, Any]) -> None:
-    parts = [f"{name:58}"]
+def report(key: str, result: dict[str, Any]) -> None:
+    parts = [f"{key:58}"]
     if "failed" in result:
         parts.append(f"failed: {result['failed']}")
     if "ratio" in result:

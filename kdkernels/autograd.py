@@ -1,9 +1,10 @@
 """The backward passes of the library operators of ops.py.
 
-An operator takes its differentiable arguments first, then token_weight, and ends with ``needs`` (which of them need a gradient) and
-``metrics``; it returns losses, one gradient for each differentiable argument, and metrics. A summed loss has its gradients made in
-the forward, and the backward only scales them. A loss per token learns its upstream gradient in the backward, so it computes there
-again, with that gradient as token weights.
+An operator takes its differentiable arguments first, then token_weight and grad_scale, and ends with ``needs`` (which of the
+differentiable ones need a gradient) and ``metrics``; it returns losses, a gradient for each differentiable argument, and metrics.
+
+A summed loss has its gradients made in the forward, and the backward only scales them. A loss per token learns its upstream gradient
+in the backward, so it computes there again, with that gradient as token weights.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Arguments of ``apply`` before those of the operator.
+# Arguments of ``apply`` before the operator's own.
 _OWN = 5
 
 
@@ -31,15 +32,18 @@ def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
 
 
 class SummedLoss(torch.autograd.Function):
-    """(sum of losses times ``factor``, metrics); ``pending`` is what the gradients still lack of that factor."""
+    """(sum of losses times ``factor``, metrics).
+
+    folded: whether the gradients are made with that factor in them, or get it in the backward.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, operator: Any, differentiable: int, metrics: bool, factor: Tensor, pending: Tensor, *arguments: Any
-    ) -> Any:
+    def forward(ctx: Any, operator: Any, differentiable: int, metrics: bool, factor: Tensor, folded: bool, *arguments: Any) -> Any:
         ctx.needs = [bool(need) for need in ctx.needs_input_grad[_OWN : _OWN + differentiable]]
-        losses, *grads, summary = operator(*arguments, ctx.needs, metrics)
-        ctx.save_for_backward(pending, *grads)
+        one = torch.ones_like(factor)
+        weighted, rest = arguments[: differentiable + 1], arguments[differentiable + 1 :]
+        losses, *grads, summary = operator(*weighted, factor if folded else one, *rest, ctx.needs, metrics)
+        ctx.save_for_backward(one if folded else factor, *grads)
         ctx.mark_non_differentiable(summary)
         return (losses.sum(dtype=torch.float64) * factor).to(losses.dtype), summary
 
@@ -53,16 +57,15 @@ class SummedLoss(torch.autograd.Function):
 
 
 class LossPerToken(torch.autograd.Function):
-    """(loss of each token, metrics). ``factor`` and ``pending`` do not apply."""
+    """(loss of each token, metrics); ``factor`` is 1 here."""
 
     @staticmethod
-    def forward(
-        ctx: Any, operator: Any, differentiable: int, metrics: bool, factor: Tensor, pending: Tensor, *arguments: Any
-    ) -> Any:
-        losses, *_, summary = operator(*arguments, [False] * differentiable, metrics)
+    def forward(ctx: Any, operator: Any, differentiable: int, metrics: bool, factor: Tensor, folded: bool, *arguments: Any) -> Any:
+        weighted, rest = arguments[: differentiable + 1], arguments[differentiable + 1 :]
+        losses, *_, summary = operator(*weighted, factor, *rest, [False] * differentiable, metrics)
         ctx.operator, ctx.differentiable = operator, differentiable
         ctx.tensors = [isinstance(argument, Tensor) for argument in arguments]
-        ctx.save_for_backward(*[argument for argument in arguments if isinstance(argument, Tensor)])
+        ctx.save_for_backward(factor, *[argument for argument in arguments if isinstance(argument, Tensor)])
         ctx.others = [argument for argument in arguments if not isinstance(argument, Tensor)]
         ctx.mark_non_differentiable(summary)
         return losses, summary
@@ -70,11 +73,11 @@ class LossPerToken(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Any) -> Any:
-        saved, others = list(ctx.saved_tensors), list(ctx.others)
+        (factor, *saved), others = ctx.saved_tensors, list(ctx.others)
         arguments = [saved.pop(0) if tensor else others.pop(0) for tensor in ctx.tensors]
-        token_weight = arguments[ctx.differentiable]
-        arguments[ctx.differentiable] = upstream if token_weight is None else token_weight * upstream
+        inputs, (token_weight, *rest) = arguments[: ctx.differentiable], arguments[ctx.differentiable :]
+        weight = upstream if token_weight is None else token_weight * upstream
         needs = [bool(need) for need in ctx.needs_input_grad[_OWN : _OWN + ctx.differentiable]]
-        _, *grads, _ = ctx.operator(*arguments, needs, False)
-        scaled = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-        return (*[None] * _OWN, *scaled, *[None] * (len(arguments) - len(scaled)))
+        _, *grads, _ = ctx.operator(*inputs, weight, factor, *rest, needs, False)
+        made = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        return (*[None] * _OWN, *made, *[None] * (len(arguments) - len(made)))

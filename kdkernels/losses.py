@@ -40,7 +40,8 @@ class LMHead:
 def _number(name: str, value: Any, accepted: str, low: float = -math.inf, *, above: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {accepted}, got {type(value).__name__}")
-    if not math.isfinite(value) or value < low or (above and value == low):
+    # not math.isfinite: a compiled graph may hold the number as a symbol
+    if not -math.inf < value < math.inf or value < low or (above and value == low):
         raise ValueError(f"{name} is {accepted}, got {value}")
     return float(value)
 
@@ -197,34 +198,26 @@ def _kept_weight(loss: _Loss, tokens: int, dtype: torch.dtype, device: torch.dev
     return loss.token_weight.to(dtype).where(counted, 0.0).sum()
 
 
-def _reduced(loss: _Loss, operator: Any, differentiable: int, dtype: torch.dtype, arguments: tuple[Any, ...]) -> Any:
+def _reduced(
+    loss: _Loss, operator: Any, differentiable: tuple[Tensor | None, ...], dtype: torch.dtype, others: tuple[Any, ...]
+) -> Any:
     """Run the operator under the autograd function that fits the reduction. dtype: of the loss."""
-    first = arguments[0]
-    tokens, device = first.shape[0], first.device
-    one = torch.ones((), dtype=dtype, device=device)
-    factor = one
+    rows = differentiable[0]
+    assert rows is not None
+    factor = torch.ones((), dtype=dtype, device=rows.device)
     if loss.reduction == "mean":
         if loss.normalizer is None:
-            normalizer = _kept_weight(loss, tokens, dtype, device)
+            normalizer = _kept_weight(loss, rows.shape[0], dtype, rows.device)
         elif isinstance(loss.normalizer, Tensor):
-            normalizer = loss.normalizer.detach().to(device=device, dtype=dtype)
+            normalizer = loss.normalizer.detach().to(device=rows.device, dtype=dtype)
         else:
-            normalizer = torch.full((), loss.normalizer, dtype=dtype, device=device)
+            normalizer = torch.full((), loss.normalizer, dtype=dtype, device=rows.device)
         factor = torch.where(normalizer == 0, 0.0, 1.0 / normalizer)
     # Float16 gradients of single logits would underflow under 1 / tokens before a gradient scaler sees them.
-    small = any(isinstance(argument, Tensor) and argument.dtype == torch.float16 for argument in arguments[:2])
-    grad_scale, pending = (one, factor) if small else (factor, one)
-    tensors, options = arguments[: differentiable + 1], arguments[differentiable + 1 :]
+    folded = all(argument is None or argument.dtype != torch.float16 for argument in differentiable)
     function = LossPerToken if loss.reduction == "none" else SummedLoss
-    scale = one if loss.reduction == "none" else grad_scale
     value, summary = function.apply(  # type: ignore[no-untyped-call]
-        operator,
-        differentiable,
-        loss.return_metrics,
-        factor,
-        pending,
-        *tensors,
-        *(scale if option is _GRAD_SCALE else option for option in options),
+        *(operator, len(differentiable), loss.return_metrics, factor, folded), *differentiable, loss.token_weight, *others
     )
     if loss.reduction == "none":
         value = value.reshape(loss.shape)
@@ -234,10 +227,6 @@ def _reduced(loss: _Loss, operator: Any, differentiable: int, dtype: torch.dtype
     if loss.labels is None:
         del metrics["ce"]
     return value, metrics
-
-
-# Stands where an operator takes grad_scale, until the reduction has decided it.
-_GRAD_SCALE = object()
 
 
 def _terms(loss: _Loss, head: list[float]) -> tuple[Any, ...]:
@@ -334,16 +323,12 @@ def linear_kd_loss(
     )
     sum_dtype = accumulate_dtype(dtypes[0])
     head = [student.logit_scale, student.softcap or 0.0, teacher.logit_scale, teacher.softcap or 0.0]
-    arguments = (
-        student_hidden.reshape(-1, student_hidden.shape[-1]),
-        student.weight,
-        student.bias,
-        loss.token_weight,
+    differentiable = (student_hidden.reshape(-1, student_hidden.shape[-1]), student.weight, student.bias)
+    others = (
         teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
         teacher.weight.detach(),
         None if teacher.bias is None else teacher.bias.detach(),
         loss.labels,
-        _GRAD_SCALE,
         loss.t.to(device=device, dtype=sum_dtype),
         *_terms(loss, head),
         loss.ignore_index,
@@ -351,7 +336,7 @@ def linear_kd_loss(
         *dtypes,
         default_budget(device) if memory_budget is None else memory_budget,
     )
-    return _reduced(loss, torch.ops.kdkernels.linear_kd, 3, sum_dtype, arguments)
+    return _reduced(loss, torch.ops.kdkernels.linear_kd, differentiable, sum_dtype, others)
 
 
 def _vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:
@@ -419,17 +404,15 @@ def kd_loss(
         return_metrics=return_metrics,
     )
     sum_dtype = accumulate_dtype(torch.promote_types(student_logits.dtype, teacher_logits.dtype))
-    arguments = (
-        _rows(student_logits),
-        loss.token_weight,
+    others = (
         _rows(teacher_logits.detach()),
         loss.labels,
-        _GRAD_SCALE,
         loss.t.to(device=student_logits.device, dtype=sum_dtype),
         *_terms(loss, [1.0, 0.0, 1.0, 0.0]),
         loss.ignore_index,
     )
-    return _reduced(loss, torch.ops.kdkernels.logits_kd, 1, accumulate_dtype(student_logits.dtype), arguments)
+    differentiable = (_rows(student_logits),)
+    return _reduced(loss, torch.ops.kdkernels.logits_kd, differentiable, accumulate_dtype(student_logits.dtype), others)
 
 
 def _rows(logits: Tensor) -> Tensor:

@@ -18,14 +18,14 @@ from kdkernels.products import product_dtype
 _TERMS = "str divergence, float a, float temperature, float kd_scale, float ce_scale, float[] head"
 
 library.define(
-    "linear_kd(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? token_weight, "
+    "linear_kd(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? token_weight, Tensor grad_scale, "
     "Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, Tensor? labels, "
-    f"Tensor grad_scale, Tensor t, {_TERMS}, int ignore_index, int vocab, ScalarType student_dtype, ScalarType teacher_dtype, "
+    f"Tensor t, {_TERMS}, int ignore_index, int vocab, ScalarType student_dtype, ScalarType teacher_dtype, "
     "int memory_budget, bool[] needs, bool metrics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
-    "logits_kd(Tensor student_logits, Tensor? token_weight, Tensor teacher_logits, Tensor? labels, "
-    f"Tensor grad_scale, Tensor t, {_TERMS}, int ignore_index, bool[] needs, bool metrics) -> (Tensor, Tensor, Tensor)"
+    "logits_kd(Tensor student_logits, Tensor? token_weight, Tensor grad_scale, Tensor teacher_logits, Tensor? labels, "
+    f"Tensor t, {_TERMS}, int ignore_index, bool[] needs, bool metrics) -> (Tensor, Tensor, Tensor)"
 )
 
 

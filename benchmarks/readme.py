@@ -1,0 +1,76 @@
+"""Writes the README's measured table from benchmarks/results/linear.json: ``python -m benchmarks.readme``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.linear import DTYPES, LOSSES, MIB, RESULTS, SHAPES, Case, name
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- measured -->\n", "<!-- end -->"
+
+
+def _ratio(cases: dict[str, Any], case: Case) -> str:
+    result = cases.get(name(case), {"failed": "not run"})
+    return result["failed"] if "failed" in result else f"{result['ratio']:.3f}"
+
+
+def table(results: dict[str, Any]) -> str:
+    """The section's Markdown."""
+    machine, cases = results["machine"], results["cases"]
+    threads = machine["threads"]
+    lines = [
+        f"{machine['processor']}, {threads} threads, torch {machine['torch']}, {machine['instruction_sets'][0]}, {machine['date']}; "
+        "N = 1024, medians.",
+        "",
+        "| V, D_s, D_t | dtype | " + " | ".join(LOSSES) + " | half of the labels ignored | 128 MiB budget | eager forward KL |",
+        "|---|---|" + "---|" * (len(LOSSES) + 3),
+    ]
+    for shape, sizes in SHAPES.items():
+        for dtype in DTYPES:
+            row = [_ratio(cases, Case("time", shape, dtype, loss)) for loss in LOSSES]
+            extra = [Case("time", shape, masked=True), Case("time", shape, budget=128 * MIB), Case("eager", shape)]
+            row += [_ratio(cases, case) if dtype == "fp32" else "" for case in extra]
+            lines.append(f"| {', '.join(f'{size:,}' for size in sizes)} | {dtype} | " + " | ".join(row) + " |")
+    lines += [
+        "",
+        "| peak memory above inputs and returned gradients, V = 151,936 | measured, MiB | planned, MiB |",
+        "|---|---|---|",
+    ]
+    for dtype in DTYPES:
+        for tokens, budget in ((1024, None), (8192, None), (1024, 128 * MIB)):
+            result = cases.get(name(Case("memory", "152k", dtype, tokens=tokens, budget=budget)), {"failed": "not run"})
+            if "failed" in result:
+                measured, planned = result["failed"], ""
+            else:
+                measured, planned = (f"{result[key] / MIB:.0f}" for key in ("scratch_bytes", "planned_scratch_bytes"))
+            limit = f", budget {budget // MIB} MiB" if budget else ""
+            lines.append(f"| forward KL, {dtype}, N = {tokens}{limit} | {measured} | {planned} |")
+    eager = cases.get(name(Case("eager", "152k")), {})
+    if "scratch_bytes" in eager:
+        lines.append(f"| eager PyTorch, fp32, N = 1024 (grows with N) | {eager['scratch_bytes'] / MIB:.0f} | |")
+    own = [
+        (cases[name(case)]["seconds"], cases[name(case)]["own_dtype_products_seconds"])
+        for case in (Case("time", shape, "bf16") for shape in SHAPES)
+        if "own_dtype_products_seconds" in cases.get(name(case), {})
+    ]
+    if own:
+        lines += [
+            "",
+            "This processor has no bfloat16 matrix path, so bf16 rows are over float32 products. torch's own bfloat16 products take "
+            + " and ".join(f"{products:.0f} s where the whole loss step takes {step:.1f} s" for step, products in own)
+            + ".",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def updated(readme: str, results: dict[str, Any]) -> str:
+    """The README with the table between its marks."""
+    before, rest = readme.split(BEGIN)
+    return before + BEGIN + table(results) + END + rest.split(END, 1)[1]
+
+
+if __name__ == "__main__":
+    README.write_text(updated(README.read_text(), json.loads(RESULTS.read_text())))

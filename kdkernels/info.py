@@ -1,0 +1,70 @@
+"""What this installation is and what it runs on: ``python -m kdkernels info``, and the header of result files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kdkernels as kd
+from kdkernels.backends import native
+
+OPTIONAL = ("triton", "transformers", "tokenizers", "safetensors")
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def facts() -> dict[str, Any]:
+    """Versions, machine and backends; plain values, ready for JSON."""
+    sets = native.instruction_sets()
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return {
+        "kdkernels": kd.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: _version(name) for name in OPTIONAL},
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "backends": {device: kd.backend(device) for device in devices},
+        "instruction_set": sets[0] if sets else None,
+        "instruction_sets": list(sets),
+        "divergences": list(kd.divergences()),
+    }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library) if importlib.util.find_spec(library) else None
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def text() -> str:
+    """The facts for reading, one to a line."""
+    known = facts()
+    in_use = known["instruction_set"]
+    lines = {name: known[name] for name in ("kdkernels", "python", "torch")}
+    lines |= {name: known[name] or "not installed" for name in OPTIONAL}
+    lines |= {name: known[name] for name in ("system", "processor", "threads")}
+    lines |= {f"backend, {device}": name for device, name in known["backends"].items()}
+    if in_use is None:
+        lines["instruction set"] = "none: the C++ extension is not built, plain PyTorch does the work"
+    else:
+        lines["instruction set"] = f"{in_use} (usable here: {', '.join(known['instruction_sets'])})"
+    lines["divergences"] = ", ".join(known["divergences"])
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
