@@ -22,8 +22,8 @@ def table(results: dict[str, Any]) -> str:
     machine, cases = results["machine"], results["cases"]
     threads = machine["threads"]
     lines = [
-        f"{machine['processor']}, {threads} threads, torch {machine['torch']}, {machine['instruction_sets'][0]}, {machine['date']}; "
-        "N = 1024, medians.",
+        f"{machine['processor']}, {threads} threads, {machine['instruction_sets'][0]}, torch {machine['torch']}, "
+        f"{machine['date']}; N = 1024, medians.",
         "",
         "| V, D_s, D_t | dtype | " + " | ".join(LOSSES) + " | half of the labels ignored | 128 MiB budget | eager forward KL |",
         "|---|---|" + "---|" * (len(LOSSES) + 3),
@@ -59,7 +59,8 @@ def table(results: dict[str, Any]) -> str:
     if own:
         lines += [
             "",
-            "This processor has no bfloat16 matrix path, so bf16 rows are over float32 products. torch's own bfloat16 products take "
+            "This processor has no bfloat16 matrix path, so bf16 rows are over float32 products. "
+            "torch's own bfloat16 products take "
             + " and ".join(f"{products:.0f} s where the whole loss step takes {step:.1f} s" for step, products in own)
             + ".",
         ]

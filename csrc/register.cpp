@@ -6,10 +6,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
 #include <optional>
@@ -134,20 +130,6 @@ void set_gradient(Problem& p, Tensor& dx, const Tensor& x, const Tensor& weight,
   p.ce = p.ce_scale != 0.f || (p.labels && p.metrics);
 }
 
-// Asks for huge pages under a tensor that nothing has touched yet. Faulting a scratch of hundreds of MiB in by 4 KiB pages costs a
-// tenth of a small head's whole step.
-void use_huge_pages(const Tensor& fresh) {
-#ifdef __linux__
-  constexpr uintptr_t page = uintptr_t{2} << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(fresh.const_data_ptr());
-  const uintptr_t end = begin + fresh.numel() * fresh.element_size();
-  const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal changes nothing
-#else
-  (void)fresh;
-#endif
-}
-
 void over_rows(const Problem& p, int64_t rows, kd::RowRange run) {
   // A thread should have at least some 16k logits to work on.
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, p.vocabulary));
@@ -217,7 +199,6 @@ void block_grad(Tensor x, const Tensor& z, const std::optional<Tensor>& x_bias, 
 STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   m.def("instruction_set_names() -> str");
   m.def("use_instruction_set(str name) -> ()");
-  m.def("use_huge_pages(Tensor fresh) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CompositeExplicitAutograd, m) {
@@ -230,5 +211,4 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("block_stats", TORCH_BOX(&block_stats));
   m.impl("block_reduce", TORCH_BOX(&block_reduce));
   m.impl("block_grad", TORCH_BOX(&block_grad));
-  m.impl("use_huge_pages", TORCH_BOX(&use_huge_pages));
 }

@@ -13,6 +13,7 @@ from kdkernels.divergences import (
 )
 from kdkernels.losses import LinearKDLoss, LMHead, kd_loss, linear_kd_loss
 from kdkernels.plan import Plan, plan
+from kdkernels.scratch import free_scratch
 from kdkernels.taid import TAIDSchedule
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "backend",
     "divergences",
     "forward_kl",
+    "free_scratch",
     "jsd",
     "kd_loss",
     "linear_kd_loss",

@@ -3,8 +3,8 @@
 An operator takes its differentiable arguments first, then token_weight and grad_scale, and ends with ``needs`` (which of the
 differentiable ones need a gradient) and ``metrics``; it returns losses, a gradient for each differentiable argument, and metrics.
 
-A summed loss has its gradients made in the forward, and the backward only scales them. A loss per token learns its upstream gradient
-in the backward, so it computes there again, with that gradient as token weights.
+A summed loss has its gradients made in the forward, and the backward only scales them. A loss per token learns its upstream
+gradient in the backward, so it computes there again, with that gradient as token weights.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The command line: ``python -m kdkernels COMMAND``.
 
-Each command is a function that adds its own parser, with ``run`` set to what carries it out; ``COMMANDS`` lists them. What a command
-needs is imported when it runs, so that ``--help`` is quick and works without the optional libraries.
+Each command is a function that adds its own parser, with ``run`` set to what carries it out; ``COMMANDS`` lists them. What a
+command needs is imported when it runs, so that ``--help`` is quick and works without the optional libraries.
 
 Exit status: 0 done, 2 bad input or a damaged file, 130 interrupted.
 """
@@ -60,9 +60,9 @@ def _add_demo(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="distil a small model on real text, in a few minutes on a CPU",
-        description="Learn a vocabulary on the Python sources of this interpreter, train a small Llama-style teacher, and distil a\n"
-        "smaller student three ways: cross-entropy alone, forward KL, TAID. Prints held-out losses, and the time and memory\n"
-        "of a loss step against eager PyTorch; writes them with a plot into a folder.",
+        description="Learn a vocabulary on the Python sources of this interpreter, train a small Llama-style teacher, and\n"
+        "distil a smaller student three ways: cross-entropy alone, forward KL, TAID. Prints held-out losses, and the time\n"
+        "and memory of a loss step against eager PyTorch; writes them with a plot into a folder.",
         epilog="examples:\n  python -m kdkernels demo\n  python -m kdkernels demo --minutes 20 --out /tmp/demo\n"
         "  python -m kdkernels demo --resume        after Ctrl-C",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -214,6 +214,9 @@ def _reduced(
             normalizer = torch.full((), loss.normalizer, dtype=dtype, device=rows.device)
         factor = torch.where(normalizer == 0, 0.0, 1.0 / normalizer)
     # Float16 gradients of single logits would underflow under 1 / tokens before a gradient scaler sees them.
+    if not torch.is_grad_enabled():
+        # Inside the function this can no longer be seen: it would make gradients that nobody can ask for.
+        differentiable = tuple(None if argument is None else argument.detach() for argument in differentiable)
     folded = all(argument is None or argument.dtype != torch.float16 for argument in differentiable)
     function = LossPerToken if loss.reduction == "none" else SummedLoss
     value, summary = function.apply(  # type: ignore[no-untyped-call]
@@ -271,7 +274,8 @@ def linear_kd_loss(
         tensor, e.g. the token count of an accumulated step); "sum"; "none", shaped like labels, with the token weights in and 0 at
         dropped tokens.
     vocab_size: cut both heads to their first rows (padded vocabularies); the rest gets zero gradient.
-    strategy: "auto" or "tokens". memory_budget: bytes of scratch for logits (default 512 MiB on a CPU).
+    strategy: "auto" or "tokens". memory_budget: bytes of scratch for logits (default 512 MiB on a CPU, where the scratch stays
+        allocated for the next call until ``kd.free_scratch()``).
     return_metrics: also return a dict of detached 0-dim tensors, means over kept tokens, of the same pass: kd (D, without factors)
         and target_entropy, ce (if there are labels), student_entropy, agreement (of the most likely tokens of student and teacher),
         overlap (sum of min(q, softmax(z / T))), and tokens, how many were kept. Entropies in nats, at temperature T.

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from kdkernels import backends
-from kdkernels.backends import native
 from kdkernels.backends.operators import accumulate_dtype
 from kdkernels.plan import chunk_rows, logit_bytes
 from kdkernels.products import HeadProducts, add_head_grad, product_dtype
+from kdkernels.scratch import borrowed
 
 METRICS = ("kd", "ce", "target_entropy", "student_entropy", "agreement", "overlap", "tokens")
 
@@ -94,83 +94,104 @@ def linear_kd(
     rows = kept_rows(labels, token_weight, ignore_index, vocab)
     count = tokens if rows is None else rows.shape[0]
     weights = torch.ones(tokens, dtype=sum_dtype, device=device) if token_weight is None else token_weight.to(sum_dtype)
-
-    need_hidden, need_weight, need_bias = needs
-    losses = torch.zeros(tokens, dtype=sum_dtype, device=device)
-    hidden_grad = torch.zeros_like(student_hidden, memory_format=torch.contiguous_format) if need_hidden else losses.new_empty(0)
     size = chunk_rows(tokens, vocab, logit_bytes(*dtypes, device), budget)
-    if need_weight:
-        weight_grad = native.empty(tuple(student_weight.shape), student_weight.dtype, device)
-        weight_grad[0 if count == 0 else vocab :] = 0
-        split = tokens > size and weight_grad.dtype.itemsize == 2
-        weight_sum = native.empty((vocab, weight_grad.shape[1]), sum_dtype, device) if split else weight_grad[:vocab]
-    else:
-        weight_grad = losses.new_empty(0)
-    bias_sum = losses.new_zeros(0 if student_bias is None else student_bias.shape[0])
-    metric_sums = torch.zeros(len(METRICS) - 1, dtype=torch.float64, device=device)
 
-    chunks = math.ceil(count / size)
-    size = math.ceil(count / chunks) if chunks else 0
     # Where the loss does not look at the teacher, its logits are not computed: the student stands in for it.
     alone = terms.kd_scale == 0.0 and not metrics
-    backend = backends.operators(backends.select(device, x_dtype, z_dtype))
     student = HeadProducts(student_weight[:vocab], x_dtype)
-    x_bias = None if student_bias is None else student_bias[:vocab].to(sum_dtype).contiguous()
-    if alone:
-        z_bias, head = x_bias, terms.head[:2] * 2
-    else:
-        teacher = HeadProducts(teacher_weight[:vocab], z_dtype)
-        z_bias = None if teacher_bias is None else teacher_bias[:vocab].to(sum_dtype).contiguous()
-        head = terms.head
-    x_scratch = native.empty((size, vocab), x_dtype, device)
-    z_scratch = x_scratch if alone else native.empty((size, vocab), z_dtype, device)
+    x_bias = _bias(student_bias, vocab, sum_dtype)
+    teacher = student if alone else HeadProducts(teacher_weight[:vocab], z_dtype)
+    z_bias = x_bias if alone else _bias(teacher_bias, vocab, sum_dtype)
+    head = terms.head[:2] * 2 if alone else terms.head
+    backend = backends.operators(backends.select(device, x_dtype, z_dtype))
 
-    for chunk in range(chunks):
-        here = slice(chunk * size, min((chunk + 1) * size, count))
-        index: slice | Tensor = here if rows is None else rows[here]
-        x, z = x_scratch[: here.stop - here.start], z_scratch[: here.stop - here.start]
-        hidden = student_hidden[index].to(x_dtype)
-        student.logits(hidden, x)
-        if not alone:
-            teacher.logits(teacher_hidden[index].to(z_dtype), z)
-        chunk_weights = weights[index]
-        columns = backend.row_loss(
-            x,
-            z,
-            x_bias,
-            z_bias,
-            None if labels is None else labels[index].contiguous(),
-            chunk_weights * grad_scale,
-            t,
-            terms.divergence,
-            terms.a,
-            terms.temperature,
-            terms.kd_scale,
-            terms.ce_scale,
-            head,
-            any(needs),
-            metrics,
-        )
-        losses[index] = chunk_weights * weighted(columns, terms)
-        if metrics:
-            metric_sums += columns.sum(0, dtype=torch.float64)
-        if need_bias:
-            bias_sum[:vocab] += x.sum(0, dtype=sum_dtype)
-        if need_hidden:
-            if student_hidden.dtype == x_dtype and rows is None:
-                student.hidden_grad(x, hidden_grad[here])
+    grads = _Gradients(student_hidden, student_weight, student_bias, needs, vocab, sum_dtype, split=tokens > size)
+    losses = torch.zeros(tokens, dtype=sum_dtype, device=device)
+    metric_sums = torch.zeros(len(METRICS) - 1, dtype=torch.float64, device=device)
+    chunks = math.ceil(count / size)
+    size = math.ceil(count / chunks) if chunks else 0
+    shapes = [((size, vocab), x_dtype)] if alone else [((size, vocab), x_dtype), ((size, vocab), z_dtype)]
+    with borrowed(shapes, budget, device) as scratch:
+        for chunk in range(chunks):
+            here = slice(chunk * size, min((chunk + 1) * size, count))
+            index: slice | Tensor = here if rows is None else rows[here]
+            x, z = scratch[0][: here.stop - here.start], scratch[-1][: here.stop - here.start]
+            hidden = student_hidden[index].to(x_dtype)
+            student.logits(hidden, x)
+            if not alone:
+                teacher.logits(teacher_hidden[index].to(z_dtype), z)
+            chunk_weights = weights[index]
+            columns = backend.row_loss(
+                *(x, z, x_bias, z_bias),
+                None if labels is None else labels[index].contiguous(),
+                chunk_weights * grad_scale,
+                *(t, terms.divergence, terms.a, terms.temperature, terms.kd_scale, terms.ce_scale, head),
+                any(needs),
+                metrics,
+            )
+            losses[index] = chunk_weights * weighted(columns, terms)
+            if metrics:
+                metric_sums += columns.sum(0, dtype=torch.float64)
+            grads.add(student, x, hidden, index, first=chunk == 0)
+
+    summary = _summary(metric_sums, count).to(sum_dtype) if metrics else losses.new_empty(0)
+    return losses, *grads.finished(empty=count == 0), summary
+
+
+def _bias(bias: Tensor | None, vocab: int, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias[:vocab].to(dtype).contiguous()
+
+
+class _Gradients:
+    """The student's gradients, as they are added up over the chunks; what is not needed is neither computed nor allocated."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needs: tuple[bool, bool, bool],
+        vocab: int,
+        sum_dtype: torch.dtype,
+        split: bool,
+    ) -> None:
+        """split: whether there are several chunks; a 16-bit head's gradient is then added up in float32."""
+        self.vocab = vocab
+        self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+        self.weight_sum = None if self.weight is None else self.weight[:vocab]
+        if self.weight_sum is not None and split and weight.dtype.itemsize == 2:
+            self.weight_sum = torch.empty_like(self.weight_sum, dtype=sum_dtype)
+        self.bias = torch.zeros_like(bias, dtype=sum_dtype) if needs[2] and bias is not None else None
+        self.sums = hidden.new_empty(0, dtype=sum_dtype)
+        self.bias_dtype = None if bias is None else bias.dtype
+
+    def add(self, head: HeadProducts, dx: Tensor, hidden: Tensor, index: slice | Tensor, first: bool) -> None:
+        """A chunk's logit gradients dx [C, V] and hidden states [C, D], which are the rows ``index`` of all."""
+        if self.bias is not None:
+            self.bias[: self.vocab] += dx.sum(0, dtype=self.bias.dtype)
+        if self.hidden is not None:
+            if self.hidden.dtype == hidden.dtype and isinstance(index, slice):
+                head.hidden_grad(dx, self.hidden[index])
             else:
                 part = torch.empty_like(hidden)
-                student.hidden_grad(x, part)
-                hidden_grad[index] = part.to(hidden_grad.dtype)
-        if need_weight:
-            add_head_grad(x, hidden, weight_sum, first=chunk == 0)
+                head.hidden_grad(dx, part)
+                self.hidden[index] = part.to(self.hidden.dtype)
+        if self.weight_sum is not None:
+            add_head_grad(dx, hidden, self.weight_sum, first)
 
-    if need_weight and split and count:
-        weight_grad[:vocab] = weight_sum
-    bias_grad = bias_sum.to(student_bias.dtype) if need_bias and student_bias is not None else losses.new_empty(0)
-    summary = _summary(metric_sums, count).to(sum_dtype) if metrics else losses.new_empty(0)
-    return losses, hidden_grad, weight_grad, bias_grad, summary
+    def finished(self, empty: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of hidden states, weight and bias in their dtypes; ``empty``: no chunk was added."""
+        if self.weight is not None and self.weight_sum is not None:
+            if empty:
+                self.weight.zero_()
+            elif self.weight_sum.dtype != self.weight.dtype:
+                self.weight[: self.vocab] = self.weight_sum
+            self.weight[self.vocab :] = 0
+        bias = None if self.bias is None else self.bias.to(self.bias_dtype)
+        # An operator may not return one tensor twice, so each absent gradient is an empty tensor of its own.
+        made = [self.sums.new_empty(0) if grad is None else grad for grad in (self.hidden, self.weight, bias)]
+        return made[0], made[1], made[2]
 
 
 def weighted(columns: Tensor, terms: Terms) -> Tensor:
@@ -204,7 +225,7 @@ def logits_kd(
     if rows is not None:
         weights = torch.zeros_like(weights).index_copy_(0, rows, weights[rows])
     name = backends.select(device, student_logits.dtype, teacher_logits.dtype)
-    out = native.empty(tuple(student_logits.shape), student_logits.dtype, device) if need else None
+    out = torch.empty_like(student_logits, memory_format=torch.contiguous_format) if need else None
     # The native backend needs no scratch beyond a row per thread; the reference's temporaries are bounded by chunks.
     size = tokens if name == "native" else 256
     columns = losses = weights.new_empty((0, 6))
@@ -232,6 +253,6 @@ def logits_kd(
             )
         )
     columns = torch.cat(parts) if parts else columns
-    losses = (weights * weighted(columns, terms)).masked_fill_(weights == 0, 0.0)
+    losses = (weights * weighted(columns, terms)).masked_fill_(weights == 0, 0.0).to(sum_dtype)
     summary = _summary(columns.sum(0, dtype=torch.float64), count).to(sum_dtype) if metrics else losses.new_empty(0)
     return losses, losses.new_empty(0) if out is None else out, summary

@@ -35,14 +35,6 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(torch.ops.kdkernels.instruction_set_names().split(",")) if _loaded else ()
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialised tensor for a large scratch or result; on Linux CPUs it asks for huge pages."""
-    fresh = torch.empty(shape, dtype=dtype, device=device)
-    if _loaded and device.type == "cpu":
-        torch.ops.kdkernels.use_huge_pages(fresh)
-    return fresh
-
-
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
     """Run the row operations in another usable instruction set, for tests and comparisons; process-wide."""
