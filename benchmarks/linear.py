@@ -3,8 +3,9 @@
     python -m benchmarks.linear                     # everything; about 20 minutes on 2 cores
     python -m benchmarks.linear --only 32k --repeats 3
 
-The bare products (x, z, dH, dW, in blocks of 512 tokens, into buffers that exist already) are the work that no loss from hidden
-states can avoid. A time is reported as the median over the repeats of loss step / mean of the products before and after it. Memory
+The bare products (x, z, dH, dW, in blocks of 512 tokens) are the work that no loss from hidden states can avoid. Their logits go
+into buffers that exist already; dH and dW are new tensors, as a gradient is (on a virtual machine the first touch of a large dW alone
+can cost some percent of the products). A time is reported as the median over the repeats of loss step / mean of the products before and after it. Memory
 is the process's high-water mark during one step, above the inputs and the returned gradients.
 
 Where the processor has no 16-bit matrix path, torch's bfloat16 products are many times slower than its float32 ones. The products
@@ -120,9 +121,9 @@ class Inputs:
         hidden, teacher_hidden = self.hidden.detach().to(dtype), self.teacher_hidden.to(dtype)
         head, teacher_head = self.head.detach()[:vocab].to(dtype), self.teacher_head[:vocab].to(dtype)
         x, z = torch.zeros(BLOCK, vocab, dtype=dtype), torch.zeros(BLOCK, vocab, dtype=dtype)
-        hidden_grad, head_grad = torch.zeros_like(hidden), torch.zeros_like(head)
 
         def run() -> None:
+            hidden_grad, head_grad = torch.empty_like(hidden), torch.empty_like(head)
             for begin in range(0, len(hidden), BLOCK):
                 here = slice(begin, begin + BLOCK)
                 torch.mm(hidden[here], head.t(), out=x)

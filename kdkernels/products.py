@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Rows of a head are converted, or its gradient rounded, in blocks of about this size.
+# On a CPU a head is read in blocks of about this size where that pays: a block then stays in the cache between being widened, or
+# packed by the matrix library, and being multiplied.
 BLOCK_BYTES = 8 * 2**20
 
 
@@ -45,25 +46,25 @@ class HeadProducts:
         self.weight = weight.to(dtype) if dtype != torch.float32 else weight
         self.dtype = dtype
 
-    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+    def _blocks(self, cut: bool) -> Iterator[tuple[slice, Tensor]]:
+        """The head in blocks of rows if ``cut`` or if it has to be widened, else whole."""
         vocabulary, width = self.weight.shape
-        if self.weight.dtype == self.dtype:
-            yield slice(0, vocabulary), self.weight
-            return
-        rows = min(vocabulary, block_rows(width))
-        buffer = self.weight.new_empty((rows, width), dtype=self.dtype)
+        widen = self.weight.dtype != self.dtype
+        rows = min(vocabulary, block_rows(width)) if cut or widen else vocabulary
+        buffer = self.weight.new_empty((rows, width), dtype=self.dtype) if widen else None
         for begin in range(0, vocabulary, rows):
             here = slice(begin, min(begin + rows, vocabulary))
-            yield here, buffer[: here.stop - begin].copy_(self.weight[here])
+            yield here, self.weight[here] if buffer is None else buffer[: here.stop - begin].copy_(self.weight[here])
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         """out [C, V] = hidden [C, D] Wᵀ."""
-        for here, weight in self._blocks():
+        # With few tokens a quarter to a third faster than one product of the full width.
+        for here, weight in self._blocks(cut=hidden.device.type == "cpu"):
             torch.mm(hidden, weight.t(), out=out[:, here])
 
     def hidden_grad(self, dx: Tensor, out: Tensor) -> None:
         """out [C, D] = dx [C, V] W."""
-        for here, weight in self._blocks():
+        for here, weight in self._blocks(cut=False):
             if here.start == 0:
                 torch.mm(dx[:, here], weight, out=out)
             else:

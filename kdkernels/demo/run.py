@@ -1,0 +1,165 @@
+"""A whole demo run, from the sources of the interpreter to the plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from kdkernels import info
+from kdkernels.demo import corpus as corpora
+from kdkernels.demo import files, loss_step, report
+from kdkernels.demo.corpus import Corpus
+from kdkernels.demo.models import heldout_losses, hidden_states, mean_and_error
+from kdkernels.demo.settings import Settings
+from kdkernels.demo.train import Phase, student_phase, teacher_phase, train
+
+TEACHER, STUDENTS, RESULTS, PLOT = "teacher.safetensors", "students.safetensors", "results.json", "demo.png"
+LOSS_STEP_T = 0.7  # between the target of TAID's start and the teacher itself
+
+
+def run(settings: Settings, folder: Path, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """Run the demo into ``folder`` and return what results.json holds.
+
+    resume: go on from the folder's checkpoints. Without it the students start anew; a finished teacher of the same settings is
+    taken from the folder either way.
+    """
+    console = console or Console()
+    files.claim(folder)
+    if not resume:
+        (folder / STUDENTS).unlink(missing_ok=True)
+    clock = _Clock()
+    corpus = corpora.prepare(settings, folder, lambda text: console.print(text, highlight=False))
+    console.print(
+        f"{corpus.facts['train_tokens']:,} tokens to train on, {corpus.facts['heldout_tokens']:,} held out, whole files each"
+    )
+    clock.lap("corpus")
+
+    teacher = teacher_phase(settings, corpus)
+    _train(teacher, settings, corpus, folder / TEACHER, resume, console)
+    clock.lap("teacher")
+    students = student_phase(settings, corpus, teacher)
+    _train(students, settings, corpus, folder / STUDENTS, resume, console)
+    clock.lap("students")
+
+    heldout = _heldout(teacher, students, settings, corpus)
+    clock.lap("held-out losses")
+    console.print("measuring the loss step")
+    step = _loss_step(teacher, students, settings, corpus, folder)
+    clock.lap("loss step")
+
+    results: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "info": info.facts(),
+        "settings": dataclasses.asdict(settings),
+        "corpus": corpus.facts,
+        "teacher": _phase_results(teacher),
+        "students": _phase_results(students),
+        "heldout": heldout,
+        "loss_step": step,
+        "seconds": clock.laps,
+    }
+    results["conclusions"] = report.conclusions(results)
+    report.plot(folder / PLOT, results)
+    clock.lap("plot")
+    report.write_json(folder / RESULTS, results)
+    report.print_losses(console, results)
+    report.print_loss_step(console, results)
+    for line in results["conclusions"]:
+        console.print(f"- {line}", highlight=False)
+    console.print(f"{sum(clock.laps.values()):.0f} s in all. Results, plot and checkpoints: {folder}/", soft_wrap=True)
+    return results
+
+
+class _Clock:
+    """Seconds of each part of this run."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name], self._last = round(now - self._last, 2), now
+
+
+def _train(phase: Phase, settings: Settings, corpus: Corpus, path: Path, resume: bool, console: Console) -> None:
+    threads = torch.get_num_threads()
+    try:
+        with report.progress_bar(console, phase.name) as watch:
+            train(phase, settings, corpus, path, resume, watch)
+    finally:
+        torch.set_num_threads(threads)
+    if phase.cached:
+        console.print(f"{phase.name}: finished before, taken from {path}", soft_wrap=True)
+    elif phase.steps < phase.planned:
+        console.print(f"{phase.name}: {phase.steps} steps instead of {phase.planned}, to stay within the time on this machine")
+
+
+def _phase_results(phase: Phase) -> dict[str, Any]:
+    taid = [learner for learner in phase.learners if learner.schedule is not None]
+    return {
+        "steps": phase.steps,
+        "planned_steps": phase.planned,
+        "threads": phase.threads,
+        "seconds": round(phase.seconds, 2),
+        "from_cache": phase.cached,
+        "curves": {learner.name: learner.curve for learner in phase.learners},
+        "taid_t": {learner.name: learner.t for learner in taid},
+    }
+
+
+def _heldout(teacher: Phase, students: Phase, settings: Settings, corpus: Corpus) -> dict[str, Any]:
+    """Final losses of all models on the same windows; gains over the student alone from the differences window by window."""
+    inputs, labels = corpus.held_out(settings.heldout_windows, settings.window)
+    models: dict[str, Any] = {}
+    alone = None
+    for learner in (*teacher.learners, *students.learners):
+        losses = heldout_losses(learner.model, inputs, labels)
+        loss, error = mean_and_error(losses)
+        models[learner.name] = {
+            "loss": loss,
+            "error": error,
+            "parameters": sum(parameter.numel() for parameter in learner.model.parameters()),
+            "seconds": learner.seconds,
+        }
+        if learner.name == "cross-entropy alone":
+            alone = losses
+        elif alone is not None:
+            models[learner.name]["gain"], models[learner.name]["gain_error"] = mean_and_error(alone - losses)
+    return {
+        "windows": inputs.shape[0],
+        "tokens": inputs.numel(),
+        "files": corpus.facts["heldout_files"],
+        "frequencies": corpus.frequency_loss(),
+        "models": models,
+    }
+
+
+def _loss_step(teacher: Phase, students: Phase, settings: Settings, corpus: Corpus, folder: Path) -> dict[str, Any]:
+    inputs, _ = corpus.held_out(settings.loss_windows, settings.window)
+    models = {"student": students.learners[-1].model, "teacher": teacher.learners[0].model}
+    tensors = {}
+    with torch.no_grad():
+        for name, model in models.items():
+            tensors[f"{name}_hidden"] = hidden_states(model, inputs).flatten(0, 1)
+            tensors[f"{name}_head"] = model.lm_head.weight
+    measured, gradient_difference = loss_step.compare(
+        tensors, LOSS_STEP_T, settings.loss_budget, settings.loss_repeats, folder / "loss-step.safetensors"
+    )
+    ours, theirs = measured.values()
+    return {
+        "t": LOSS_STEP_T,
+        "tokens": inputs.numel(),
+        "vocab": corpus.facts["vocab"],
+        "budget_bytes": settings.loss_budget,
+        "repeats": settings.loss_repeats,
+        "methods": {name: dataclasses.asdict(row) for name, row in measured.items()},
+        "loss_difference": abs(ours.loss - theirs.loss),
+        "gradient_difference": gradient_difference,
+    }

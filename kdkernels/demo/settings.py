@@ -1,0 +1,78 @@
+"""What a demo run is made of, and the error that it shows in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+LIBRARIES = ("matplotlib", "numpy", "rich", "safetensors", "tokenizers", "transformers")
+DEFAULT_MINUTES = 5.0
+
+
+class DemoError(Exception):
+    """Something that the person who started the demo can put right; its text is one line that says how."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A Llama: hidden size, layers, attention heads."""
+
+    width: int
+    layers: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what is computed. The command line sets minutes and seed; tests set the rest, smaller.
+
+    minutes: the length of the run on 2 cores. It scales the steps and the seconds they may take; set-up is not counted.
+    vocab: tokens of the vocabulary. window: tokens per sequence. batch: sequences per step.
+    teacher_steps, student_steps: at 5 minutes, on a machine that is fast enough for them.
+    teacher_seconds, student_seconds: at 5 minutes; where a measured step is too slow to fit, there are fewer steps.
+    heldout_windows: sequences of the final held-out loss. curve_windows: of the losses along the way, of which there are
+    ``evaluations``. files: use only so many source files (None: all). loss_windows: sequences of the loss-step comparison.
+    checkpoint_seconds: time between two checkpoints.
+    """
+
+    minutes: float = DEFAULT_MINUTES
+    seed: int = 0
+    vocab: int = 8192
+    window: int = 128
+    batch: int = 4
+    teacher: ModelSize = field(default=ModelSize(width=128, layers=2, heads=4))
+    student: ModelSize = field(default=ModelSize(width=64, layers=1, heads=2))
+    learning_rate: float = 3e-3
+    teacher_steps: int = 1500
+    student_steps: int = 600
+    teacher_seconds: float = 100.0
+    student_seconds: float = 75.0
+    heldout_windows: int = 256
+    curve_windows: int = 48
+    evaluations: int = 12
+    files: int | None = None
+    loss_windows: int = 16
+    loss_repeats: int = 7
+    loss_budget: int = 32 * 2**20
+    checkpoint_seconds: float = 5.0
+
+    @property
+    def scale(self) -> float:
+        return self.minutes / DEFAULT_MINUTES
+
+
+def fingerprint(**parts: Any) -> str:
+    """The same text for the same parts, in every process."""
+    plain = {name: dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for name, part in parts.items()}  # type: ignore[arg-type]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def require_libraries() -> None:
+    """Raise the one line that says what to install, before anything heavy is imported."""
+    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DemoError(f"the demo needs {', '.join(missing)}, not installed here: pip install kdkernels[demo]")

@@ -1,0 +1,274 @@
+"""The training loop of teacher and students, and its checkpoints.
+
+The students of a run learn in lockstep: at each step all of them see the same batch, and the teacher runs once for it. So they have
+had the same data and the same number of steps at any moment, also when a run is cut off and resumed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kdkernels as kd
+from kdkernels.demo import files
+from kdkernels.demo.corpus import Corpus
+from kdkernels.demo.models import Model, build, heldout_losses, hidden_states, mean_and_error
+from kdkernels.demo.settings import DemoError, ModelSize, Settings, fingerprint
+
+FEWEST_STEPS = 20
+WARM_UP = 0.05  # of the steps, in which the learning rate rises
+TIMED_STEPS = 4
+
+
+@dataclass
+class Learner:
+    """A model in training. objective: options of ``linear_kd_loss``. schedule: moves the target (TAID), or None.
+
+    curve: [step, held-out loss, its standard error]. t: the schedule's t at the same steps. seconds: of its own part of the steps.
+    """
+
+    name: str
+    model: Model
+    optimizer: torch.optim.Optimizer
+    objective: dict[str, float]
+    schedule: kd.TAIDSchedule | None = None
+    curve: list[tuple[int, float, float]] = field(default_factory=list)
+    t: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass
+class Phase:
+    """Learners in lockstep. teacher: frozen, or None where nothing is distilled. key: what a checkpoint must have been made with.
+
+    planned: steps on a machine fast enough to do them in ``allowed`` seconds; ``steps`` is what this run does and
+    ``threads`` what it does them with, both fixed at its start.
+    """
+
+    name: str
+    learners: list[Learner]
+    teacher: Model | None
+    planned: int
+    allowed: float
+    key: str
+    steps: int = 0
+    step: int = 0
+    threads: int = 1
+    seconds: float = 0.0
+    cached: bool = False
+
+
+# Called at the start and after each step, with the latest held-out losses in words.
+Watch = Callable[[Phase, str], None]
+
+
+def new_learner(
+    name: str, size: ModelSize, settings: Settings, vocab: int, objective: dict[str, float], taid: bool = False
+) -> Learner:
+    """A learner at its first step; of one size and seed, all start from the same weights."""
+    model = build(size, vocab, settings.window, settings.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    return Learner(name, model, optimizer, objective, kd.TAIDSchedule() if taid else None)
+
+
+def teacher_phase(settings: Settings, corpus: Corpus) -> Phase:
+    # What decides the teacher's weights; the rest of the settings may change without it being trained anew.
+    key = fingerprint(
+        corpus=corpus.key,
+        size=settings.teacher,
+        run=[settings.minutes, settings.seed, settings.window, settings.batch, settings.learning_rate, settings.teacher_steps],
+        watched=[settings.curve_windows, settings.evaluations],
+        torch=torch.__version__,
+    )
+    alone = {"kd_weight": 0.0, "ce_weight": 1.0}
+    learner = new_learner("teacher", settings.teacher, settings, corpus.facts["vocab"], alone)
+    planned, allowed = settings.teacher_steps * settings.scale, settings.teacher_seconds * settings.scale
+    return Phase("teacher", [learner], None, max(round(planned), 1), allowed, key)
+
+
+def student_phase(settings: Settings, corpus: Corpus, teacher: Phase) -> Phase:
+    model = teacher.learners[0].model
+    key = fingerprint(settings=settings, corpus=corpus.key, teacher=[teacher.key, teacher.steps], torch=torch.__version__)
+    vocab = corpus.facts["vocab"]
+    learners = [
+        new_learner("cross-entropy alone", settings.student, settings, vocab, {"kd_weight": 0.0, "ce_weight": 1.0}),
+        new_learner("forward KL", settings.student, settings, vocab, {}),
+        new_learner("TAID", settings.student, settings, vocab, {}, taid=True),
+    ]
+    planned, allowed = settings.student_steps * settings.scale, settings.student_seconds * settings.scale
+    return Phase("students", learners, model, max(round(planned), 1), allowed, key)
+
+
+def train(phase: Phase, settings: Settings, corpus: Corpus, path: Path, resume: bool, watch: Watch) -> None:
+    """Bring the phase to its last step, from its checkpoint at ``path`` where there is one to go on from.
+
+    A finished teacher is taken as it is; an unfinished phase goes on only where ``resume`` asks for it, and else starts anew.
+    """
+    if not _take_up(phase, settings, path, resume):
+        path.unlink(missing_ok=True)
+        phase.threads, phase.steps = affordable(phase, settings, corpus)
+    torch.set_num_threads(phase.threads)
+    watched = corpus.held_out(settings.curve_windows, settings.window)
+    stops = {round(phase.steps * part / settings.evaluations) for part in range(settings.evaluations + 1)}
+    note = "" if phase.learners[0].curve else _evaluate(phase, *watched)
+    watch(phase, note)
+    saved = begun = time.monotonic()
+    earlier = phase.seconds
+    while phase.step < phase.steps:
+        take_step(phase, corpus.batch(settings, phase.name, phase.step), settings.learning_rate)
+        if phase.step in stops:
+            note = _evaluate(phase, *watched)
+        now = time.monotonic()
+        phase.seconds = earlier + now - begun
+        if phase.step == phase.steps or now - saved >= settings.checkpoint_seconds:
+            save(phase, settings, path)
+            saved = time.monotonic()
+        watch(phase, note)
+
+
+def take_step(phase: Phase, batch: tuple[Tensor, Tensor], peak_rate: float) -> None:
+    """One optimizer step of every learner on one batch."""
+    inputs, labels = batch
+    target = None
+    if phase.teacher is not None:
+        with torch.no_grad():
+            target = hidden_states(phase.teacher, inputs), phase.teacher.lm_head.weight
+    rate = peak_rate * learning_rate_at(phase.step / phase.steps)
+    for learner in phase.learners:
+        begun = time.monotonic()
+        hidden, head = hidden_states(learner.model, inputs), learner.model.lm_head.weight
+        # Without a teacher only the labels count (kd_weight 0), and what stands in the teacher's place is never multiplied.
+        teacher_hidden, teacher_head = target or (hidden.detach(), head.detach())
+        schedule = learner.schedule
+        options: dict[str, Any] = learner.objective if schedule is None else {"t": schedule.t}
+        loss, metrics = kd.linear_kd_loss(hidden, head, teacher_hidden, teacher_head, labels, **options, return_metrics=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learner.model.parameters(), 1.0)
+        for group in learner.optimizer.param_groups:
+            group["lr"] = rate
+        learner.optimizer.step()
+        learner.optimizer.zero_grad()
+        if schedule is not None:
+            # The cross-entropy between target and student, which the authors of TAID feed the controller.
+            schedule.update(metrics["kd"] + metrics["target_entropy"], (phase.step + 1) / phase.steps)
+        learner.seconds += time.monotonic() - begun
+    phase.step += 1
+
+
+def learning_rate_at(progress: float) -> float:
+    """Factor of the learning rate: a short rise, then half a cosine down to a twentieth."""
+    return min(1.0, (progress + 0.001) / WARM_UP) * (0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def affordable(phase: Phase, settings: Settings, corpus: Corpus) -> tuple[int, int]:
+    """Threads and steps: the fastest number of threads, and the planned steps or as many as fit into the allowed seconds with it.
+
+    Measured on a copy of the learners. Models this small are not fastest with every core of a large machine, nor of a busy one.
+    """
+    most = torch.get_num_threads()
+    candidates = sorted({2**power for power in range(most.bit_length())} | {most})
+    times = {threads: _step_seconds(phase, settings, corpus, threads) for threads in candidates}
+    threads = min(times, key=times.__getitem__)
+    return threads, min(phase.planned, max(int(phase.allowed / times[threads]), FEWEST_STEPS))
+
+
+def _step_seconds(phase: Phase, settings: Settings, corpus: Corpus, threads: int) -> float:
+    trial = copy.copy(phase)
+    trial.learners, trial.steps = copy.deepcopy(phase.learners), phase.planned
+    torch.set_num_threads(threads)
+    seconds = []
+    for step in range(TIMED_STEPS + 1):
+        begun = time.monotonic()
+        take_step(trial, corpus.batch(settings, "trial", step), settings.learning_rate)
+        seconds.append(time.monotonic() - begun)
+    return statistics.median(seconds[1:])  # the first warms up
+
+
+def _evaluate(phase: Phase, inputs: Tensor, labels: Tensor) -> str:
+    for learner in phase.learners:
+        mean, error = mean_and_error(heldout_losses(learner.model, inputs, labels))
+        learner.curve.append((phase.step, mean, error))
+        if learner.schedule is not None:
+            learner.t.append(float(learner.schedule.t))
+    return "held out: " + ", ".join(f"{learner.name} {learner.curve[-1][1]:.2f}" for learner in phase.learners) + " nats"
+
+
+def save(phase: Phase, settings: Settings, path: Path) -> None:
+    """Everything that the next step depends on; the batches depend on the step alone."""
+    tensors: dict[str, Tensor] = {}
+    for learner in phase.learners:
+        for name, parameter in learner.model.named_parameters():
+            tensors[f"{learner.name}/model/{name}"] = parameter
+        for index, state in learner.optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                tensors[f"{learner.name}/optimizer/{index}/{name}"] = value
+        if learner.schedule is not None:
+            for name, value in learner.schedule.state_dict().items():
+                tensors[f"{learner.name}/schedule/{name}"] = value
+    about = {
+        "key": phase.key,
+        "minutes": settings.minutes,
+        "seed": settings.seed,
+        "step": phase.step,
+        "steps": phase.steps,
+        "threads": phase.threads,
+        "seconds": phase.seconds,
+        "learners": {
+            learner.name: {"curve": learner.curve, "t": learner.t, "seconds": learner.seconds} for learner in phase.learners
+        },
+    }
+    files.save(path, tensors, about)
+
+
+def _take_up(phase: Phase, settings: Settings, path: Path, resume: bool) -> bool:
+    """Put the checkpoint's state into the phase, where there is one that may be used."""
+    if not path.exists() or not (resume or phase.name == "teacher"):
+        return False
+    tensors, about = files.load(path)
+    if about["key"] != phase.key:
+        if not resume:
+            return False
+        raise DemoError(
+            f"--resume cannot continue {path}: it was made with --minutes {about['minutes']:g} --seed {about['seed']}, or from "
+            f"other Python sources or libraries, and this run has --minutes {settings.minutes:g} --seed {settings.seed}; "
+            "give the same, or leave --resume out to start anew"
+        )
+    if not resume and about["step"] < about["steps"]:
+        return False
+    phase.step, phase.steps, phase.threads, phase.seconds = (about[name] for name in ("step", "steps", "threads", "seconds"))
+    phase.cached = phase.step == phase.steps
+    try:
+        for learner in phase.learners:
+            _restore(learner, tensors, about["learners"][learner.name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise files.damaged(path, str(error)) from error
+    return True
+
+
+def _restore(learner: Learner, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    def part(kind: str) -> dict[str, Tensor]:
+        prefix = f"{learner.name}/{kind}/"
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    weights = part("model")
+    with torch.no_grad():
+        for name, parameter in learner.model.named_parameters():
+            parameter.copy_(weights[name])
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in part("optimizer").items():
+        index, _, entry = name.partition("/")
+        state.setdefault(int(index), {})[entry] = tensor
+    learner.optimizer.load_state_dict({"state": state, "param_groups": learner.optimizer.state_dict()["param_groups"]})
+    if learner.schedule is not None:
+        learner.schedule.load_state_dict(part("schedule"))
+    learner.curve = [(step, mean, error) for step, mean, error in about["curve"]]
+    learner.t, learner.seconds = about["t"], about["seconds"]

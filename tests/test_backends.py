@@ -1,0 +1,121 @@
+"""Every backend and instruction set is as close to the float64 oracle as eager PyTorch of the same dtype, for every divergence."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdkernels as kd
+from tests import oracle
+from tests.cases import CHOICES, Result, assert_as_good_as_eager, draw, dressed, keywords, parameters, ratios, running
+from tests.oracle import Options
+
+SPREADS = (1.0, 10.0, 30.0)
+# Leading dimensions, vocabulary, draws. 2600 is more than two blocks of the native row loops and no multiple of a vector; 3 and 1
+# are less than a vector. Small problems are drawn several times: see assert_as_good_as_eager.
+Shape = tuple[tuple[int, ...], int, int]
+SHAPES: tuple[Shape, ...] = (((12,), 1003, 2), ((2, 3), 2600, 1), ((1,), 1003, 16), ((5,), 3, 6), ((2,), 1, 2), ((), 37, 8))
+
+
+def settings() -> list[tuple[float, float, Shape]]:
+    """t, temperature, shape: all of the first two at the first shape, and one of them at each other shape."""
+    mixed = itertools.cycle(((1.0, 1.0), (0.4, 2.0), (0.4, 1.0), (1.0, 2.0), (0.0, 1.0)))
+    full = itertools.product((0.0, 0.4, 1.0), (1.0, 2.0), SHAPES[:1])
+    return [*full, *((*next(mixed), shape) for shape in SHAPES[1:])]
+
+
+def yardsticks(exact: list[Result], eager: list[Result], t: float, dtype: torch.dtype) -> tuple[list[Result], list[Result]]:
+    """The exact results, and eager's in ``dtype``, from the float64 oracle and from an eager run in at most float32."""
+    if t == 0.0:  # the target is the student, so everything is 0; the oracle's own rounding need not count
+        exact = [{name: torch.zeros_like(value) for name, value in right.items()} for right in exact]
+    if dtype != torch.float64:
+        return exact, eager
+    # Nothing here is more exact than float64: eager's error is float32's times the ratio of roundings, twice for the oracle's own.
+    ratio = 4 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return exact, [
+        {name: right[name] + ratio * (found[name].double() - right[name]) for name in right}
+        for right, found in zip(exact, eager, strict=True)
+    ]
+
+
+@functools.cache
+def from_hidden(name: str, dtype: torch.dtype, spread: float, t: float, temperature: float, shape: Shape, parts: str) -> Any:
+    """The cases, the exact results and eager's."""
+    tokens, vocab, draws = shape
+    options = Options(name, t=t, temperature=temperature)
+    cases = [draw(seed, tokens, vocab, (16, 24), spread, dtype, near=0.01 if parts == "near" else None) for seed in range(draws)]
+    if parts == "dressed":
+        options = replace(options, ce_weight=0.5, kd_weight=0.75)
+        cases = [dressed(case, seed) for seed, case in enumerate(cases)]
+    cases = [replace(case, options=options) for case in cases]
+    working = torch.float32 if dtype == torch.float64 else dtype
+    return cases, *yardsticks([case.plain() for case in cases], [case.plain(working) for case in cases], t, dtype)
+
+
+@functools.cache
+def from_logits(name: str, dtype: torch.dtype, spread: float, t: float, temperature: float, shape: Shape) -> Any:
+    """Pairs of logits, the exact results and eager's."""
+    tokens, vocab, draws = shape
+    options = Options(name, t=t, temperature=temperature)
+    generator = torch.Generator().manual_seed(5)
+    both = torch.randn(draws, 2, *tokens, vocab, generator=generator, dtype=torch.float64) * spread
+    pairs = [tuple(pair.unbind()) for pair in both.to(dtype)]
+
+    def plain(x: Tensor, z: Tensor, to: torch.dtype) -> Result:
+        return oracle.with_gradients(lambda x: (x, z.to(to)), {"x": x}, to, None, None, options)
+
+    working = torch.float32 if dtype == torch.float64 else dtype
+    exact, eager = ([plain(x, z, to) for x, z in pairs] for to in (torch.float64, working))
+    return pairs, *yardsticks(exact, eager, t, dtype)
+
+
+def run_logits(x: Tensor, z: Tensor, **options: Any) -> Result:
+    x = x.detach().requires_grad_()
+    loss = kd.kd_loss(x, z, **options)
+    (grad,) = torch.autograd.grad(loss, [x])
+    with torch.no_grad():
+        return {"losses": kd.kd_loss(x, z, **{**options, "reduction": "none"}), "loss": loss.detach(), "x": grad}
+
+
+@pytest.mark.parametrize("name", kd.divergences())
+@pytest.mark.parametrize(("variant", "dtype"), parameters(CHOICES))
+@pytest.mark.parametrize("spread", SPREADS)
+class TestEveryBackend:
+    def test_from_hidden_states(self, spread: float, variant: str, dtype: torch.dtype, name: str) -> None:
+        compared = {}
+        for t, temperature, shape in settings():
+            cases, exact, eager = from_hidden(name, dtype, spread, t, temperature, shape, "plain")
+            with running(variant):
+                compared[t, temperature, shape] = ratios([case.run() for case in cases], eager, exact)
+        assert_as_good_as_eager(compared)
+
+    def test_everything_a_head_and_a_batch_can_have(self, spread: float, variant: str, dtype: torch.dtype, name: str) -> None:
+        compared = {}
+        for t, temperature in ((1.0, 1.0), (0.4, 2.0)):
+            cases, exact, eager = from_hidden(name, dtype, spread, t, temperature, SHAPES[0], "dressed")
+            with running(variant):
+                compared[t, temperature] = ratios([case.run() for case in cases], eager, exact)
+        assert_as_good_as_eager(compared)
+
+    def test_a_student_close_to_its_teacher(self, spread: float, variant: str, dtype: torch.dtype, name: str) -> None:
+        compared = {}
+        for t in (1.0, 0.4):
+            cases, exact, eager = from_hidden(name, dtype, spread, t, 1.0, SHAPES[0], "near")
+            with running(variant):
+                compared[t] = ratios([case.run() for case in cases], eager, exact)
+        assert_as_good_as_eager(compared)
+
+    def test_from_logits(self, spread: float, variant: str, dtype: torch.dtype, name: str) -> None:
+        compared = {}
+        for t, temperature, shape in settings():
+            pairs, exact, eager = from_logits(name, dtype, spread, t, temperature, shape)
+            options = keywords(Options(name, t=t, temperature=temperature))
+            with running(variant):
+                compared[t, temperature, shape] = ratios([run_logits(x, z, **options) for x, z in pairs], eager, exact)
+        assert_as_good_as_eager(compared)

@@ -1,0 +1,295 @@
+"""What a step costs: the fewest products, no more scratch than the budget, and both as the plan says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kdkernels as kd
+from kdkernels import ops, tokens
+from kdkernels.plan import chunk_rows
+from tests.cases import Case, draw
+from tests.oracle import Options
+
+N, V, STUDENT, TEACHER = 24, 50, 8, 12
+US, UT = 2 * N * V * STUDENT, 2 * N * V * TEACHER
+MIB = 2**20
+
+
+class Products(TorchDispatchMode):
+    """Counts floating point operations of matrix products, also inside the library's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name == "kdkernels::linear_kd":
+            with self:
+                return ops.linear_kd(*args)
+        if name in ("aten::mm", "aten::addmm"):
+            left, right = args[-2:]
+            self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        assert name not in ("aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear"), f"{name} is not counted"
+        return func(*args, **(kwargs or {}))
+
+
+def count(case: Case, learn: tuple[str, ...] = ("student_hidden", "student_weight"), **more: Any) -> int:
+    leaves = {name: leaf.detach().requires_grad_(name in learn) for name, leaf in case.learned().items()}
+    with Products() as products:
+        loss = case.loss(leaves, **more).sum()
+        if learn:
+            loss.backward()
+    return products.flops
+
+
+def case(**more: Any) -> Case:
+    return replace(draw(tokens=(N,), vocab=V, dims=(STUDENT, TEACHER)), **more)
+
+
+class TestProducts:
+    @pytest.mark.parametrize("name", kd.divergences())
+    def test_three_of_the_students_and_one_of_the_teachers(self, name: str) -> None:
+        assert count(case(options=Options(name, t=0.5))) == 3 * US + UT
+
+    def test_a_frozen_head_costs_none(self) -> None:
+        assert count(case(), ("student_hidden",)) == 2 * US + UT
+
+    def test_frozen_hidden_states_cost_none(self) -> None:
+        assert count(case(), ("student_weight",)) == 2 * US + UT
+
+    def test_a_bias_costs_none(self) -> None:
+        biased = case(student_bias=torch.zeros(V))
+        assert count(biased, ("student_bias",)) == US + UT
+
+    def test_without_gradients_there_are_two(self) -> None:
+        assert count(case(), ()) == US + UT
+        with torch.no_grad(), Products() as products:
+            case().loss({name: leaf.detach().requires_grad_() for name, leaf in case().learned().items()})
+        assert products.flops == US + UT
+
+    def test_a_teacher_that_nobody_looks_at_costs_none(self) -> None:
+        on_labels = case(labels=torch.zeros(N, dtype=torch.int64), options=Options(kd_weight=0.0, ce_weight=1.0))
+        assert count(on_labels) == 3 * US
+
+    def test_losses_per_token_are_computed_again_in_the_backward(self) -> None:
+        assert count(case(), reduction="none") == 4 * US + 2 * UT
+
+    @pytest.mark.parametrize("kept", [0, 1, N // 2, N])
+    def test_dropped_tokens_cost_nothing(self, kept: int) -> None:
+        labels = torch.full((N,), -100)
+        labels[torch.randperm(N, generator=torch.Generator().manual_seed(0))[:kept]] = 3
+        assert count(case(labels=labels)) == (3 * US + UT) * kept // N
+        assert count(case(token_weight=(labels == 3).float())) == (3 * US + UT) * kept // N
+
+    def test_a_cut_vocabulary_costs_what_is_left(self) -> None:
+        assert count(case(), vocab_size=V // 2) == (3 * US + UT) // 2
+
+    @pytest.mark.parametrize("memory_budget", [None, 500, 1])
+    def test_chunks_add_none(self, memory_budget: int | None) -> None:
+        assert count(case(), memory_budget=memory_budget) == 3 * US + UT
+
+    def test_a_frozen_heads_gradient_is_never_touched(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def touched(*_: Any) -> None:
+            raise AssertionError("a gradient of a frozen head was added to")
+
+        monkeypatch.setattr(tokens, "add_head_grad", touched)
+        for reduction in ("mean", "none"):
+            count(case(), ("student_hidden",), reduction=reduction)
+
+
+class TestPlan:
+    @pytest.mark.parametrize("train_head", [True, False])
+    def test_it_counts_the_products(self, train_head: bool) -> None:
+        plan = kd.plan(N, V, STUDENT, TEACHER, train_head=train_head)
+        assert plan.flops == count(case(), ("student_hidden", "student_weight") if train_head else ("student_hidden",))
+
+    @pytest.mark.parametrize("tokens_", [1, 15, 16, 24, 100, 128, 1000])
+    @pytest.mark.parametrize("rows", [1, 3, 16, 17, 50, 70, 100, 4000])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    def test_the_loss_runs_the_planned_chunks(
+        self, dtype: torch.dtype, rows: int, tokens_: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        per_row = kd.plan(1, V, STUDENT, TEACHER, dtype).logits_bytes
+        plan = kd.plan(tokens_, V, STUDENT, TEACHER, dtype, memory_budget=rows * per_row)
+        drawn = draw(tokens=(tokens_,), vocab=V, dims=(STUDENT, TEACHER), dtype=dtype)
+        seen: list[int] = []
+        logits = tokens.HeadProducts.logits
+        monkeypatch.setattr(
+            tokens.HeadProducts, "logits", lambda head, hidden, out: seen.append(len(hidden)) or logits(head, hidden, out)
+        )
+        with torch.no_grad():
+            drawn.loss(memory_budget=rows * per_row)
+        used = seen[::2]  # student and teacher in turn
+        assert max(used) == plan.chunk_rows
+        assert len(used) == plan.chunks
+        assert sum(used) == tokens_
+        assert plan.chunk_rows <= rows
+        assert plan.logits_bytes == plan.chunk_rows * per_row
+
+    @pytest.mark.parametrize("count_", [1, 2, 31, 512, 4096, 5000])
+    @pytest.mark.parametrize("budget", [1, 10_000, 10**6, 10**9])
+    def test_chunks_are_even_and_fit(self, budget: int, count_: int) -> None:
+        rows = chunk_rows(count_, 1000, 8, budget)
+        assert 1 <= rows <= count_
+        assert rows == 1 or rows * 8000 <= budget
+        chunks = -(-count_ // rows)
+        assert rows * chunks - count_ < max(16, rows), "the last chunk is not a stub"
+
+    def test_sizes_add_up(self) -> None:
+        plan = kd.plan(2048, 32768, 64, 96, torch.bfloat16, memory_budget=64 * MIB)
+        assert plan.logits_bytes <= 64 * MIB
+        assert plan.accumulator_bytes == 32768 * 64 * 4
+        assert plan.scratch_bytes >= plan.logits_bytes + plan.accumulator_bytes
+        inputs = 2 * ((2048 + 32768) * (64 + 96) + (2048 + 32768) * 64)
+        assert plan.peak_bytes == plan.scratch_bytes + inputs
+        assert kd.plan(2048, 32768, 64, 96, torch.bfloat16, train_head=False).accumulator_bytes == 0
+        assert plan.eager_peak_bytes > plan.peak_bytes
+        assert plan.strategy == "tokens"
+
+    @pytest.mark.parametrize("name", ["tokens", "vocab", "student_dim", "teacher_dim", "memory_budget"])
+    def test_sizes_below_one_are_refused(self, name: str) -> None:
+        sizes: dict[str, Any] = {"tokens": 8, "vocab": 8, "student_dim": 8, "teacher_dim": 8, "memory_budget": 8}
+        with pytest.raises(ValueError, match=rf"{name}.*at least 1.*0"):
+            kd.plan(**{**sizes, name: 0})
+
+
+def test_the_backend_is_named() -> None:
+    assert kd.backend() == kd.backend("cpu") == kd.backend(torch.device("cpu"), torch.bfloat16)
+    assert kd.backend("cpu", torch.float64) == "reference"
+    assert kd.backend("cpu") in ("native", "reference")
+
+
+def run_fresh(script: str, *arguments: object) -> list[int]:
+    """Numbers that the script prints, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        # What is freed leaves the process at once: else glibc keeps some of it, and the peak is not what was allocated.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [int(number) for number in done.stdout.split()]
+
+
+# Peak resident memory above what was there, less the returned gradients; of a step, and of what stays afterwards.
+MEASURE = """
+import gc, re, sys
+import torch
+import kdkernels as kd
+from kdkernels import backends
+
+tokens, vocab, dim, budget, dtype, backend = *map(int, sys.argv[1:5]), getattr(torch, sys.argv[5]), sys.argv[6]
+
+def resident(which):
+    return int(re.search(which + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+def step(tokens, vocab):
+    hidden, weight = torch.ones(tokens, dim, dtype=dtype), torch.ones(vocab, dim, dtype=dtype)
+    teacher, teacher_weight = torch.ones(tokens, dim, dtype=dtype), torch.ones(vocab, dim, dtype=dtype)
+    hidden.requires_grad_(), weight.requires_grad_()
+    gc.collect()
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+    before = resident("VmRSS")
+    kd.linear_kd_loss(hidden, weight, teacher, teacher_weight, memory_budget=budget).backward()
+    return resident("VmHWM") - before - (hidden.nbytes + weight.nbytes)
+
+with backends.use(backend):
+    step(64, 512)
+    kd.free_scratch()
+    print(step(tokens, vocab))
+    held = resident("VmRSS")
+    kd.free_scratch()
+    print(held - resident("VmRSS"))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc, which only Linux has")
+class TestMemory:
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_peak_is_the_budget_whatever_the_token_count(self, dtype: str) -> None:
+        vocab, dim, budget = 32768, 64, 64 * MIB
+        peaks = {}
+        for count_ in (1024, 4096):
+            peaks[count_], held = run_fresh(MEASURE, count_, vocab, dim, budget, dtype, kd.backend())
+            plan = kd.plan(count_, vocab, dim, dim, getattr(torch, dtype), memory_budget=budget)
+            assert plan.logits_bytes <= budget
+            assert peaks[count_] <= plan.scratch_bytes + 16 * MIB
+            assert peaks[count_] >= plan.scratch_bytes - 16 * MIB, "the plan asks for more than is used"
+            assert held <= budget + 8 * MIB
+        assert abs(peaks[4096] - peaks[1024]) <= 16 * MIB
+
+    def test_the_reference_keeps_to_it_too(self) -> None:
+        vocab, dim, budget = 32768, 64, 64 * MIB
+        peak, _ = run_fresh(MEASURE, 1024, vocab, dim, budget, "float32", "reference")
+        assert peak <= budget + 16 * MIB
+
+
+class TestScratch:
+    """It stays between calls, and nothing of one call shows in another."""
+
+    def results(self, drawn: Case, **more: Any) -> list[Tensor]:
+        return list(drawn.run(**more).values())
+
+    def test_calls_of_all_sizes_and_dtypes_in_turn(self) -> None:
+        drawn = [
+            draw(seed, (tokens_,), vocab, dtype=dtype)
+            for seed, (tokens_, vocab) in enumerate([(6, 37), (200, 600), (3, 5), (40, 1003), (6, 37)])
+            for dtype in (torch.float32, torch.bfloat16, torch.float64)
+        ]
+        expected = []
+        for one in drawn:
+            kd.free_scratch()
+            expected.append(self.results(one))
+        for one, right in zip(drawn, expected, strict=True):
+            for found, value in zip(self.results(one), right, strict=True):
+                torch.testing.assert_close(found, value, rtol=0, atol=0)
+
+    def test_threads_do_not_share_it(self) -> None:
+        drawn = [draw(seed, (64,), 2000) for seed in range(4)]
+        expected = [self.results(one) for one in drawn]
+        found: dict[int, list[list[Tensor]]] = {at: [] for at in range(4)}
+
+        def work(at: int) -> None:
+            for _ in range(5):
+                found[at].append(self.results(drawn[at]))
+
+        threads = [threading.Thread(target=work, args=(at,)) for at in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for at, right in enumerate(expected):
+            assert len(found[at]) == 5
+            for run in found[at]:
+                for one, value in zip(run, right, strict=True):
+                    torch.testing.assert_close(one, value, rtol=1e-6, atol=1e-8)
+
+    def test_made_in_inference_mode_it_serves_training(self) -> None:
+        drawn = draw()
+        kd.free_scratch()
+        with torch.inference_mode():
+            drawn.loss()
+        assert all(result.isfinite().all() for result in self.results(drawn))
+
+    def test_a_failed_call_gives_it_back(self) -> None:
+        drawn = draw()
+        with pytest.raises(ValueError, match="labels"):
+            replace(drawn, labels=torch.full((6,), 99)).loss()
+        kd.free_scratch()
+        assert drawn.loss().isfinite()

@@ -1,0 +1,248 @@
+"""Claims about the demo, on a corpus of some files and models of some thousand parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("transformers")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+pytest.importorskip("safetensors")
+
+from rich.console import Console
+
+from kdkernels.demo import corpus as corpora
+from kdkernels.demo import files, loss_step, train
+from kdkernels.demo import run as demo
+from kdkernels.demo.settings import DemoError, ModelSize, Settings
+
+TINY = Settings(
+    vocab=300,
+    window=16,
+    batch=2,
+    teacher=ModelSize(width=32, layers=1, heads=2),
+    student=ModelSize(width=16, layers=1, heads=2),
+    teacher_steps=24,
+    student_steps=24,
+    heldout_windows=8,
+    curve_windows=4,
+    evaluations=4,
+    files=80,
+    loss_windows=4,
+    loss_repeats=1,
+    checkpoint_seconds=0.0,
+)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is measured in fresh processes, whose start is slow; one test does it for real."""
+    monkeypatch.setattr(loss_step, "_peak_in_fresh_process", lambda name, scratch: None)
+
+
+def run(folder: Path, settings: Settings = TINY, **options: Any) -> tuple[dict[str, Any], str]:
+    screen = io.StringIO()
+    return demo.run(settings, folder, console=Console(file=screen, width=100), **options), screen.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """An uninterrupted run: its folder, results and screen."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_step, "_peak_in_fresh_process", lambda name, scratch: None)
+        results, screen = run(folder)
+    torch.set_num_threads(threads)
+    return folder, results, screen
+
+
+@pytest.fixture
+def folder(finished: tuple[Path, dict[str, Any], str], tmp_path: Path) -> Path:
+    """A copy of the finished run's folder, to do harm to."""
+    return Path(shutil.copytree(finished[0], tmp_path / "copy"))
+
+
+def learned(results: dict[str, Any]) -> Any:
+    """What has to agree between two runs that computed the same: curves, TAID's t and final losses, without the times."""
+    models = results["heldout"]["models"]
+    losses = {name: {key: value for key, value in row.items() if key != "seconds"} for name, row in models.items()}
+    curves = [json.loads(json.dumps(results[phase][key])) for phase in ("teacher", "students") for key in ("curves", "taid_t")]
+    return losses, curves
+
+
+def test_a_run_leaves_results_plot_and_checkpoints_and_names_the_folder(finished: tuple[Path, dict[str, Any], str]) -> None:
+    folder, results, screen = finished
+    assert {path.name for path in folder.iterdir()} == {
+        "kdkernels-demo.json",
+        "corpus.safetensors",
+        "tokenizer.json",
+        "teacher.safetensors",
+        "students.safetensors",
+        "results.json",
+        "demo.png",
+    }
+    assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert learned(json.loads((folder / "results.json").read_text())) == learned(results)
+    assert str(folder) in screen.splitlines()[-1]
+
+
+def test_all_students_start_alike_do_the_same_steps_and_learn(finished: tuple[Path, dict[str, Any], str]) -> None:
+    students = finished[1]["students"]
+    assert list(students["curves"]) == ["cross-entropy alone", "forward KL", "TAID"]
+    assert len({curve[0] for curve in map(tuple, students["curves"].values())}) == 1
+    for curve in students["curves"].values():
+        assert [step for step, _, _ in curve] == [0, 6, 12, 18, 24]
+        assert curve[-1][1] < curve[0][1]
+    taid = students["taid_t"]["TAID"]
+    assert taid[0] == pytest.approx(0.4)
+    assert taid[-1] == pytest.approx(1.0)
+
+
+def test_the_loss_step_agrees_with_eager_pytorch(finished: tuple[Path, dict[str, Any], str]) -> None:
+    step = finished[1]["loss_step"]
+    assert set(step["methods"]) == {"kdkernels", "eager PyTorch"}
+    assert step["loss_difference"] < 1e-6
+    assert step["gradient_difference"] < 1e-5
+
+
+def test_the_screen_says_what_the_figures_do_not_show(finished: tuple[Path, dict[str, Any], str]) -> None:
+    assert "does not reproduce published gains" in finished[2]
+    assert "not measured" in finished[2]
+
+
+@pytest.mark.parametrize("steps_before", [10, 24, 37])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    finished: tuple[Path, dict[str, Any], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps_before: int
+) -> None:
+    """Cut off in the middle of the teacher, right after it, and in the middle of the students."""
+    take_step: Callable[..., None] = train.take_step
+    trial_steps = train.TIMED_STEPS + 1
+    taken = 0
+
+    def cut_off(phase: train.Phase, *arguments: Any) -> None:
+        nonlocal taken
+        if taken == trial_steps + steps_before + (trial_steps if steps_before > TINY.teacher_steps else 0):
+            raise KeyboardInterrupt
+        taken += 1
+        take_step(phase, *arguments)
+
+    monkeypatch.setattr(train, "take_step", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    monkeypatch.setattr(train, "take_step", take_step)
+    assert not (tmp_path / "results.json").exists()
+    results, _ = run(tmp_path, resume=True)
+    assert learned(results) == learned(finished[1])
+    whole, resumed = (files.load(place / "students.safetensors")[0] for place in (finished[0], tmp_path))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_second_run_reuses_corpus_and_teacher_and_trains_the_students_anew(
+    finished: tuple[Path, dict[str, Any], str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpora, "learn", None)  # a vocabulary learned again would fail
+    results, screen = run(folder)
+    assert "from the cache" in screen
+    assert results["teacher"]["from_cache"]
+    assert not results["students"]["from_cache"]
+    assert learned(results) == learned(finished[1])
+
+
+def test_resuming_a_finished_run_trains_nothing(
+    finished: tuple[Path, dict[str, Any], str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "take_step", None)
+    results, _ = run(folder, resume=True)
+    assert learned(results) == learned(finished[1])
+
+
+def test_resuming_with_other_settings_is_an_error_that_names_them(folder: Path) -> None:
+    with pytest.raises(DemoError, match=r"--resume cannot continue .*teacher.safetensors.*--minutes 5 --seed 0.*--seed 3"):
+        run(folder, dataclasses.replace(TINY, seed=3), resume=True)
+
+
+@pytest.mark.parametrize("name", ["corpus.safetensors", "teacher.safetensors", "students.safetensors"])
+@pytest.mark.parametrize("harm", ["cut short", "emptied", "one bit changed"])
+def test_a_damaged_file_is_named_with_what_to_do(folder: Path, name: str, harm: str) -> None:
+    path = folder / name
+    content = bytearray(path.read_bytes())
+    if harm == "one bit changed":
+        content[-100] ^= 1
+    else:
+        del content[len(content) // 2 if harm == "cut short" else 0 :]
+    path.write_bytes(content)
+    with pytest.raises(DemoError) as caught:
+        run(folder, resume=True)
+    message = str(caught.value)
+    assert message.startswith(f"{path} is damaged (")
+    assert message.endswith("delete it and run again: what it held is made anew")
+    assert "\n" not in message
+
+
+def test_a_killed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state.safetensors"
+    files.save(path, {"a": torch.ones(3)}, {"step": 1})
+
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        files.save(path, {"a": torch.zeros(3)}, {"step": 2})
+    assert files.load(path)[1] == {"step": 1}
+
+
+def test_a_slow_machine_does_fewer_steps_and_says_so(folder: Path) -> None:
+    slow = dataclasses.replace(TINY, student_seconds=0.0)
+    results, screen = run(folder, slow)
+    assert results["students"]["steps"] == train.FEWEST_STEPS < results["students"]["planned_steps"]
+    assert "20 steps instead of 24" in screen
+
+
+def test_held_out_files_are_not_trained_on() -> None:
+    names = [name for name, _ in corpora.sources()]
+    share = sum(map(corpora.held_out, names)) / len(names)
+    assert 0.02 < share < 0.1
+    assert not any("site-packages" in name or name.startswith("test/") for name in names)
+
+
+def test_text_survives_the_vocabulary() -> None:
+    texts = [text for _, text in corpora.sources(limit=3)]
+    tokenizer = corpora.learn(texts, 300)
+    for text in texts:
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_memory_of_a_loss_step_is_measured_in_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager PyTorch holds several [tokens, vocabulary] tensors at its peak; kdkernels stays within its budget and gradients."""
+    monkeypatch.undo()
+    tokens, vocab, budget = 1024, 4096, 2**22
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "student_hidden": torch.randn(tokens, 16, generator=generator),
+        "student_head": torch.randn(vocab, 16, generator=generator),
+        "teacher_hidden": torch.randn(tokens, 32, generator=generator),
+        "teacher_head": torch.randn(vocab, 32, generator=generator),
+    }
+    measured, difference = loss_step.compare(inputs, 0.5, budget, 1, tmp_path / "inputs.safetensors")
+    assert difference < 1e-4
+    assert not list(tmp_path.iterdir())
+    ours, eager = measured["kdkernels"].peak_bytes, measured["eager PyTorch"].peak_bytes
+    if ours is None or eager is None:
+        pytest.skip("this system cannot reset the high-water mark of memory")
+    logits = tokens * vocab * 4
+    assert eager > 4 * logits
+    assert ours < eager / 3

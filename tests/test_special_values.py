@@ -1,0 +1,224 @@
+"""Banned tokens add nothing, NaN and +inf are never hidden, and what is empty or fully masked is 0."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdkernels as kd
+from tests import oracle
+from tests.cases import VARIANTS, Case, draw, dressed, keywords, parameters, running
+from tests.oracle import Options
+
+INF, NAN = torch.inf, torch.nan
+every_divergence = pytest.mark.parametrize("name", kd.divergences())
+every_variant = pytest.mark.parametrize("variant", parameters(VARIANTS))
+
+
+def logits(seed: int = 0, rows: int = 4, vocab: int = 37, spread: float = 3.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(2, rows, vocab, generator=generator) * spread)  # type: ignore[return-value]
+
+
+def run(x: Tensor, z: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Losses of the tokens, and the gradient of their sum."""
+    x = x.detach().clone().requires_grad_()
+    losses = kd.kd_loss(x, z, **{"reduction": "none", **options})
+    (grad,) = torch.autograd.grad(losses.sum(), [x])
+    return losses.detach(), grad
+
+
+def expect(x: Tensor, z: Tensor, labels: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+    found = oracle.with_gradients(
+        lambda x: (x, z.double()), {"x": x}, torch.float64, labels, None, replace(options, normalizer=1.0)
+    )
+    return found["losses"], found["x"]
+
+
+@every_variant
+@every_divergence
+class TestBannedTokens:
+    @pytest.mark.parametrize("where", ["student", "teacher", "both", "apart"])
+    @pytest.mark.parametrize(("t", "temperature"), [(1.0, 1.0), (0.0, 1.0), (0.4, 2.0), (0.6, 1.0)])
+    def test_they_add_nothing(self, variant: str, name: str, where: str, t: float, temperature: float) -> None:
+        x, z = logits()
+        if where != "teacher":
+            x[:2, 5:9], x[2, 36] = -INF, -INF
+        if where != "student":
+            z[:2, 5 if where == "both" else 7 : 12], z[3, 0] = -INF, -INF
+        labels = torch.tensor([1, 2, 3, 4])
+        options = Options(name, t=t, temperature=temperature, ce_weight=0.5)
+        losses, grad = expect(x, z, labels, options)
+        with running(variant):
+            found, dx = run(x, z, labels=labels, **{**keywords(options), "normalizer": None})
+        assert found.isfinite().all()
+        assert dx.isfinite().all()
+        torch.testing.assert_close(found.double(), losses, rtol=2e-5, atol=2e-6)
+        torch.testing.assert_close(dx.double(), grad, rtol=1e-4, atol=2e-6)
+        assert (dx[x == -INF] == 0).all()
+
+    def test_a_bias_can_ban_them(self, variant: str, name: str) -> None:
+        case = replace(
+            dressed(draw(vocab=41)), student_softcap=None, teacher_softcap=None, options=Options(name, t=0.5, ce_weight=0.5)
+        )
+        assert case.student_bias is not None
+        assert case.teacher_bias is not None
+        case.student_bias[[3, 40]], case.teacher_bias[[0, 3]] = -INF, -INF
+        case = replace(case, labels=torch.tensor([1, 2, 5, -100, 7, 8]))
+        exact = case.plain()
+        with running(variant):
+            found = case.run()
+        for result, right in exact.items():
+            torch.testing.assert_close(
+                found[result].double(), right, rtol=1e-4, atol=1e-5, msg=lambda text, of=result: f"{of}: {text}"
+            )
+        assert (found["student_weight"][[3, 40]] == 0).all()
+
+    def test_a_row_with_one_token_left_is_certain(self, variant: str, name: str) -> None:
+        x, z = torch.full((2, 37), -INF), torch.full((2, 37), -INF)
+        x[:, 6], z[:, 6] = 2.0, -1.0
+        with running(variant):
+            losses, dx = run(x, z, divergence=name)
+        assert (losses == 0).all()
+        assert (dx == 0).all()
+
+
+@every_variant
+@every_divergence
+class TestNothingIsHidden:
+    @pytest.mark.parametrize("t", [1.0, 0.4, 0.0])
+    @pytest.mark.parametrize("bad", [NAN, INF])
+    @pytest.mark.parametrize("model", ["student", "teacher"])
+    @pytest.mark.parametrize("vocab", [37, 2100])
+    def test_a_bad_logit_makes_its_row_nan_and_no_other(
+        self, variant: str, name: str, model: str, bad: float, t: float, vocab: int
+    ) -> None:
+        x, z = logits(vocab=vocab)
+        with running(variant):
+            good, good_dx = run(x, z, divergence=name, t=t)
+            (x if model == "student" else z)[1, vocab - 2] = bad
+            losses, dx = run(x, z, divergence=name, t=t)
+            mean, _ = run(x, z, divergence=name, t=t, reduction="mean")
+        assert losses[1].isnan()
+        assert dx[1].isnan().all()
+        assert mean.isnan()
+        others = [0, 2, 3]
+        torch.testing.assert_close(losses[others], good[others], rtol=0, atol=0)
+        torch.testing.assert_close(dx[others], good_dx[others], rtol=0, atol=0)
+
+    @pytest.mark.parametrize("t", [1.0, 0.4, 0.0])
+    @pytest.mark.parametrize("bad", [NAN, INF])
+    def test_the_other_model_cannot_ban_it_away(self, variant: str, name: str, bad: float, t: float) -> None:
+        for first in (0, 1):
+            pair = list(logits())
+            pair[first][1, 5], pair[1 - first][1, 5] = bad, -INF
+            with running(variant):
+                losses, dx = run(*pair, divergence=name, t=t)
+            assert losses[1].isnan(), first
+            assert dx[1].isnan().any(), first
+            assert losses[[0, 2, 3]].isfinite().all()
+
+    def test_a_bad_hidden_state_reaches_every_gradient(self, variant: str, name: str) -> None:
+        case = replace(draw(), options=Options(name))
+        case.student_hidden[2, 0] = NAN
+        with running(variant):
+            found = case.run()
+        assert found["losses"].isnan().tolist() == [False, False, True, False, False, False]
+        assert found["student_hidden"][2].isnan().all()
+        assert found["student_hidden"][[0, 1, 3, 4, 5]].isfinite().all()
+        assert found["student_weight"].isnan().all()
+
+    def test_a_softcap_passes_nan_on(self, variant: str, name: str) -> None:
+        case = replace(draw(), options=Options(name), student_softcap=5.0, teacher_softcap=5.0)
+        case.teacher_hidden[3, 1] = NAN
+        with running(variant):
+            found = case.run()
+        assert found["losses"].isnan().tolist() == [False, False, False, True, False, False]
+        assert found["student_hidden"][3].isnan().all()
+
+
+@every_variant
+@every_divergence
+class TestNothingToDo:
+    def test_all_tokens_masked(self, variant: str, name: str) -> None:
+        case = replace(dressed(draw()), labels=torch.full((6,), -100), options=Options(name, ce_weight=0.5))
+        case.student_hidden[0, 0] = NAN
+        with running(variant):
+            for reduction in ("mean", "sum"):
+                found = case.run(reduction=reduction)
+                for result, value in found.items():
+                    assert (value == 0).all(), (reduction, result)
+
+    def test_all_weights_zero(self, variant: str, name: str) -> None:
+        case = replace(draw(), token_weight=torch.zeros(6), options=Options(name))
+        with running(variant):
+            for result, value in case.run().items():
+                assert (value == 0).all(), result
+
+    @pytest.mark.parametrize("lead", [(0,), (2, 0), (0, 3)])
+    def test_no_tokens(self, variant: str, name: str, lead: tuple[int, ...]) -> None:
+        case = replace(draw(tokens=lead), labels=torch.zeros(lead, dtype=torch.int64), options=Options(name, ce_weight=0.5))
+        with running(variant):
+            found = case.run()
+            losses, dx = run(torch.zeros(*lead, 5), torch.zeros(*lead, 5), divergence=name)
+            total, metrics = case.loss(return_metrics=True)
+        assert found["loss"] == 0
+        assert found["losses"].shape == losses.shape == lead
+        assert dx.shape == (*lead, 5)
+        assert (found["student_weight"] == 0).all()
+        assert total == 0
+        assert metrics["tokens"] == 0
+
+    def test_t_zero_asks_for_nothing(self, variant: str, name: str) -> None:
+        x, z = logits(spread=10.0)
+        with running(variant):
+            losses, dx = run(x, z, divergence=name, t=0.0, temperature=2.0)
+        assert losses.abs().max() <= 1e-6
+        assert dx.abs().max() <= 2e-6
+
+    def test_equal_models_are_at_their_target(self, variant: str, name: str) -> None:
+        x, _ = logits(spread=10.0)
+        with running(variant):
+            for t, temperature in ((1.0, 1.0), (0.4, 1.0), (1.0, 2.0), (0.4, 2.0), (0.7, 3.0)):
+                losses, dx = run(x, x.clone(), divergence=name, t=t, temperature=temperature)
+                assert losses.abs().max() <= 1e-6, (t, temperature)
+                assert dx.abs().max() <= 2e-6, (t, temperature)
+
+
+@every_variant
+@pytest.mark.parametrize(("t", "temperature"), [(1.0, 1.0), (0.4, 1.0), (1.0, 2.0), (0.4, 2.0), (0.7, 3.0)])
+def test_total_variation_at_ties_has_gradient_exactly_zero(variant: str, t: float, temperature: float) -> None:
+    x, _ = logits(vocab=2100, spread=10.0)
+    with running(variant):
+        losses, dx = run(x, x.clone(), divergence="total_variation", t=t, temperature=temperature)
+    assert (losses == 0).all()
+    assert (dx == 0).all()
+
+
+@every_variant
+def test_dropped_rows_may_hold_anything(variant: str) -> None:
+    case: Case = dressed(draw())
+    with running(variant):
+        good = case.run()
+        assert case.labels is not None
+        case.student_hidden[case.labels == -100] = NAN
+        case.teacher_hidden[case.labels == -100] = INF
+        case.teacher_hidden[2] = NAN  # the one of weight 0
+        found = case.run()
+    for result, value in good.items():
+        torch.testing.assert_close(found[result], value, rtol=0, atol=0)
+
+
+@every_variant
+@every_divergence
+def test_logits_far_from_zero_are_as_good_as_near_it(variant: str, name: str) -> None:
+    x, z = (part.round() for part in logits(spread=10.0))
+    with running(variant):
+        near, near_dx = run(x, z, divergence=name)
+        far, far_dx = run(x + 4096.0, z - 8192.0, divergence=name)
+    torch.testing.assert_close(far, near, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(far_dx, near_dx, rtol=1e-5, atol=1e-6)
