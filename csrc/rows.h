@@ -231,14 +231,18 @@ void grad_row(const Problem& p, int64_t row, const Buffers& b, const float* stat
   const float weight = (p.weight ? p.weight[row] : 1.f) * p.x.scale;
   const float kd = p.kd_scale / p.temperature * weight, ce = p.ce_scale * weight;
   const bool own_x = ce != 0.f && p.temperature != 1.f;
-  const float q_factor = (own_x ? 0.f : ce) - kd * slope_sum;
+  // A divergence of factor 0 is left out, whatever it came to: 0 * NaN is not 0.
+  const float q_factor = (own_x ? 0.f : ce) - (p.kd_scale != 0.f ? kd * slope_sum : 0.f);
   const int64_t label = p.labels && ce != 0.f ? p.labels[row] : -1;
   const float over_cap = p.x.softcap == 0.f ? 0.f : p.temperature / p.x.softcap;
   alignas(64) float dx[block];
   for (int64_t v0 = 0; v0 < p.vocabulary; v0 += block) {
     const int64_t n = std::min(block, p.vocabulary - v0);
     const float *x = b.x + v0, *slope = b.y + v0, *q = b.q + v0;
-    for (int64_t v = 0; v < n; v += KD_LANES) store(dx + v, kd * load(slope + v) + q_factor * load(q + v));
+    if (p.kd_scale != 0.f)
+      for (int64_t v = 0; v < n; v += KD_LANES) store(dx + v, kd * load(slope + v) + q_factor * load(q + v));
+    else
+      for (int64_t v = 0; v < n; v += KD_LANES) store(dx + v, q_factor * load(q + v));
     if (own_x)
       for (int64_t v = 0; v < n; v += KD_LANES)
         store(dx + v, load(dx + v) + ce * exp<true>((load(x + v) * p.temperature - stats[max_x]) - stats[log_sum_x]));

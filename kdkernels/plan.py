@@ -10,7 +10,7 @@ import torch
 from kdkernels import backends
 from kdkernels.backends.operators import accumulate_dtype
 from kdkernels.backends.reference import LIVE_COPIES
-from kdkernels.products import block_rows, product_dtype
+from kdkernels.products import block_size, product_dtype
 
 STRATEGIES = ("auto", "tokens")
 DEFAULT_BUDGET = {"cpu": 512 * 2**20}
@@ -106,7 +106,7 @@ def plan(
     accumulator = vocab * student_dim * 4 if train_head and dtype.itemsize == 2 and chunks > 1 else 0
     computed = product_dtype(dtype, device), product_dtype(teacher_dtype, device)
     widened = dtype != computed[0] or teacher_dtype != computed[1]
-    blocks = max(block_rows(width) * width * 4 for width in (student_dim, teacher_dim)) if widened else 0
+    blocks = 4 * max(block_size(vocab, width) for width in (student_dim, teacher_dim))
     hidden = rows * (student_dim * computed[0].itemsize * 2 + teacher_dim * computed[1].itemsize) if widened else 0
     buffers = torch.get_num_threads() * 3 * vocab * 4 if backends.select(device, dtype, teacher_dtype) == "native" else 0
     scratch = logits + accumulator + blocks + hidden + buffers

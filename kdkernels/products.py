@@ -35,13 +35,20 @@ def block_rows(width: int) -> int:
     return max(256, BLOCK_BYTES // (4 * width))
 
 
+def block_size(vocabulary: int, width: int) -> int:
+    """Elements of a block."""
+    return min(vocabulary, block_rows(width)) * width
+
+
 class HeadProducts:
     """The products of one head [V, D] with blocks of tokens.
 
-    weight: [V, D] in the parameter's dtype. dtype: what the products run in.
+    weight: [V, D] in the parameter's dtype. dtype: what the products run in. buffer: float32 scratch of block_size(V, D)
+    elements for a head that has to be widened.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype, buffer: Tensor) -> None:
+        self.buffer = buffer
         # To a 16-bit dtype the head is rounded once as a whole: block-wise sums would round between blocks.
         self.weight = weight.to(dtype) if dtype != torch.float32 else weight
         self.dtype = dtype
@@ -51,10 +58,10 @@ class HeadProducts:
         vocabulary, width = self.weight.shape
         widen = self.weight.dtype != self.dtype
         rows = min(vocabulary, block_rows(width)) if cut or widen else vocabulary
-        buffer = self.weight.new_empty((rows, width), dtype=self.dtype) if widen else None
+        buffer = self.buffer[: rows * width].view(rows, width) if widen else self.buffer
         for begin in range(0, vocabulary, rows):
             here = slice(begin, min(begin + rows, vocabulary))
-            yield here, self.weight[here] if buffer is None else buffer[: here.stop - begin].copy_(self.weight[here])
+            yield here, buffer[: here.stop - begin].copy_(self.weight[here]) if widen else self.weight[here]
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         """out [C, V] = hidden [C, D] Wᵀ."""
@@ -71,16 +78,21 @@ class HeadProducts:
                 torch.addmm(out, dx[:, here], weight, out=out)
 
 
-def add_head_grad(dx: Tensor, hidden: Tensor, out: Tensor, first: bool) -> None:
-    """out [V, D] (+)= dxᵀ [V, C] hidden [C, D]; ``first`` overwrites. Rounds once where dtypes differ or the sum goes on."""
+def add_head_grad(dx: Tensor, hidden: Tensor, out: Tensor, first: bool, buffer: Tensor) -> None:
+    """out [V, D] (+)= dxᵀ [V, C] hidden [C, D]; ``first`` overwrites. Each product is rounded once where the dtypes differ.
+
+    buffer: float32 scratch of block_size(V, D) elements.
+    """
     if out.dtype == dx.dtype:
         if first:
             torch.mm(dx.t(), hidden, out=out)
         else:
             torch.addmm(out, dx.t(), hidden, out=out)
         return
-    rows = block_rows(out.shape[1])
-    for begin in range(0, out.shape[0], rows):
-        part = torch.mm(dx[:, begin : begin + rows].t(), hidden)
+    vocabulary, width = out.shape
+    rows = min(vocabulary, block_rows(width))
+    parts = buffer.view(dx.dtype)[: rows * width].view(rows, width)
+    for begin in range(0, vocabulary, rows):
         here = out[begin : begin + rows]
+        part = torch.mm(dx[:, begin : begin + rows].t(), hidden, out=parts[: len(here)])
         here.copy_(part) if first else here.add_(part)

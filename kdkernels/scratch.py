@@ -56,7 +56,7 @@ def borrowed(shapes: list[tuple[tuple[int, int], torch.dtype]], budget: int, dev
 
 
 def free_scratch() -> None:
-    """Give back the scratch that the last loss on a CPU left allocated (at most its memory_budget)."""
+    """Give back the scratch that the last loss on a CPU left allocated (its memory_budget and 8 MiB at most)."""
     global _held
     with _lock:
         _held = None

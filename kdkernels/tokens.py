@@ -7,7 +7,6 @@ are, 3 Us + Ut (U = 2 N V D), for every divergence.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from kdkernels import backends
 from kdkernels.backends.operators import accumulate_dtype
 from kdkernels.plan import chunk_rows, logit_bytes
-from kdkernels.products import HeadProducts, add_head_grad, product_dtype
+from kdkernels.products import HeadProducts, add_head_grad, block_size, product_dtype
 from kdkernels.scratch import borrowed
 
 METRICS = ("kd", "ce", "target_entropy", "student_entropy", "agreement", "overlap", "tokens")
@@ -94,28 +93,31 @@ def linear_kd(
     rows = kept_rows(labels, token_weight, ignore_index, vocab)
     count = tokens if rows is None else rows.shape[0]
     weights = torch.ones(tokens, dtype=sum_dtype, device=device) if token_weight is None else token_weight.to(sum_dtype)
-    size = chunk_rows(tokens, vocab, logit_bytes(*dtypes, device), budget)
+    per_logit = logit_bytes(*dtypes, device)
+    size = chunk_rows(count, vocab, per_logit, budget)
 
     # Where the loss does not look at the teacher, its logits are not computed: the student stands in for it.
     alone = terms.kd_scale == 0.0 and not metrics
-    student = HeadProducts(student_weight[:vocab], x_dtype)
     x_bias = _bias(student_bias, vocab, sum_dtype)
-    teacher = student if alone else HeadProducts(teacher_weight[:vocab], z_dtype)
     z_bias = x_bias if alone else _bias(teacher_bias, vocab, sum_dtype)
     head = terms.head[:2] * 2 if alone else terms.head
     backend = backends.operators(backends.select(device, x_dtype, z_dtype))
 
-    grads = _Gradients(student_hidden, student_weight, student_bias, needs, vocab, sum_dtype, split=tokens > size)
+    grads = _Gradients(
+        student_hidden, student_weight, student_bias, needs, vocab, sum_dtype, tokens > chunk_rows(tokens, vocab, per_logit, budget)
+    )
     losses = torch.zeros(tokens, dtype=sum_dtype, device=device)
     metric_sums = torch.zeros(len(METRICS) - 1, dtype=torch.float64, device=device)
-    chunks = math.ceil(count / size)
-    size = math.ceil(count / chunks) if chunks else 0
-    shapes = [((size, vocab), x_dtype)] if alone else [((size, vocab), x_dtype), ((size, vocab), z_dtype)]
-    with borrowed(shapes, budget, device) as scratch:
-        for chunk in range(chunks):
-            here = slice(chunk * size, min((chunk + 1) * size, count))
+    block = max(block_size(vocab, weight.shape[1]) for weight in (student_weight, teacher_weight))
+    shapes = [((1, block), torch.float32), ((size, vocab), x_dtype), *([] if alone else [((size, vocab), z_dtype)])]
+    with borrowed(shapes, budget + 4 * block, device) as scratch:
+        buffer = scratch[0][0]
+        student = HeadProducts(student_weight[:vocab], x_dtype, buffer)
+        teacher = student if alone else HeadProducts(teacher_weight[:vocab], z_dtype, buffer)
+        for begin in range(0, count, size):
+            here = slice(begin, min(begin + size, count))
             index: slice | Tensor = here if rows is None else rows[here]
-            x, z = scratch[0][: here.stop - here.start], scratch[-1][: here.stop - here.start]
+            x, z = scratch[1][: here.stop - begin], scratch[-1][: here.stop - begin]
             hidden = student_hidden[index].to(x_dtype)
             student.logits(hidden, x)
             if not alone:
@@ -132,7 +134,7 @@ def linear_kd(
             losses[index] = chunk_weights * weighted(columns, terms)
             if metrics:
                 metric_sums += columns.sum(0, dtype=torch.float64)
-            grads.add(student, x, hidden, index, first=chunk == 0)
+            grads.add(student, x, hidden, index, buffer, first=begin == 0)
 
     summary = _summary(metric_sums, count).to(sum_dtype) if metrics else losses.new_empty(0)
     return losses, *grads.finished(empty=count == 0), summary
@@ -166,7 +168,7 @@ class _Gradients:
         self.sums = hidden.new_empty(0, dtype=sum_dtype)
         self.bias_dtype = None if bias is None else bias.dtype
 
-    def add(self, head: HeadProducts, dx: Tensor, hidden: Tensor, index: slice | Tensor, first: bool) -> None:
+    def add(self, head: HeadProducts, dx: Tensor, hidden: Tensor, index: slice | Tensor, buffer: Tensor, first: bool) -> None:
         """A chunk's logit gradients dx [C, V] and hidden states [C, D], which are the rows ``index`` of all."""
         if self.bias is not None:
             self.bias[: self.vocab] += dx.sum(0, dtype=self.bias.dtype)
@@ -178,7 +180,7 @@ class _Gradients:
                 head.hidden_grad(dx, part)
                 self.hidden[index] = part.to(self.hidden.dtype)
         if self.weight_sum is not None:
-            add_head_grad(dx, hidden, self.weight_sum, first)
+            add_head_grad(dx, hidden, self.weight_sum, first, buffer)
 
     def finished(self, empty: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of hidden states, weight and bias in their dtypes; ``empty``: no chunk was added."""

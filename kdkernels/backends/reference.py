@@ -126,7 +126,8 @@ def _grad(
     out: Tensor,
 ) -> None:
     q = _log_probability(rows.x, stats, 0).exp_()
-    dx = (slope - q * slope_sum[:, None]).mul_(kd_scale / rows.temperature)
+    # A divergence of factor 0 is left out, whatever it came to: 0 * NaN is not 0.
+    dx = torch.zeros_like(q) if kd_scale == 0.0 else (slope - q * slope_sum[:, None]).mul_(kd_scale / rows.temperature)
     if ce_scale != 0.0 and labels is not None:
         own_q = q if rows.temperature == 1.0 else _log_probability(rows.own_x(), stats, 4).exp_()
         dx += ce_scale * own_q

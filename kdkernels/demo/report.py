@@ -104,7 +104,8 @@ def conclusions(results: dict[str, Any]) -> list[str]:
         "This shows that the losses train real models from hidden states and heads; how near they come to eager PyTorch, and at "
         "what cost, is measured above.",
         "The errors cover the choice of held-out text, not of the seed: another seed can change which student is ahead (--seed).",
-        "It does not reproduce published gains: those are of trained students, with teachers of billions of parameters.",
+        "It does not reproduce published gains: those are of students that had been trained before, with far larger teachers. Here "
+        "a student starts untrained, so TAID's target is at first in part the student's own guess.",
         "A teacher of some minutes is weak, and what a loss step costs depends on vocabulary, tokens and widths (kd.plan).",
     ]
 

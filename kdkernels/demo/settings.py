@@ -46,11 +46,11 @@ class Settings:
     batch: int = 4
     teacher: ModelSize = field(default=ModelSize(width=128, layers=2, heads=4))
     student: ModelSize = field(default=ModelSize(width=64, layers=1, heads=2))
-    learning_rate: float = 3e-3
-    teacher_steps: int = 1500
-    student_steps: int = 600
-    teacher_seconds: float = 100.0
-    student_seconds: float = 75.0
+    learning_rate: float = 4e-3
+    teacher_steps: int = 1400
+    student_steps: int = 500
+    teacher_seconds: float = 110.0
+    student_seconds: float = 80.0
     heldout_windows: int = 256
     curve_windows: int = 48
     evaluations: int = 12
