@@ -32,35 +32,31 @@ def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
 
 
 class SummedLoss(torch.autograd.Function):
-    """(sum of losses times ``factor``, metrics).
-
-    folded: whether the gradients are made with that factor in them, or get it in the backward.
-    """
+    """(sum of losses times ``factor``, metrics); the gradients are kept ``lift`` times as large until the backward."""
 
     @staticmethod
-    def forward(ctx: Any, operator: Any, differentiable: int, metrics: bool, factor: Tensor, folded: bool, *arguments: Any) -> Any:
+    def forward(ctx: Any, operator: Any, differentiable: int, metrics: bool, factor: Tensor, lift: float, *arguments: Any) -> Any:
         ctx.needs = [bool(need) for need in ctx.needs_input_grad[_OWN : _OWN + differentiable]]
-        one = torch.ones_like(factor)
         weighted, rest = arguments[: differentiable + 1], arguments[differentiable + 1 :]
-        losses, *grads, summary = operator(*weighted, factor if folded else one, *rest, ctx.needs, metrics)
-        ctx.save_for_backward(one if folded else factor, *grads)
+        losses, *grads, summary = operator(*weighted, factor * lift, *rest, ctx.needs, metrics)
+        ctx.lift = lift
+        ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(summary)
         return (losses.sum(dtype=torch.float64) * factor).to(losses.dtype), summary
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Any) -> Any:
-        pending, *grads = ctx.saved_tensors
-        scale = upstream * pending
-        scaled = [_scaled(grad, scale) if need else None for grad, need in zip(grads, ctx.needs, strict=True)]
+        scale = upstream / ctx.lift
+        scaled = [_scaled(grad, scale) if need else None for grad, need in zip(ctx.saved_tensors, ctx.needs, strict=True)]
         return (*[None] * _OWN, *scaled, *[None] * (len(ctx.needs_input_grad) - _OWN - len(scaled)))
 
 
 class LossPerToken(torch.autograd.Function):
-    """(loss of each token, metrics); ``factor`` is 1 here."""
+    """(loss of each token, metrics); ``factor`` and ``lift`` are 1 here."""
 
     @staticmethod
-    def forward(ctx: Any, operator: Any, differentiable: int, metrics: bool, factor: Tensor, folded: bool, *arguments: Any) -> Any:
+    def forward(ctx: Any, operator: Any, differentiable: int, metrics: bool, factor: Tensor, lift: float, *arguments: Any) -> Any:
         weighted, rest = arguments[: differentiable + 1], arguments[differentiable + 1 :]
         losses, *_, summary = operator(*weighted, factor, *rest, [False] * differentiable, metrics)
         ctx.operator, ctx.differentiable = operator, differentiable

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels as kd
-from kdkernels import backends
+from kdkernels import backends, ops
 from kdkernels.backends import native
 from tests import oracle
 from tests.oracle import Options
@@ -60,6 +61,26 @@ def divergence(options: Options) -> kd.Divergence:
 def keywords(options: Options) -> dict[str, Any]:
     names = ("t", "temperature", "square_temperature", "kd_weight", "ce_weight", "ignore_index", "normalizer")
     return {"divergence": divergence(options), **{name: getattr(options, name) for name in names}}
+
+
+class InsideOperators(TorchDispatchMode):
+    """Shows every operator that runs, those inside the library's losses too: its arguments before, and what it made."""
+
+    def before(self, name: str, args: tuple[Any, ...]) -> None:
+        """name: such as aten::mm, whatever the overload."""
+
+    def after(self, name: str, made: Any) -> None: ...
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        library, name = func._schema.name.split("::")
+        self.before(func._schema.name, args)
+        if library == "kdkernels" and hasattr(ops, name):
+            with self:
+                made = getattr(ops, name)(*args)
+        else:
+            made = func(*args, **(kwargs or {}))
+        self.after(func._schema.name, made)
+        return made
 
 
 @dataclass(frozen=True)
@@ -178,8 +199,10 @@ def dressed(case: Case, seed: int = 1) -> Case:
 
 
 def strided(tensor: Tensor) -> Tensor:
-    """The same values, neither contiguous nor with adjacent entries in a row."""
-    return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    """The same values with gaps, and with more than one dimension in another order."""
+    order = list(reversed(range(tensor.dim())))
+    with_gaps = torch.repeat_interleave(tensor.permute(order), 2, -1)[..., ::2]
+    return with_gaps.permute(order)
 
 
 def root_mean_square(tensors: list[Tensor]) -> float:

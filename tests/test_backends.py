@@ -13,7 +13,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from tests import oracle
-from tests.cases import CHOICES, Result, assert_as_good_as_eager, draw, dressed, keywords, parameters, ratios, running
+from tests.cases import CHOICES, Result, assert_as_good_as_eager, draw, dressed, keywords, parameters, ratios, running, strided
 from tests.oracle import Options
 
 SPREADS = (1.0, 10.0, 30.0)
@@ -119,3 +119,39 @@ class TestEveryBackend:
             with running(variant):
                 compared[t, temperature, shape] = ratios([run_logits(x, z, **options) for x, z in pairs], eager, exact)
         assert_as_good_as_eager(compared)
+
+
+@pytest.mark.parametrize(("variant", "dtype"), parameters(CHOICES))
+class TestLayouts:
+    """Views of any strides give what their contiguous copies give."""
+
+    def assert_same(self, found: Result, right: Result) -> None:
+        for name, value in right.items():
+            tolerance = 4 * torch.finfo(value.dtype).eps
+            torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance * value.abs().max().item())
+
+    def test_hidden_states_and_heads(self, variant: str, dtype: torch.dtype) -> None:
+        case = dressed(draw(tokens=(2, 3), vocab=101, dtype=dtype))
+        case = replace(case, options=Options(ce_weight=0.5))
+        parts = {name: part for name, part in vars(case).items() if isinstance(part, Tensor)}
+        views = {name: strided(part) for name, part in parts.items()}
+        assert not any(view.is_contiguous() for name, view in views.items() if not name.endswith("bias"))
+        with running(variant):
+            self.assert_same(replace(case, **views).run(), case.run())
+
+    def test_logits(self, variant: str, dtype: torch.dtype) -> None:
+        x, z = (torch.randn(2, 6, 101, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+        padded = [torch.nn.functional.pad(part, (2, 5), value=torch.nan)[:, 2:-5] for part in (x, z)]
+        every_second = [torch.repeat_interleave(part, 2, 0)[::2] for part in (x, z)]
+        with running(variant):
+            right = run_logits(x, z)
+            for one, other in (padded, every_second, [strided(x), strided(z)], [x, padded[1]], [strided(x), z]):
+                self.assert_same(run_logits(one, other), right)
+
+    def test_one_hidden_state_for_all_tokens(self, variant: str, dtype: torch.dtype) -> None:
+        """expand gives strides of 0."""
+        case = draw(tokens=(4,), dtype=dtype)
+        one, other = (part[:1].expand(4, -1) for part in (case.student_hidden, case.teacher_hidden))
+        with running(variant):
+            right = replace(case, student_hidden=one.clone(), teacher_hidden=other.clone()).run()
+            self.assert_same(replace(case, student_hidden=one, teacher_hidden=other).run(), right)

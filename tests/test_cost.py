@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels as kd
-from kdkernels import ops, tokens
+from kdkernels import tokens
 from kdkernels.plan import chunk_rows
-from tests.cases import Case, draw
+from tests.cases import Case, InsideOperators, draw
 from tests.oracle import Options
 
 N, V, STUDENT, TEACHER = 24, 50, 8, 12
@@ -27,23 +26,18 @@ US, UT = 2 * N * V * STUDENT, 2 * N * V * TEACHER
 MIB = 2**20
 
 
-class Products(TorchDispatchMode):
-    """Counts floating point operations of matrix products, also inside the library's operators."""
+class Products(InsideOperators):
+    """Counts floating point operations of matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        if name == "kdkernels::linear_kd":
-            with self:
-                return ops.linear_kd(*args)
+    def before(self, name: str, args: tuple[Any, ...]) -> None:
         if name in ("aten::mm", "aten::addmm"):
             left, right = args[-2:]
             self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
         assert name not in ("aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear"), f"{name} is not counted"
-        return func(*args, **(kwargs or {}))
 
 
 def count(case: Case, learn: tuple[str, ...] = ("student_hidden", "student_weight"), **more: Any) -> int:
@@ -231,7 +225,7 @@ class TestMemory:
             assert plan.logits_bytes <= budget
             assert peaks[count_] <= plan.scratch_bytes + 16 * MIB
             assert peaks[count_] >= plan.scratch_bytes - 16 * MIB, "the plan asks for more than is used"
-            assert held <= budget + 8 * MIB
+            assert held <= budget + 9 * MIB  # with the block of a widened head
         assert abs(peaks[4096] - peaks[1024]) <= 16 * MIB
 
     def test_the_reference_keeps_to_it_too(self) -> None:

@@ -8,30 +8,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels as kd
-from kdkernels import backends, ops
-from tests.cases import NATIVE_DTYPES, VARIANTS, draw, dressed, keywords, parameters, running
+from kdkernels import backends
+from tests.cases import NATIVE_DTYPES, VARIANTS, InsideOperators, draw, dressed, keywords, parameters, running
 from tests.oracle import Options
 
 
-class Recorder(TorchDispatchMode):
-    """Keeps the arguments of every operator of the library, also of those that another one calls."""
+class Recorder(InsideOperators):
+    """Keeps the arguments of every operator of the library."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[str, tuple[Any, ...]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace != "kdkernels":
-            return func(*args, **(kwargs or {}))
-        name = func._schema.name.removeprefix("kdkernels::")
-        self.calls[name] = tuple(arg.detach().clone() if isinstance(arg, Tensor) else arg for arg in args)
-        if name in ("linear_kd", "logits_kd"):
-            with self:
-                return getattr(ops, name)(*args)
-        return func(*args, **(kwargs or {}))
+    def before(self, name: str, args: tuple[Any, ...]) -> None:
+        if name.startswith("kdkernels::"):
+            kept = tuple(arg.detach().clone() if isinstance(arg, Tensor) else arg for arg in args)
+            self.calls[name.removeprefix("kdkernels::")] = kept
 
 
 def recorded(dtype: torch.dtype, bare: bool = False) -> dict[str, tuple[Any, ...]]:

@@ -63,7 +63,9 @@ def test_a_divergence_is_not_negative(
 
 @every_backend
 @hypothesis.given(seeds, spreads, temperatures, names)
-def test_it_is_zero_for_equal_models_and_for_no_others(backend: str, seed: int, spread: float, temperature: float, name: str) -> None:
+def test_it_is_zero_for_equal_models_and_for_no_others(
+    backend: str, seed: int, spread: float, temperature: float, name: str
+) -> None:
     x, z = logits(seed, 3, 17, spread, backend)
     options: dict[str, Any] = {"divergence": name, "temperature": temperature, "square_temperature": False, "reduction": "none"}
     with backends.use(backend):
@@ -86,7 +88,9 @@ def test_logits_have_no_zero_point(backend: str, seed: int, up: float, down: flo
 
 @every_backend
 @hypothesis.given(seeds, sizes, st.data(), names, st.sampled_from(["mean", "sum"]))
-def test_masked_tokens_and_tokens_of_weight_zero_are_not_there(backend: str, seed: int, rows: int, data: Any, name: str, reduction: str) -> None:
+def test_masked_tokens_and_tokens_of_weight_zero_are_not_there(
+    backend: str, seed: int, rows: int, data: Any, name: str, reduction: str
+) -> None:
     x, z = logits(seed, rows, 17, 3.0, backend)
     keep = torch.tensor(data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows)))
     generator = torch.Generator().manual_seed(seed)
@@ -99,7 +103,9 @@ def test_masked_tokens_and_tokens_of_weight_zero_are_not_there(backend: str, see
             loss, grad = torch.zeros((), dtype=x.dtype), x[:0]
         masked = loss_and_grad(x, z, labels=labels.where(keep, -100), token_weight=weight, **options)
         weightless = loss_and_grad(x, z, labels=labels, token_weight=weight.where(keep, 0.0), **options)
-        with_another_index = loss_and_grad(x, z, labels=labels.where(keep, 5), token_weight=weight.where(keep, 0.0), ignore_index=99, **options)
+        with_another_index = loss_and_grad(
+            x, z, labels=labels.where(keep, 5), token_weight=weight.where(keep, 0.0), ignore_index=99, **options
+        )
     for found in (masked, weightless, with_another_index):
         same((found[0], found[1][keep]), (loss, grad))
         assert (found[1][~keep] == 0).all()
@@ -128,9 +134,11 @@ def test_the_loss_is_its_terms(backend: str, seed: int, name: str, temperature: 
     x, z = logits(seed, 4, 17, 3.0, backend)
     labels = torch.tensor([0, 16, 3, -100])
     with backends.use(backend):
-        divergence = loss_and_grad(x, z, labels, divergence=name, temperature=temperature, square_temperature=False)
-        cross_entropy = loss_and_grad(x, z, labels, kd_weight=0.0, ce_weight=1.0, temperature=temperature)
-        both = loss_and_grad(x, z, labels, divergence=name, temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight)
+        divergence = loss_and_grad(x, z, labels=labels, divergence=name, temperature=temperature, square_temperature=False)
+        cross_entropy = loss_and_grad(x, z, labels=labels, kd_weight=0.0, ce_weight=1.0, temperature=temperature)
+        both = loss_and_grad(
+            x, z, labels=labels, divergence=name, temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight
+        )
     expected = [kd_weight * temperature**2 * d + ce_weight * c for d, c in zip(divergence, cross_entropy, strict=True)]
     same(both, tuple(expected), tolerance=3e-5)
     same(cross_entropy[:1], (torch.nn.functional.cross_entropy(x, labels),), tolerance=1e-5)
@@ -160,7 +168,9 @@ def test_gradients_of_a_row_sum_to_zero(backend: str, seed: int, rows: int, name
 
 @every_backend
 @hypothesis.given(seeds, names, temperatures, st.integers(1, 40_000))
-def test_from_hidden_states_or_from_logits_it_is_one_loss(backend: str, seed: int, name: str, temperature: float, budget: int) -> None:
+def test_from_hidden_states_or_from_logits_it_is_one_loss(
+    backend: str, seed: int, name: str, temperature: float, budget: int
+) -> None:
     """With identity heads; the budget cuts chunks anywhere."""
     x, z = logits(seed, 11, 17, 3.0, backend)
     labels = torch.randint(-1, 17, (11,), generator=torch.Generator().manual_seed(seed))
