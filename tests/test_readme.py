@@ -1,0 +1,55 @@
+"""What the README shows runs, and its measured table is the one that the results file makes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import kdkernels as kd
+from benchmarks import readme
+from benchmarks.linear import RESULTS
+
+TEXT = readme.README.read_text()
+
+
+def test_the_measured_table_comes_from_the_results_file() -> None:
+    assert readme.updated(TEXT, json.loads(RESULTS.read_text())) == TEXT, "run python -m benchmarks.readme"
+
+
+def test_the_two_sides_of_you_had_you_write_agree() -> None:
+    had, write = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)[0].split("# You write:")
+    torch.manual_seed(0)
+    scope = {
+        "torch": torch,
+        "kd": kd,
+        "student_head": torch.nn.Linear(8, 50, bias=False),
+        "teacher_head": torch.nn.Linear(12, 50, bias=False).requires_grad_(False),
+        "student_hidden": torch.randn(2, 5, 8),
+        "teacher_hidden": torch.randn(2, 5, 12),
+    }
+    exec(had, scope)
+    expected = scope["loss"]
+    exec(write, scope)
+    torch.testing.assert_close(scope["loss"], expected)
+
+
+def test_the_complete_step_runs_and_learns() -> None:
+    block = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)[1]
+    scope: dict[str, object] = {}
+    exec(block, scope)
+    schedule = scope["schedule"]
+    assert isinstance(schedule, kd.TAIDSchedule)
+    assert schedule.t.item() == pytest.approx(1.0)
+
+
+def test_every_divergence_is_in_its_table() -> None:
+    assert re.findall(r"^\| `(\w+)` \| (?=.*KL|½)", TEXT, re.MULTILINE) == list(kd.divergences())
+
+
+def test_the_files_it_links_exist() -> None:
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", TEXT):
+        assert (Path(readme.README).parent / link).exists(), link
