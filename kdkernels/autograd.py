@@ -1,6 +1,6 @@
 """The backward passes of the library operators of ops.py.
 
-An operator takes its differentiable arguments first, then token_weight and grad_scale, and ends with ``needs`` (which of the
+An operator takes its differentiable arguments first, then token_weight, grad_scale and lift, and ends with ``needs`` (which of the
 differentiable ones need a gradient) and ``metrics``; it returns losses, a gradient for each differentiable argument, and metrics.
 
 A summed loss has its gradients made in the forward, and the backward only scales them. A loss per token learns its upstream
@@ -32,33 +32,37 @@ def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
 
 
 class SummedLoss(torch.autograd.Function):
-    """(sum of losses times ``factor``, metrics); the gradients are kept ``lift`` times as large until the backward."""
+    """(sum of losses times ``factor``, metrics); the first gradient, that of single tokens, is made ``lift`` times as large."""
 
     @staticmethod
-    def forward(ctx: Any, operator: Any, differentiable: int, metrics: bool, factor: Tensor, lift: float, *arguments: Any) -> Any:
+    def forward(
+        ctx: Any, operator: Any, differentiable: int, metrics: bool, factor: Tensor, lift: Tensor | None, *arguments: Any
+    ) -> Any:
         ctx.needs = [bool(need) for need in ctx.needs_input_grad[_OWN : _OWN + differentiable]]
         weighted, rest = arguments[: differentiable + 1], arguments[differentiable + 1 :]
-        losses, *grads, summary = operator(*weighted, factor * lift, *rest, ctx.needs, metrics)
-        ctx.lift = lift
-        ctx.save_for_backward(*grads)
+        losses, *grads, summary = operator(*weighted, factor, lift, *rest, ctx.needs, metrics)
+        ctx.save_for_backward(lift, *grads)
         ctx.mark_non_differentiable(summary)
         return (losses.sum(dtype=torch.float64) * factor).to(losses.dtype), summary
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Any) -> Any:
-        scale = upstream / ctx.lift
-        scaled = [_scaled(grad, scale) if need else None for grad, need in zip(ctx.saved_tensors, ctx.needs, strict=True)]
+        lift, *grads = ctx.saved_tensors
+        scales = [upstream if lift is None else upstream / lift, *[upstream] * (len(grads) - 1)]
+        scaled = [_scaled(*pair) if need else None for *pair, need in zip(grads, scales, ctx.needs, strict=True)]
         return (*[None] * _OWN, *scaled, *[None] * (len(ctx.needs_input_grad) - _OWN - len(scaled)))
 
 
 class LossPerToken(torch.autograd.Function):
-    """(loss of each token, metrics); ``factor`` and ``lift`` are 1 here."""
+    """(loss of each token, metrics); ``factor`` is 1 and ``lift`` None here."""
 
     @staticmethod
-    def forward(ctx: Any, operator: Any, differentiable: int, metrics: bool, factor: Tensor, lift: float, *arguments: Any) -> Any:
+    def forward(
+        ctx: Any, operator: Any, differentiable: int, metrics: bool, factor: Tensor, lift: Tensor | None, *arguments: Any
+    ) -> Any:
         weighted, rest = arguments[: differentiable + 1], arguments[differentiable + 1 :]
-        losses, *_, summary = operator(*weighted, factor, *rest, [False] * differentiable, metrics)
+        losses, *_, summary = operator(*weighted, factor, None, *rest, [False] * differentiable, metrics)
         ctx.operator, ctx.differentiable = operator, differentiable
         ctx.tensors = [isinstance(argument, Tensor) for argument in arguments]
         ctx.save_for_backward(factor, *[argument for argument in arguments if isinstance(argument, Tensor)])
@@ -74,6 +78,6 @@ class LossPerToken(torch.autograd.Function):
         inputs, (token_weight, *rest) = arguments[: ctx.differentiable], arguments[ctx.differentiable :]
         weight = upstream if token_weight is None else token_weight * upstream
         needs = [bool(need) for need in ctx.needs_input_grad[_OWN : _OWN + ctx.differentiable]]
-        _, *grads, _ = ctx.operator(*inputs, weight, factor, *rest, needs, False)
+        _, *grads, _ = ctx.operator(*inputs, weight, factor, None, *rest, needs, False)
         made = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         return (*[None] * _OWN, *made, *[None] * (len(arguments) - len(made)))

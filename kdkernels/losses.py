@@ -213,13 +213,13 @@ def _reduced(
         else:
             normalizer = torch.full((), loss.normalizer, dtype=dtype, device=rows.device)
         factor = torch.where(normalizer == 0, 0.0, 1.0 / normalizer)
-    # Divided by the token count, float16 gradients would underflow before a gradient scaler sees them: keep them 2^10 times larger
-    # until then.
+    # Divided by the token count, float16 gradients of single tokens would underflow before a gradient scaler sees them. Until the
+    # backward they are kept larger, by that count at most.
     if not torch.is_grad_enabled():
         # Inside the function this can no longer be seen: it would make gradients that nobody can ask for.
         differentiable = tuple(None if argument is None else argument.detach() for argument in differentiable)
     small = any(argument is not None and argument.dtype == torch.float16 for argument in differentiable)
-    lift = 1024.0 if small and loss.reduction == "mean" else 1.0
+    lift = (1.0 / factor).clamp(1.0, 1024.0) if small and loss.reduction == "mean" else None
     function = LossPerToken if loss.reduction == "none" else SummedLoss
     value, summary = function.apply(  # type: ignore[no-untyped-call]
         *(operator, len(differentiable), loss.return_metrics, factor, lift), *differentiable, loss.token_weight, *others

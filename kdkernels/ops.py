@@ -18,21 +18,23 @@ from kdkernels.products import product_dtype
 _TERMS = "str divergence, float a, float temperature, float kd_scale, float ce_scale, float[] head"
 
 library.define(
-    "linear_kd(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? token_weight, Tensor grad_scale, "
+    "linear_kd(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
+    "Tensor? token_weight, Tensor grad_scale, Tensor? lift, "
     "Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, Tensor? labels, "
     f"Tensor t, {_TERMS}, int ignore_index, int vocab, ScalarType student_dtype, ScalarType teacher_dtype, "
     "int memory_budget, bool[] needs, bool metrics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
-    "logits_kd(Tensor student_logits, Tensor? token_weight, Tensor grad_scale, Tensor teacher_logits, Tensor? labels, "
+    "logits_kd(Tensor student_logits, Tensor? token_weight, Tensor grad_scale, Tensor? lift, "
+    "Tensor teacher_logits, Tensor? labels, "
     f"Tensor t, {_TERMS}, int ignore_index, bool[] needs, bool metrics) -> (Tensor, Tensor, Tensor)"
 )
 
 
 def linear_kd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     run: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = tokens.linear_kd
-    tensors, terms = arguments[:10], tokens.Terms(*arguments[10:16])
-    ignore_index, vocab, student_dtype, teacher_dtype, budget, needs, metrics = arguments[16:]
+    tensors, terms = arguments[:11], tokens.Terms(*arguments[11:17])
+    ignore_index, vocab, student_dtype, teacher_dtype, budget, needs, metrics = arguments[17:]
     # The products' dtypes are decided already; an ambient autocast must not change them.
     with torch.autocast(tensors[0].device.type, enabled=False):
         return run(*tensors, terms, ignore_index, vocab, (student_dtype, teacher_dtype), tuple(needs), metrics, budget)
@@ -54,9 +56,9 @@ def _fake_linear_kd(
 
 def logits_kd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     run: Callable[..., tuple[Tensor, Tensor, Tensor]] = tokens.logits_kd
-    tensors = arguments[:6]
-    ignore_index, needs, metrics = arguments[12:]
-    return run(*tensors, tokens.Terms(*arguments[6:12]), ignore_index, needs[0], metrics)
+    tensors = arguments[:7]
+    ignore_index, needs, metrics = arguments[13:]
+    return run(*tensors, tokens.Terms(*arguments[7:13]), ignore_index, needs[0], metrics)
 
 
 def _fake_logits_kd(student_logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

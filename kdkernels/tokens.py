@@ -73,6 +73,7 @@ def linear_kd(
     student_bias: Tensor | None,
     token_weight: Tensor | None,
     grad_scale: Tensor,
+    lift: Tensor | None,
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     teacher_bias: Tensor | None,
@@ -86,13 +87,17 @@ def linear_kd(
     metrics: bool,
     budget: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss of each row (0 where dropped), gradients of grad_scale * sum of losses (empty where not needed), and metrics."""
+    """Loss of each row (0 where dropped), gradients of grad_scale * sum of losses (empty where not needed), and metrics.
+
+    lift: a factor on top that only the gradient of the hidden states keeps.
+    """
     tokens, device = student_hidden.shape[0], student_hidden.device
     x_dtype, z_dtype = (product_dtype(dtype, device) for dtype in dtypes)
     sum_dtype = accumulate_dtype(x_dtype)
     rows = kept_rows(labels, token_weight, ignore_index, vocab)
     count = tokens if rows is None else rows.shape[0]
     weights = torch.ones(tokens, dtype=sum_dtype, device=device) if token_weight is None else token_weight.to(sum_dtype)
+    scale = grad_scale if lift is None else grad_scale * lift
     per_logit = logit_bytes(*dtypes, device)
     size = chunk_rows(count, vocab, per_logit, budget)
 
@@ -103,9 +108,8 @@ def linear_kd(
     head = terms.head[:2] * 2 if alone else terms.head
     backend = backends.operators(backends.select(device, x_dtype, z_dtype))
 
-    grads = _Gradients(
-        student_hidden, student_weight, student_bias, needs, vocab, sum_dtype, tokens > chunk_rows(tokens, vocab, per_logit, budget)
-    )
+    split = tokens > chunk_rows(tokens, vocab, per_logit, budget)
+    grads = _Gradients(student_hidden, student_weight, student_bias, needs, vocab, sum_dtype, lift, split)
     losses = torch.zeros(tokens, dtype=sum_dtype, device=device)
     metric_sums = torch.zeros(len(METRICS) - 1, dtype=torch.float64, device=device)
     block = max(block_size(vocab, weight.shape[1]) for weight in (student_weight, teacher_weight))
@@ -126,7 +130,7 @@ def linear_kd(
             columns = backend.row_loss(
                 *(x, z, x_bias, z_bias),
                 None if labels is None else labels[index].contiguous(),
-                chunk_weights * grad_scale,
+                chunk_weights * scale,
                 *(t, terms.divergence, terms.a, terms.temperature, terms.kd_scale, terms.ce_scale, head),
                 any(needs),
                 metrics,
@@ -155,10 +159,11 @@ class _Gradients:
         needs: tuple[bool, bool, bool],
         vocab: int,
         sum_dtype: torch.dtype,
+        lift: Tensor | None,
         split: bool,
     ) -> None:
         """split: whether there are several chunks; a 16-bit head's gradient is then added up in float32."""
-        self.vocab = vocab
+        self.vocab, self.lift = vocab, lift
         self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
         self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
         self.weight_sum = None if self.weight is None else self.weight[:vocab]
@@ -180,6 +185,7 @@ class _Gradients:
                 head.hidden_grad(dx, part)
                 self.hidden[index] = part.to(self.hidden.dtype)
         if self.weight_sum is not None:
+            hidden = hidden if self.lift is None else (hidden / self.lift).to(hidden.dtype)
             add_head_grad(dx, hidden, self.weight_sum, first, buffer)
 
     def finished(self, empty: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,7 +196,9 @@ class _Gradients:
             elif self.weight_sum.dtype != self.weight.dtype:
                 self.weight[: self.vocab] = self.weight_sum
             self.weight[self.vocab :] = 0
-        bias = None if self.bias is None else self.bias.to(self.bias_dtype)
+        bias = self.bias
+        if bias is not None:
+            bias = (bias if self.lift is None else bias / self.lift).to(self.bias_dtype)
         # An operator may not return one tensor twice, so each absent gradient is an empty tensor of its own.
         made = [self.sums.new_empty(0) if grad is None else grad for grad in (self.hidden, self.weight, bias)]
         return made[0], made[1], made[2]
@@ -210,6 +218,7 @@ def logits_kd(
     student_logits: Tensor,
     token_weight: Tensor | None,
     grad_scale: Tensor,
+    lift: Tensor | None,
     teacher_logits: Tensor,
     labels: Tensor | None,
     t: Tensor,
@@ -226,6 +235,7 @@ def logits_kd(
     weights = torch.ones(tokens, dtype=sum_dtype, device=device) if token_weight is None else token_weight.to(sum_dtype)
     if rows is not None:
         weights = torch.zeros_like(weights).index_copy_(0, rows, weights[rows])
+    scale = grad_scale if lift is None else grad_scale * lift
     name = backends.select(device, student_logits.dtype, teacher_logits.dtype)
     out = torch.empty_like(student_logits, memory_format=torch.contiguous_format) if need else None
     # The native backend needs no scratch beyond a row per thread; the reference's temporaries are bounded by chunks.
@@ -241,7 +251,7 @@ def logits_kd(
                 None,
                 None,
                 None if labels is None else labels[here].contiguous(),
-                weights[here] * grad_scale,
+                weights[here] * scale,
                 t,
                 terms.divergence,
                 terms.a,

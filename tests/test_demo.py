@@ -212,6 +212,14 @@ def test_a_slow_machine_does_fewer_steps_and_says_so(folder: Path) -> None:
     assert "20 steps instead of 24" in screen
 
 
+def test_a_machine_that_slows_down_stops_all_students_at_one_earlier_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = iter([1e-9, 1.0])
+    monkeypatch.setattr(train, "_step_seconds", lambda *arguments: next(measured, 1.0))
+    results, _ = run(folder, dataclasses.replace(TINY, student_seconds=1e-3))
+    assert results["students"]["steps"] == train.FEWEST_STEPS < results["students"]["planned_steps"]
+    assert {curve[-1][0] for curve in results["students"]["curves"].values()} == {train.FEWEST_STEPS}
+
+
 def test_held_out_files_are_not_trained_on() -> None:
     names = [name for name, _ in corpora.sources()]
     share = sum(map(corpora.held_out, names)) / len(names)

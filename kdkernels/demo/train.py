@@ -51,7 +51,7 @@ class Phase:
     """Learners in lockstep. teacher: frozen, or None where nothing is distilled. key: what a checkpoint must have been made with.
 
     planned: steps on a machine fast enough to do them in ``allowed`` seconds; ``steps`` is what this run does and
-    ``threads`` what it does them with, both fixed at its start.
+    ``threads`` what it does them with, both measured at its start (0: not yet).
     """
 
     name: str
@@ -113,26 +113,39 @@ def train(phase: Phase, settings: Settings, corpus: Corpus, path: Path, resume: 
 
     A finished teacher is taken as it is; an unfinished phase goes on only where ``resume`` asks for it, and else starts anew.
     """
+    most_threads = torch.get_num_threads()
+    begun = time.monotonic()
     if not _take_up(phase, settings, path, resume):
         path.unlink(missing_ok=True)
-        phase.threads, phase.steps = affordable(phase, settings, corpus)
+        fit(phase, settings, corpus, most_threads)
+    earlier = phase.seconds
     torch.set_num_threads(phase.threads)
     watched = corpus.held_out(settings.curve_windows, settings.window)
-    stops = {round(phase.steps * part / settings.evaluations) for part in range(settings.evaluations + 1)}
     note = "" if phase.learners[0].curve else _evaluate(phase, *watched)
     watch(phase, note)
-    saved = begun = time.monotonic()
-    earlier = phase.seconds
+    saved, saved_step = time.monotonic(), phase.step
     while phase.step < phase.steps:
         take_step(phase, corpus.batch(settings, phase.name, phase.step), settings.learning_rate)
-        if phase.step in stops:
-            note = _evaluate(phase, *watched)
         now = time.monotonic()
         phase.seconds = earlier + now - begun
-        if phase.step == phase.steps or now - saved >= settings.checkpoint_seconds:
+        due = now - saved >= settings.checkpoint_seconds
+        if due and _late(phase, (now - saved) / (phase.step - saved_step)):
+            fit(phase, settings, corpus, most_threads)
+        if phase.step in _stops(phase.steps, settings.evaluations):
+            note = _evaluate(phase, *watched)
+        if due or phase.step == phase.steps:
             save(phase, settings, path)
-            saved = time.monotonic()
+            saved, saved_step = time.monotonic(), phase.step
         watch(phase, note)
+
+
+def _stops(steps: int, evaluations: int) -> set[int]:
+    """Steps after which the held-out loss is taken; the last one is among them."""
+    return {round(steps * part / evaluations) for part in range(1, evaluations + 1)}
+
+
+def _late(phase: Phase, pace: float) -> bool:
+    return phase.seconds + pace * (phase.steps - phase.step) > 1.15 * phase.allowed
 
 
 def take_step(phase: Phase, batch: tuple[Tensor, Tensor], peak_rate: float) -> None:
@@ -169,21 +182,23 @@ def learning_rate_at(progress: float) -> float:
     return min(1.0, (progress + 0.001) / WARM_UP) * (0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
-def affordable(phase: Phase, settings: Settings, corpus: Corpus) -> tuple[int, int]:
-    """Threads and steps: the fastest number of threads, and the planned steps or as many as fit into the allowed seconds with it.
+def fit(phase: Phase, settings: Settings, corpus: Corpus, most_threads: int) -> None:
+    """Set the fastest number of threads, and as many of the steps as fit into what is left of the allowed seconds with it.
 
     Measured on a copy of the learners. Models this small are not fastest with every core of a large machine, nor of a busy one.
+    Called again where the machine turns out slower than measured: all learners then stop at one earlier step.
     """
-    most = torch.get_num_threads()
-    candidates = sorted({2**power for power in range(most.bit_length())} | {most})
+    candidates = sorted({2**power for power in range(most_threads.bit_length())} | {most_threads})
     times = {threads: _step_seconds(phase, settings, corpus, threads) for threads in candidates}
-    threads = min(times, key=times.__getitem__)
-    return threads, min(phase.planned, max(int(phase.allowed / times[threads]), FEWEST_STEPS))
+    phase.threads = min(times, key=times.__getitem__)
+    torch.set_num_threads(phase.threads)
+    fitting = phase.step + int((phase.allowed - phase.seconds) / times[phase.threads])
+    phase.steps = max(min(phase.steps or phase.planned, max(fitting, FEWEST_STEPS)), phase.step)
 
 
 def _step_seconds(phase: Phase, settings: Settings, corpus: Corpus, threads: int) -> float:
     trial = copy.copy(phase)
-    trial.learners, trial.steps = copy.deepcopy(phase.learners), phase.planned
+    trial.learners, trial.step, trial.steps = copy.deepcopy(phase.learners), 0, TIMED_STEPS + 1
     torch.set_num_threads(threads)
     seconds = []
     for step in range(TIMED_STEPS + 1):
