@@ -41,6 +41,7 @@ TINY = Settings(
     loss_windows=4,
     loss_repeats=1,
     checkpoint_seconds=0.0,
+    pace_seconds=0.0,
 )
 
 

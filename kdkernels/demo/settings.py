@@ -36,7 +36,7 @@ class Settings:
     teacher_seconds, student_seconds: at 5 minutes; where a measured step is too slow to fit, there are fewer steps.
     heldout_windows: sequences of the final held-out loss. curve_windows: of the losses along the way, of which there are
     ``evaluations``. files: use only so many source files (None: all). loss_windows: sequences of the loss-step comparison.
-    checkpoint_seconds: time between two checkpoints.
+    checkpoint_seconds: time between two checkpoints. pace_seconds: between two looks at whether the steps still fit.
     """
 
     minutes: float = DEFAULT_MINUTES
@@ -59,6 +59,7 @@ class Settings:
     loss_repeats: int = 7
     loss_budget: int = 32 * 2**20
     checkpoint_seconds: float = 5.0
+    pace_seconds: float = 15.0
 
     @property
     def scale(self) -> float:
