@@ -36,6 +36,7 @@ from typing import Any
 import torch
 
 import kdkernels as kd
+from kdkernels import info
 from kdkernels.backends import native
 from kdkernels.products import product_dtype
 
@@ -231,7 +232,7 @@ def main() -> int:
             kept[key] = json.loads(done.stdout.splitlines()[-1])
         report(key, kept[key])
         machine = {
-            "processor": processor(),
+            "processor": info.processor(),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -241,11 +242,6 @@ def main() -> int:
         RESULTS.write_text(json.dumps({"machine": machine, "cases": kept}, indent=1) + "\n")
     print(f"wrote {RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS}")
     return 0
-
-
-def processor() -> str:
-    match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return match[1] if match else platform.processor()
 
 
 def report(key: str, result: dict[str, Any]) -> None:
