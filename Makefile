@@ -28,7 +28,9 @@ test: setup
 	$(PY) -m pytest
 
 bench: setup
+	$(PY) -m pytest -o addopts= benchmarks --benchmark-only
 	$(PY) -m benchmarks.linear
+	$(PY) -m benchmarks.readme
 
 lint: setup
 	.venv/bin/ruff check .

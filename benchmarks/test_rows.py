@@ -1,4 +1,4 @@
-"""Micro suite of the row operation: ``pytest benchmarks --benchmark-only``. One call is 64 rows of 32,000 logits."""
+"""Micro suite of the row operation: ``pytest -o addopts= benchmarks --benchmark-only``. One call is 64 rows of 32,000 logits."""
 
 from __future__ import annotations
 
