@@ -79,6 +79,18 @@ def test_a_mutated_grad_does_not_reach_the_next_backward(reduction: str, road: C
 
 
 @both_roads
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradients_of_several_steps_add_up(reduction: str, road: Callable[..., Any]) -> None:
+    leaves, loss = road(torch.float64, reduction=reduction)
+    once = torch.autograd.grad(loss().sum(), leaves)
+    for _ in range(3):
+        loss().sum().backward()
+    (loss().sum() * 2 + loss().sum()).backward()
+    for leaf, grad in zip(leaves, once, strict=True):
+        torch.testing.assert_close(leaf.grad, 6 * grad, rtol=1e-12, atol=1e-15)
+
+
+@both_roads
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("factor", [3.0, 0.25, -1.0, 0.0])

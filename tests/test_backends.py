@@ -59,20 +59,26 @@ def from_hidden(name: str, dtype: torch.dtype, spread: float, t: float, temperat
 
 
 @functools.cache
-def from_logits(name: str, dtype: torch.dtype, spread: float, t: float, temperature: float, shape: Shape) -> Any:
-    """Pairs of logits, the exact results and eager's."""
+def from_logits(name: str, dtype: torch.dtype, spread: float, t: float, temperature: float, shape: Shape, parts: str) -> Any:
+    """Pairs of logits, their options, the exact results and eager's."""
     tokens, vocab, draws = shape
     options = Options(name, t=t, temperature=temperature)
+    labels = token_weight = None
     generator = torch.Generator().manual_seed(5)
     both = torch.randn(draws, 2, *tokens, vocab, generator=generator, dtype=torch.float64) * spread
     pairs = [tuple(pair.unbind()) for pair in both.to(dtype)]
+    if parts == "dressed":
+        options = replace(options, ce_weight=0.5, kd_weight=0.75)
+        batch = dressed(draw(0, tokens, vocab))
+        labels, token_weight = batch.labels, batch.token_weight
 
     def plain(x: Tensor, z: Tensor, to: torch.dtype) -> Result:
-        return oracle.with_gradients(lambda x: (x, z.to(to)), {"x": x}, to, None, None, options)
+        return oracle.with_gradients(lambda x: (x, z.to(to)), {"x": x}, to, labels, token_weight, options)
 
     working = torch.float32 if dtype == torch.float64 else dtype
     exact, eager = ([plain(x, z, to) for x, z in pairs] for to in (torch.float64, working))
-    return pairs, *yardsticks(exact, eager, t, dtype)
+    keyword = {**keywords(options), "labels": labels, "token_weight": token_weight}
+    return pairs, keyword, *yardsticks(exact, eager, t if labels is None else 1.0, dtype)
 
 
 def run_logits(x: Tensor, z: Tensor, **options: Any) -> Result:
@@ -103,6 +109,14 @@ class TestEveryBackend:
                 compared[t, temperature] = ratios([case.run() for case in cases], eager, exact)
         assert_as_good_as_eager(compared)
 
+    def test_labels_weights_and_factors_from_logits(self, spread: float, variant: str, dtype: torch.dtype, name: str) -> None:
+        compared = {}
+        for t, temperature in ((1.0, 1.0), (0.4, 2.0)):
+            pairs, options, exact, eager = from_logits(name, dtype, spread, t, temperature, SHAPES[0], "dressed")
+            with running(variant):
+                compared[t, temperature] = ratios([run_logits(x, z, **options) for x, z in pairs], eager, exact)
+        assert_as_good_as_eager(compared)
+
     def test_a_student_close_to_its_teacher(self, spread: float, variant: str, dtype: torch.dtype, name: str) -> None:
         compared = {}
         for t in (1.0, 0.4):
@@ -114,8 +128,7 @@ class TestEveryBackend:
     def test_from_logits(self, spread: float, variant: str, dtype: torch.dtype, name: str) -> None:
         compared = {}
         for t, temperature, shape in settings():
-            pairs, exact, eager = from_logits(name, dtype, spread, t, temperature, shape)
-            options = keywords(Options(name, t=t, temperature=temperature))
+            pairs, options, exact, eager = from_logits(name, dtype, spread, t, temperature, shape, "plain")
             with running(variant):
                 compared[t, temperature, shape] = ratios([run_logits(x, z, **options) for x, z in pairs], eager, exact)
         assert_as_good_as_eager(compared)
@@ -155,3 +168,28 @@ class TestLayouts:
         with running(variant):
             right = replace(case, student_hidden=one.clone(), teacher_hidden=other.clone()).run()
             self.assert_same(replace(case, student_hidden=one, teacher_hidden=other).run(), right)
+
+
+SIXTEEN_BITS = [(variant, dtype) for variant, dtype in CHOICES if dtype.itemsize == 2]
+
+
+@pytest.mark.parametrize(("variant", "dtype"), parameters(SIXTEEN_BITS))
+class TestSixteenBits:
+    """Computed in float32, and rounded once."""
+
+    def test_gradients_of_logits_are_those_of_float32_rounded_to_nearest(self, variant: str, dtype: torch.dtype) -> None:
+        x, z = (torch.randn(2, 12, 1003, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+        with running(variant):
+            found = run_logits(x, z, reduction="sum", temperature=2.0)
+            wide = run_logits(x.float(), z.float(), reduction="sum", temperature=2.0)
+        torch.testing.assert_close(found["x"], wide["x"].to(dtype), rtol=0, atol=0)
+        torch.testing.assert_close(found["losses"], wide["losses"], rtol=0, atol=0)
+
+    def test_nan_of_any_payload_stays_nan(self, variant: str, dtype: torch.dtype) -> None:
+        x, z = torch.randn(3, 37).to(dtype), torch.randn(3, 37)
+        for payload in (0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001):
+            z[1, 5] = torch.tensor(payload, dtype=torch.int32).view(torch.float32)
+            with running(variant):
+                found = run_logits(x, z, reduction="sum")
+            assert found["x"][1].isnan().all(), hex(payload)
+            assert found["losses"].isnan().tolist() == [False, True, False]

@@ -30,6 +30,13 @@ def test_each_kind_of_case_runs(kind: str, dtype: str) -> None:
         assert result["seconds"] > 0
 
 
+def test_a_masked_step_is_held_against_the_whole_one() -> None:
+    result = measure(Case("time", "152k", masked=True, repeats=2, tokens=64))
+    assert result["yardstick"] == "the step with every label"
+    inputs = Inputs(Case("time", "152k", masked=True, tokens=64))
+    assert (inputs.half_of_labels == -100).sum() == 32
+
+
 def test_the_bare_products_are_the_products_of_the_loss() -> None:
     """x, z, dH and dW of the same sizes: 3 Us + Ut operations, counted by torch."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -30,7 +30,7 @@ class TestBfloat16Accuracy:
         exact = oracle.with_gradients(lambda x: (x, z.double()), {"x": x}, torch.float64, None, None, Options())
         leaf = x.clone().requires_grad_()
         (grad,) = torch.autograd.grad(kd.kd_loss(leaf, z), [leaf])
-        assert relative({"x": grad}, exact, "x") <= torch.finfo(torch.bfloat16).eps / 2
+        assert relative({"x": grad}, exact, "x") <= 0.3 * torch.finfo(torch.bfloat16).eps  # to nearest; cut off it is 0.4
 
     def test_the_heads_gradient_does_not_lose_digits_with_every_chunk(self) -> None:
         case = draw(tokens=(512,), vocab=101, spread=1.0, dtype=torch.bfloat16)

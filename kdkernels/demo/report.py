@@ -11,15 +11,15 @@ from typing import Any
 
 import matplotlib
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from kdkernels.demo import files
 from kdkernels.demo.train import Phase, Watch
 
 # One colour per method, told apart by people who see colours differently (Okabe and Ito).
 COLOURS = {
-    "cross-entropy alone": "#555555",
+    "cross-entropy": "#555555",
     "forward KL": "#0072B2",
     "TAID": "#D55E00",
     "teacher": "#009E73",
@@ -32,8 +32,9 @@ MIB = 2**20
 @contextmanager
 def progress_bar(console: Console, phase: str) -> Iterator[Watch]:
     """A bar for one phase. Where the output is no terminal, a line at each evaluation stands in for it."""
-    columns = TextColumn("{task.description:<8}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(compact=True)
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal) as bar:
+    columns = TextColumn("{task.description:<8}"), BarColumn(8), TaskProgressColumn(), TimeRemainingColumn(compact=True)
+    latest = TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+    with Progress(*columns, latest, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(phase, total=None, note="")
         shown = ""
 
@@ -41,7 +42,7 @@ def progress_bar(console: Console, phase: str) -> Iterator[Watch]:
             nonlocal shown
             bar.update(task, completed=phase.step, total=phase.steps, note=note)
             if not console.is_terminal and note != shown:
-                console.print(f"{phase.name}: step {phase.step}/{phase.steps}, {note}", soft_wrap=True)
+                console.print(f"{phase.name}: step {phase.step}/{phase.steps}, held out, in nats: {note}", soft_wrap=True)
             shown = note
 
         yield watch
@@ -49,10 +50,7 @@ def progress_bar(console: Console, phase: str) -> Iterator[Watch]:
 
 def print_losses(console: Console, results: dict[str, Any]) -> None:
     heldout, students = results["heldout"], results["students"]
-    table = Table(
-        title=f"Held-out loss in nats per token, after {students['steps']:,} steps "
-        f"({heldout['tokens']:,} tokens of {heldout['files']} files)"
-    )
+    table = Table(title=f"Held-out loss in nats per token, after {students['steps']:,} steps ({heldout['tokens']:,} tokens)")
     for name in ("model", "loss ± s.e.", "gain ± s.e.", "size", "time"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     table.add_row("token frequencies", f"{heldout['frequencies']:.3f}", "", "", "")
@@ -92,15 +90,16 @@ def _memory(peak: int | None) -> str:
 def conclusions(results: dict[str, Any]) -> list[str]:
     """What these figures say and what they do not, in plain lines."""
     models = results["heldout"]["models"]
-    alone = models["cross-entropy alone"]["loss"]
-    lead = f"The teacher's held-out loss is {alone - models['teacher']['loss']:+.2f} nats below that of the student alone."
+    alone = models["cross-entropy"]["loss"]
+    lead = alone - models["teacher"]["loss"]
     parts = []
     for name in ("forward KL", "TAID"):
         gain, error = models[name]["gain"], models[name]["gain_error"]
         verdict = "no clear difference" if abs(gain) < 2 * error else "better" if gain > 0 else "worse"
         parts.append(f"{name} {verdict} ({gain:+.3f} ± {error:.3f})")
     return [
-        f"{lead} Against the student alone: {'; '.join(parts)}.",
+        f"The teacher is {abs(lead):.2f} nats {'better' if lead > 0 else 'worse'} than the student alone (cross-entropy). "
+        f"Against the student alone: {'; '.join(parts)}.",
         "This shows that the losses train real models from hidden states and heads; how near they come to eager PyTorch, and at "
         "what cost, is measured above.",
         "The errors cover the choice of held-out text, not of the seed: another seed can change which student is ahead (--seed).",
@@ -125,7 +124,14 @@ def plot(path: Path, results: dict[str, Any]) -> None:
     )
     for name, curve in results["students"]["curves"].items():
         steps, losses, errors = zip(*curve, strict=True)
-        curves.plot(steps, losses, color=COLOURS[name], label=f"student, {name}", marker="o", markersize=3)
+        curves.plot(
+            steps,
+            losses,
+            color=COLOURS[name],
+            label=f"student, {name}" + (" alone" if name == "cross-entropy" else ""),
+            marker="o",
+            markersize=3,
+        )
         low = [loss - error for loss, error in zip(losses, errors, strict=True)]
         high = [loss + error for loss, error in zip(losses, errors, strict=True)]
         curves.fill_between(steps, low, high, color=COLOURS[name], alpha=0.12, linewidth=0)

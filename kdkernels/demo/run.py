@@ -47,7 +47,12 @@ def run(settings: Settings, folder: Path, *, resume: bool = False, console: Cons
     _train(students, settings, corpus, folder / STUDENTS, resume, console)
     clock.lap("students")
 
-    heldout = _heldout(teacher, students, settings, corpus)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(students.threads)
+        heldout = _heldout(teacher, students, settings, corpus)
+    finally:
+        torch.set_num_threads(threads)
     clock.lap("held-out losses")
     console.print("measuring the loss step")
     step = _loss_step(teacher, students, settings, corpus, folder)
@@ -128,7 +133,7 @@ def _heldout(teacher: Phase, students: Phase, settings: Settings, corpus: Corpus
             "parameters": sum(parameter.numel() for parameter in learner.model.parameters()),
             "seconds": learner.seconds,
         }
-        if learner.name == "cross-entropy alone":
+        if learner.name == "cross-entropy":
             alone = losses
         elif alone is not None:
             models[learner.name]["gain"], models[learner.name]["gain_error"] = mean_and_error(alone - losses)

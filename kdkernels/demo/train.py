@@ -51,7 +51,7 @@ class Phase:
     """Learners in lockstep. teacher: frozen, or None where nothing is distilled. key: what a checkpoint must have been made with.
 
     planned: steps on a machine fast enough to do them in ``allowed`` seconds; ``steps`` is what this run does and
-    ``threads`` what it does them with, both measured at its start (0: not yet).
+    ``threads`` what it does them with (0 steps: not decided yet). paces: seconds of a step by number of threads, as far as known.
     """
 
     name: str
@@ -63,11 +63,12 @@ class Phase:
     steps: int = 0
     step: int = 0
     threads: int = 1
+    paces: dict[int, float] = field(default_factory=dict)
     seconds: float = 0.0
     cached: bool = False
 
 
-# Called at the start and after each step, with the latest held-out losses in words.
+# Called at the start and after each step, with the latest held-out losses (nats per token) in words.
 Watch = Callable[[Phase, str], None]
 
 
@@ -100,7 +101,7 @@ def student_phase(settings: Settings, corpus: Corpus, teacher: Phase) -> Phase:
     key = fingerprint(settings=settings, corpus=corpus.key, teacher=[teacher.key, teacher.steps], torch=torch.__version__)
     vocab = corpus.facts["vocab"]
     learners = [
-        new_learner("cross-entropy alone", settings.student, settings, vocab, {"kd_weight": 0.0, "ce_weight": 1.0}),
+        new_learner("cross-entropy", settings.student, settings, vocab, {"kd_weight": 0.0, "ce_weight": 1.0}),
         new_learner("forward KL", settings.student, settings, vocab, {}),
         new_learner("TAID", settings.student, settings, vocab, {}, taid=True),
     ]
@@ -113,11 +114,11 @@ def train(phase: Phase, settings: Settings, corpus: Corpus, path: Path, resume: 
 
     A finished teacher is taken as it is; an unfinished phase goes on only where ``resume`` asks for it, and else starts anew.
     """
-    most_threads = torch.get_num_threads()
     begun = time.monotonic()
     if not _take_up(phase, settings, path, resume):
         path.unlink(missing_ok=True)
-        fit(phase, settings, corpus, most_threads)
+        phase.paces = paces(phase, settings, corpus)
+        _fit(phase)
     earlier = phase.seconds
     torch.set_num_threads(phase.threads)
     watched = corpus.held_out(settings.curve_windows, settings.window)
@@ -130,8 +131,7 @@ def train(phase: Phase, settings: Settings, corpus: Corpus, path: Path, resume: 
         now = time.monotonic()
         phase.seconds = earlier + now - begun
         if now - looked >= settings.pace_seconds:
-            if _late(phase, (now - looked) / (phase.step - looked_step)):
-                fit(phase, settings, corpus, most_threads)
+            _keep_up(phase, (now - looked) / (phase.step - looked_step))
             looked, looked_step = time.monotonic(), phase.step
         if phase.step in _stops(phase.steps, settings.evaluations):
             note = _evaluate(phase, *watched)
@@ -146,8 +146,19 @@ def _stops(steps: int, evaluations: int) -> set[int]:
     return {round(steps * part / evaluations) for part in range(1, evaluations + 1)}
 
 
-def _late(phase: Phase, pace: float) -> bool:
-    return phase.seconds + pace * (phase.steps - phase.step) > 1.2 * phase.allowed
+def _fit(phase: Phase) -> None:
+    """Choose the fastest number of threads, and as many of the steps as fit into what is left of the allowed seconds with it."""
+    phase.threads = min(phase.paces, key=phase.paces.__getitem__)
+    torch.set_num_threads(phase.threads)
+    fitting = phase.step + int((phase.allowed - phase.seconds) / phase.paces[phase.threads])
+    phase.steps = max(min(phase.steps or phase.planned, max(fitting, FEWEST_STEPS)), phase.step)
+
+
+def _keep_up(phase: Phase, pace: float) -> None:
+    """Where the machine has become slower than it was measured, choose again: all learners then stop at one earlier step."""
+    if phase.seconds + pace * (phase.steps - phase.step) > 1.2 * phase.allowed:
+        phase.paces[phase.threads] = pace
+        _fit(phase)
 
 
 def take_step(phase: Phase, batch: tuple[Tensor, Tensor], peak_rate: float) -> None:
@@ -186,21 +197,15 @@ def learning_rate_at(progress: float) -> float:
     return min(1.0, (progress + 0.001) / WARM_UP) * (0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
-def fit(phase: Phase, settings: Settings, corpus: Corpus, most_threads: int) -> None:
-    """Set the fastest number of threads, and as many of the steps as fit into what is left of the allowed seconds with it.
-
-    Measured on a copy of the learners. Models this small are not fastest with every core of a large machine, nor of a busy one.
-    Called again where the machine turns out slower than measured: all learners then stop at one earlier step.
-    """
-    candidates = sorted({2**power for power in range(most_threads.bit_length())} | {most_threads})
-    times = {threads: _step_seconds(phase, settings, corpus, threads) for threads in candidates}
-    phase.threads = min(times, key=times.__getitem__)
-    torch.set_num_threads(phase.threads)
-    fitting = phase.step + int((phase.allowed - phase.seconds) / times[phase.threads])
-    phase.steps = max(min(phase.steps or phase.planned, max(fitting, FEWEST_STEPS)), phase.step)
+def paces(phase: Phase, settings: Settings, corpus: Corpus) -> dict[int, float]:
+    """Seconds of a step by number of threads: models this small are not fastest with every core of a large machine."""
+    most = torch.get_num_threads()
+    candidates = sorted({2**power for power in range(most.bit_length())} | {most})
+    return {threads: _step_seconds(phase, settings, corpus, threads) for threads in candidates}
 
 
 def _step_seconds(phase: Phase, settings: Settings, corpus: Corpus, threads: int) -> float:
+    """Measured on a copy of the learners, which stay as they are."""
     trial = copy.copy(phase)
     trial.learners, trial.step, trial.steps = copy.deepcopy(phase.learners), 0, TIMED_STEPS + 1
     torch.set_num_threads(threads)
@@ -218,7 +223,7 @@ def _evaluate(phase: Phase, inputs: Tensor, labels: Tensor) -> str:
         learner.curve.append((phase.step, mean, error))
         if learner.schedule is not None:
             learner.t.append(float(learner.schedule.t))
-    return "held out: " + ", ".join(f"{learner.name} {learner.curve[-1][1]:.2f}" for learner in phase.learners) + " nats"
+    return ", ".join(f"{learner.name} {learner.curve[-1][1]:.2f}" for learner in phase.learners)
 
 
 def save(phase: Phase, settings: Settings, path: Path) -> None:

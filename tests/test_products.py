@@ -1,0 +1,112 @@
+"""The products of hidden states, heads and gradients: blocks of the head, and 16-bit products on machines that are fast at them.
+
+Whether a CPU multiplies 16-bit matrices itself decides which code runs. Both are tested everywhere: the other kind is pretended.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdkernels as kd
+from kdkernels import products
+from tests.cases import InsideOperators, assert_as_good_as_eager, draw, dressed, ratios
+from tests.oracle import Options
+
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+every_dtype = pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+
+
+@pytest.fixture(params=["widened", "fast"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A CPU that widens 16-bit products to float32, and one that does them itself."""
+
+    def product_dtype(dtype: torch.dtype, _: torch.device) -> torch.dtype:
+        return dtype if request.param == "fast" or dtype not in SIXTEEN_BITS else torch.float32
+
+    for module in ("ops", "plan", "products", "tokens"):
+        monkeypatch.setattr(importlib.import_module(f"kdkernels.{module}"), "product_dtype", product_dtype)
+    return str(request.param)
+
+
+@every_dtype
+@pytest.mark.parametrize("spread", [1.0, 10.0, 30.0])
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "total_variation"])
+def test_both_kinds_are_as_good_as_eager(kind: str, dtype: torch.dtype, spread: float, name: str) -> None:
+    compared = {}
+    for t, temperature in ((1.0, 1.0), (0.4, 2.0)):
+        options = Options(name, t=t, temperature=temperature, ce_weight=0.5)
+        cases = [replace(dressed(draw(seed, (12,), 1003, (16, 24), spread, dtype)), options=options) for seed in range(2)]
+        exact, eager = [case.plain() for case in cases], [case.plain(dtype) for case in cases]
+        for memory_budget in (None, 20_000):
+            found = [case.run(memory_budget=memory_budget) for case in cases]
+            compared[t, temperature, memory_budget] = ratios(found, eager, exact)
+    assert_as_good_as_eager(compared)
+
+
+@every_dtype
+def test_the_head_may_be_cut_into_any_blocks(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(dressed(draw(tokens=(40,), vocab=301, dtype=dtype)), options=Options(ce_weight=0.5))
+    whole = case.run()
+    for rows in (300, 100, 7):
+        monkeypatch.setattr(products, "block_rows", lambda _, rows=rows: rows)
+        for memory_budget in (None, 30_000):
+            for name, value in case.run(memory_budget=memory_budget).items():
+                tolerance = 4 * torch.finfo(dtype).eps * whole[name].abs().max().item()
+                torch.testing.assert_close(value, whole[name], rtol=0, atol=tolerance, msg=lambda text, of=name: f"{of}: {text}")
+
+
+class Logits(InsideOperators):
+    """The dtypes in which the row operation of the native backend meets its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[tuple[torch.dtype, torch.dtype]] = set()
+
+    def before(self, name: str, args: tuple[Tensor, ...]) -> None:
+        if name == "kdkernels::row_loss":
+            self.dtypes.add((args[0].dtype, args[1].dtype))
+
+
+@pytest.mark.skipif(kd.backend() != "native", reason="the C++ extension was not built here")
+def test_products_run_in_the_dtype_of_their_model_or_of_autocast(kind: str) -> None:
+    of = {dtype: dtype if kind == "fast" else torch.float32 for dtype in SIXTEEN_BITS}
+    case = draw(dtype=torch.bfloat16)
+    case = replace(case, teacher_hidden=case.teacher_hidden.float(), teacher_weight=case.teacher_weight.float())
+    with Logits() as plain:
+        case.loss()
+    assert plain.dtypes == {(of[torch.bfloat16], torch.float32)}
+    for dtype in SIXTEEN_BITS:
+        with Logits() as under_autocast, torch.autocast("cpu", dtype=dtype):
+            case.loss()
+        assert under_autocast.dtypes == {(of[dtype], of[dtype])}
+
+
+def test_autocast_does_not_reach_into_a_backward_that_computes_again(kind: str) -> None:
+    case = draw()
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in case.learned().items()}
+    loss = case.loss(leaves, reduction="none").sum()
+    expected = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(loss, list(leaves.values()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@every_dtype
+def test_the_compiler_is_told_the_dtype_that_comes_out(kind: str, dtype: torch.dtype) -> None:
+    case = draw(dtype=dtype)
+    recorded = []
+
+    class Calls(InsideOperators):
+        def before(self, name: str, args: tuple[Tensor, ...]) -> None:
+            if name == "kdkernels::linear_kd":
+                recorded.append(args)
+
+    with Calls():
+        case.loss(return_metrics=True)
+    torch.library.opcheck(torch.ops.kdkernels.linear_kd.default, recorded[0], test_utils=("test_schema", "test_faketensor"))
