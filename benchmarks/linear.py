@@ -6,7 +6,8 @@
 The bare products (x, z, dH, dW, in blocks of 512 tokens) are the work that no loss from hidden states can avoid. Their logits go
 into buffers that exist already; dH and dW are new tensors, as a gradient is (on a virtual machine the first touch of a large dW
 alone can cost some percent of the products). A time is reported as the median over the repeats of loss step / mean of the products
-before and after it. A step with half of its labels ignored is held against the step with all of them instead. Memory is the process's high-water mark during one step, above the inputs and the returned gradients.
+before and after it. A step with half of its labels ignored is held against the step with all of them instead. Memory is the
+process's high-water mark during one step, above the inputs and the returned gradients.
 
 Where the processor has no 16-bit matrix path, torch's bfloat16 products are many times slower than its float32 ones. The products
 that bfloat16 cases are held against are then the float32 ones (the stricter yardstick), and the bfloat16 ones are timed once, on
