@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,13 +21,25 @@ from tests.oracle import Options
 
 Result = dict[str, Tensor]
 INSTRUCTION_SETS = ("avx512", "avx2", "plain")
-VARIANTS = ("reference", *INSTRUCTION_SETS)
+# By backend or instruction set; "-vocab" streams the vocabulary in blocks, the others take whole rows.
+ROW_VARIANTS = ("reference", *INSTRUCTION_SETS)
+VARIANTS = (*ROW_VARIANTS, "reference-vocab", "native-vocab")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CHOICES = [(variant, dtype) for variant in VARIANTS for dtype in NATIVE_DTYPES] + [("reference", torch.float64)]
+
+
+def choices(variants: tuple[str, ...]) -> list[tuple[str, torch.dtype]]:
+    """Every variant with every dtype that it takes."""
+    wide = [(variant, torch.float64) for variant in variants if variant.startswith("reference")]
+    return [(variant, dtype) for variant in variants for dtype in NATIVE_DTYPES] + wide
+
+
+CHOICES = choices(VARIANTS)
+ROW_CHOICES = choices(ROW_VARIANTS)
 
 
 def skip_reason(variant: str) -> str | None:
-    if variant == "reference" or variant in native.instruction_sets():
+    backend = variant.removesuffix("-vocab")
+    if backend == "reference" or backend in native.instruction_sets() or (backend == "native" and native.available()):
         return None
     return f"this processor has no {variant}" if native.available() else "the C++ extension was not built here"
 
@@ -44,13 +57,19 @@ def parameters(choices: Any = VARIANTS) -> list[Any]:
 
 @contextmanager
 def running(variant: str) -> Iterator[None]:
-    """Everything inside runs on one backend, and for the native one on one instruction set."""
-    if variant == "reference":
-        with backends.use("reference"):
-            yield
-    else:
-        with backends.use("native"), native.instruction_set(variant):
-            yield
+    """Everything inside runs on one backend, for the native one on one instruction set, and in one strategy.
+
+    The vocabulary comes in three to five ragged blocks there, however little memory it would take whole.
+    """
+    backend, _, strategy = variant.partition("-")
+    with ExitStack() as stack:
+        stack.enter_context(backends.use("native" if backend in INSTRUCTION_SETS else backend))
+        if backend in INSTRUCTION_SETS:
+            stack.enter_context(native.instruction_set(backend))
+        if strategy:
+            stack.enter_context(mock.patch("kdkernels.ops.choose", return_value=strategy))
+            stack.enter_context(mock.patch("kdkernels.vocab.block_columns", lambda _, vocab, *__: max(1, vocab // 4 + 1)))
+        yield
 
 
 def divergence(options: Options) -> kd.Divergence:
