@@ -15,7 +15,7 @@ from kdkernels import backends
 from kdkernels.backends.operators import STATS_COLUMNS, row_columns
 from kdkernels.divergences import resolve
 from kdkernels.vocab import merged, sums_of_one_sweep
-from tests.cases import ROW_CHOICES, ROW_VARIANTS, parameters, running
+from tests.cases import BLOCK_CHOICES, BLOCK_VARIANTS, parameters, running
 
 # Ragged: one entry, less than a vector, more than one block of the native row loops, and what is left.
 EDGES = (0, 1, 6, 1500, 2100)
@@ -92,7 +92,7 @@ def at_once(operators: Any, rows: Rows, name: str, metrics: bool) -> tuple[Tenso
 
 
 @pytest.mark.parametrize("name", [name for name in kd.divergences() if resolve(name).one_sweep])
-@pytest.mark.parametrize(("variant", "dtype"), parameters(ROW_CHOICES))
+@pytest.mark.parametrize(("variant", "dtype"), parameters(BLOCK_CHOICES))
 def test_one_sweep_is_enough_where_the_divergence_says_so(variant: str, dtype: torch.dtype, name: str) -> None:
     rows = draw_rows(dtype)
     rows.x[3, 1600:] += 300.0  # the largest entries grow late, and by more than any exponential holds
@@ -111,7 +111,7 @@ def test_one_sweep_is_enough_where_the_divergence_says_so(variant: str, dtype: t
 
 @pytest.mark.parametrize("metrics", [False, True])
 @pytest.mark.parametrize("name", kd.divergences())
-@pytest.mark.parametrize(("variant", "dtype"), parameters(ROW_CHOICES))
+@pytest.mark.parametrize(("variant", "dtype"), parameters(BLOCK_CHOICES))
 def test_blocks_add_up_to_whole_rows(variant: str, dtype: torch.dtype, name: str, metrics: bool) -> None:
     rows = draw_rows(dtype)
     with running(variant):
@@ -127,7 +127,7 @@ def test_blocks_add_up_to_whole_rows(variant: str, dtype: torch.dtype, name: str
     assert (dx[2] == 0).all()
 
 
-@pytest.mark.parametrize("variant", parameters(ROW_VARIANTS))
+@pytest.mark.parametrize("variant", parameters(BLOCK_VARIANTS))
 def test_gradients_can_go_to_another_tensor(variant: str) -> None:
     rows = draw_rows(torch.float32)
     with running(variant):
@@ -143,7 +143,7 @@ def test_gradients_can_go_to_another_tensor(variant: str) -> None:
         torch.testing.assert_close(rows.x, before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("variant", parameters(ROW_VARIANTS))
+@pytest.mark.parametrize("variant", parameters(BLOCK_VARIANTS))
 def test_a_block_that_is_banned_whole_changes_nothing(variant: str) -> None:
     rows = draw_rows(torch.float32)
     rows.head, rows.x_bias, rows.z_bias = [1.0, 0.0, 1.0, 0.0], None, None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels import backends, products
-from tests.cases import InsideOperators, assert_as_good_as_eager, draw, dressed, ratios
+from tests.cases import InsideOperators, as_on_a_gpu, assert_as_good_as_eager, draw, dressed, ratios
 from tests.oracle import Options
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -33,21 +33,13 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     def product_dtype(dtype: torch.dtype, _: torch.device) -> torch.dtype:
         return dtype if request.param == "fast" or dtype not in SIXTEEN_BITS else torch.float32
 
-    def logits_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-        return torch.float32 if request.param == "gpu" and dtype in SIXTEEN_BITS else product_dtype(dtype, device)
-
-    def multiply(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        exact = (left.double() @ right.double()).to(dtype)
-        return exact if out is None else out.copy_(exact)
-
-    for module in ("ops", "plan", "products", "step"):
-        monkeypatch.setattr(importlib.import_module(f"kdkernels.{module}"), "product_dtype", product_dtype)
-    for module in ("plan", "step"):
-        monkeypatch.setattr(importlib.import_module(f"kdkernels.{module}"), "logits_dtype", logits_dtype)
     with ExitStack() as stack:
         if request.param == "gpu":
-            monkeypatch.setattr(products, "multiply", multiply)
+            stack.enter_context(as_on_a_gpu())
             stack.enter_context(backends.use("reference"))
+        else:
+            for module in ("ops", "plan", "products", "step"):
+                monkeypatch.setattr(importlib.import_module(f"kdkernels.{module}"), "product_dtype", product_dtype)
         yield str(request.param)
 
 
