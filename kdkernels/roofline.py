@@ -5,8 +5,8 @@ kernels costs a launch:
 
     seconds = Σ max(flops / (rate · MATRIX_EFFICIENCY), bytes / (bandwidth · MEMORY_EFFICIENCY)) + launches · overhead
 
-The passes of a strategy are plain functions of its sizes. Everything that comes out is a prediction and is called one wherever it is
-printed; ``python -m benchmarks.roofline`` holds the model against published measurements.
+The passes of a strategy are plain functions of its sizes. Everything that comes out is a prediction, and is called one wherever it
+is printed; ``python -m benchmarks.roofline`` holds the model against published measurements.
 
 Notation: N tokens, V vocabulary, D_s and D_t hidden sizes, U = 2·N·V·D one head product. Sizes in bytes, times in seconds.
 """
@@ -18,11 +18,13 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypedDict
 
 import torch
 
-from kdkernels.plan import default_budget, plan
+from kdkernels import backends
+from kdkernels.plan import STRATEGIES, default_budget, plan
 from kdkernels.products import product_dtype
 
 # What large products reach of the dense rate: 728 of 989 Tflop/s on an H100 (the bare head products of huggingface/trl#7244, a row
@@ -76,12 +78,16 @@ class Device:
 
 @dataclass(frozen=True)
 class Pass:
-    """flops: of matrix products. bytes: read and written in main memory. dtype: of the products. launches: kernels."""
+    """flops: of matrix products. bytes: read and written in main memory. dtype: of the products. launches: kernels.
+
+    times: how often the pass is made; the other figures are of one of them.
+    """
 
     flops: float
     bytes: float
     dtype: torch.dtype = torch.float32
     launches: int = 1
+    times: int = 1
 
 
 def _gpu(name: str, bandwidth: float, float32: float, half: float, memory: float, cache: float, units: int) -> Device:
@@ -115,14 +121,18 @@ def device_names() -> tuple[str, ...]:
     return (*DEVICES, "cpu")
 
 
+def check_name(name: str) -> str:
+    """The name as ``device_names`` spells it; ValueError for an unknown one."""
+    for known in device_names():
+        if known.lower() == name.lower():
+            return known
+    raise ValueError(f"device is {name!r}; accepted: {', '.join(device_names())}")
+
+
 def device(name: str) -> Device:
     """The device of that name, in any case; "cpu" is measured here, once, in about half a second. ValueError for another name."""
-    if name.lower() == "cpu":
-        return measured_cpu()
-    for known, found in DEVICES.items():
-        if known.lower() == name.lower():
-            return found
-    raise ValueError(f"device is {name!r}; accepted: {', '.join(device_names())}")
+    known = check_name(name)
+    return measured_cpu() if known == "cpu" else DEVICES[known]
 
 
 def _best_seconds(run: object, budget: float = 0.12) -> float:
@@ -165,13 +175,28 @@ def seconds(passes: Sequence[Pass], on: Device) -> float:
     total = 0.0
     for step in passes:
         products = step.flops / (on.rate(step.dtype) * matrix) if step.flops else 0.0
-        total += max(products, step.bytes / (on.bandwidth * memory)) + step.launches * on.overhead
+        total += step.times * (max(products, step.bytes / (on.bandwidth * memory)) + step.launches * on.overhead)
     return total
 
 
 def total_flops(passes: Sequence[Pass]) -> float:
     """Of all matrix products."""
-    return sum(step.flops for step in passes)
+    return sum(step.times * step.flops for step in passes)
+
+
+def total_bytes(passes: Sequence[Pass]) -> float:
+    """Read and written in main memory."""
+    return sum(step.times * step.bytes for step in passes)
+
+
+def _even(total: int, parts: int) -> list[tuple[int, int]]:
+    """Sizes that differ by at most 1, and how many there are of each; no more parts than there is to share out."""
+    size, longer = divmod(total, parts)
+    return [(length, count) for length, count in ((size + 1, longer), (size, parts - longer)) if length and count]
+
+
+def _times(count: int, passes: Sequence[Pass]) -> list[Pass]:
+    return [replace(step, times=count) for step in passes]
 
 
 def product(rows: int, inner: int, columns: int, dtype: torch.dtype, out_bytes: float | None = None) -> Pass:
@@ -181,9 +206,9 @@ def product(rows: int, inner: int, columns: int, dtype: torch.dtype, out_bytes: 
     return Pass(2.0 * rows * inner * columns, moved + written, dtype)
 
 
-# How often eager PyTorch goes over a float32 [N, V] tensor in the plain formula of each divergence, given both log-softmaxes: (reads
+# How often eager PyTorch goes over a float32 [N, V] tensor in the plain formula of each divergence, given both log-softmaxes: reads
 # and writes of the forward, its kernels, reads and writes of the backward down to the gradient of the student's log-softmax, its
-# kernels). exp and log are 2, a - b and a * b are 3, a sum is 1; where the upstream gradient is one number it is not read.
+# kernels. exp and log are 2, a - b and a * b are 3, a sum is 1; where the upstream gradient is one number it is not read.
 # tests/test_roofline.py counts them again, operation by operation.
 EAGER_TRAFFIC: dict[str, tuple[int, int, int, int]] = {
     "forward_kl": (9, 4, 4, 2),
@@ -195,10 +220,11 @@ EAGER_TRAFFIC: dict[str, tuple[int, int, int, int]] = {
 }
 
 
-def _traffic(divergence: str) -> tuple[int, int, int, int]:
-    if divergence not in EAGER_TRAFFIC:
-        raise ValueError(f"divergence is {divergence!r}; accepted: {', '.join(EAGER_TRAFFIC)}")
-    return EAGER_TRAFFIC[divergence]
+def check_divergence(name: str) -> str:
+    """The name itself; ValueError for one whose passes are not known."""
+    if name not in EAGER_TRAFFIC:
+        raise ValueError(f"divergence is {name!r}; accepted: {', '.join(EAGER_TRAFFIC)}")
+    return name
 
 
 def eager_passes(
@@ -214,12 +240,12 @@ def eager_passes(
 ) -> tuple[Pass, ...]:
     """Loss and gradients in plain PyTorch: logits of both models, a float32 copy of each, its log-softmax, the formula, back.
 
-    Products: 3·Us + Ut. cached_row: float32 rows of at most so many bytes are read once by a softmax (``Device.cached_row``), longer
-    ones once for each of its sweeps: maximum, sum, result; in the backward sum, result.
+    Products: 3·Us + Ut. cached_row: float32 rows of at most so many bytes are read once by a softmax (``Device.cached_row``),
+    longer ones once for each of its sweeps: maximum, sum, result; in the backward sum, result.
     """
     logits, single = tokens * vocab * dtype.itemsize, tokens * vocab * 4
     resident = vocab * 4 <= cached_row
-    forward, forward_launches, backward, backward_launches = _traffic(divergence)
+    forward, forward_launches, backward, backward_launches = EAGER_TRAFFIC[check_divergence(divergence)]
     cast = [Pass(0.0, logits + single)] if dtype.itemsize < 4 else []
     softmax = Pass(0.0, (2 if resident else 4) * single)
     passes = [product(tokens, student_dim, vocab, dtype), product(tokens, teacher_dim, vocab, dtype)]
@@ -249,18 +275,15 @@ def tokens_passes(
     again for value, slope and gradient (in two sweeps where the value needs the log-sum-exps first), and writes dx; the products
     read it back. With several chunks the head's gradient is summed in float32: read and written by each of them.
     """
-    _traffic(divergence)
-    sweeps = 2 if divergence in ONE_SWEEP else 3
+    sweeps = 2 if check_divergence(divergence) in ONE_SWEEP else 3
     passes: list[Pass] = []
-    for at in range(chunks):
-        rows = tokens * (at + 1) // chunks - tokens * at // chunks
+    for rows, count in _even(tokens, chunks):
         tile = rows * vocab * dtype.itemsize
-        passes += [product(rows, student_dim, vocab, dtype), product(rows, teacher_dim, vocab, dtype)]
-        passes += [Pass(0.0, (2 * sweeps + 1) * tile)]
-        passes += [product(rows, vocab, student_dim, dtype)]
+        one = [product(rows, student_dim, vocab, dtype), product(rows, teacher_dim, vocab, dtype)]
+        one += [Pass(0.0, (2 * sweeps + 1) * tile), product(rows, vocab, student_dim, dtype)]
         if train_head:
-            summed = 8 * vocab * student_dim if chunks > 1 else None
-            passes += [product(vocab, rows, student_dim, dtype, summed)]
+            one += [product(vocab, rows, student_dim, dtype, 8 * vocab * student_dim if chunks > 1 else None)]
+        passes += _times(count, one)
     if train_head and chunks > 1 and dtype.itemsize < 4:
         passes += [Pass(0.0, vocab * student_dim * (4 + dtype.itemsize))]
     return tuple(passes)
@@ -284,19 +307,17 @@ def vocab_passes(
     float32, dW_b is written once. Products: 4·Us + 2·Ut with one sweep, 5·Us + 3·Ut with two. The statistics kernel is counted at
     the rate of library products, which is the most it can reach.
     """
-    _traffic(divergence)
-    sweeps = 1 if divergence in ONE_SWEEP else 2
+    sweeps = 1 if check_divergence(divergence) in ONE_SWEEP else 2
     both = (tokens + vocab) * (student_dim + teacher_dim) * dtype.itemsize
     statistics = STATISTICS * 4 * tokens
     passes = [Pass(2.0 * tokens * vocab * (student_dim + teacher_dim), both + statistics, dtype)] * sweeps
-    for at in range(blocks):
-        columns = vocab * (at + 1) // blocks - vocab * at // blocks
+    for columns, count in _even(vocab, blocks):
         tile = tokens * columns * dtype.itemsize
-        passes += [product(tokens, student_dim, columns, dtype), product(tokens, teacher_dim, columns, dtype)]
-        passes += [Pass(0.0, 3 * tile + statistics)]
-        passes += [product(tokens, columns, student_dim, dtype, 8 * tokens * student_dim)]
+        one = [product(tokens, student_dim, columns, dtype), product(tokens, teacher_dim, columns, dtype)]
+        one += [Pass(0.0, 3 * tile + statistics), product(tokens, columns, student_dim, dtype, 8 * tokens * student_dim)]
         if train_head:
-            passes += [product(columns, tokens, student_dim, dtype)]
+            one += [product(columns, tokens, student_dim, dtype)]
+        passes += _times(count, one)
     if dtype.itemsize < 4:
         passes += [Pass(0.0, tokens * student_dim * (4 + dtype.itemsize))]
     return tuple(passes)
@@ -331,12 +352,24 @@ def vocab_peak_bytes(
 
 @dataclass(frozen=True)
 class Predicted:
-    """One way to compute the step. peak_bytes: with inputs and returned gradients. seconds, flops: of loss and gradients."""
+    """One way to compute the step. peak_bytes: with inputs and returned gradients. seconds, flops: of loss and gradients.
+
+    cut: into how many pieces, in words. note: what to know about the figures, or nothing.
+    """
 
     name: str
     peak_bytes: int
     seconds: float
     flops: float
+    cut: str
+    note: str = ""
+
+
+class Loss(TypedDict):
+    """What the passes of every strategy depend on beside the sizes."""
+
+    divergence: str
+    train_head: bool
 
 
 def compare(
@@ -363,21 +396,54 @@ def compare(
     budget = default_budget(runs_on) if memory_budget is None else memory_budget
     columns = block_columns(tokens, vocab, dtype, budget)
     sizes = (tokens, vocab, student_dim, teacher_dim, dtype)
+    loss = Loss(divergence=divergence, train_head=train_head)
+    # the plan knows the backend that would run; the passes are those of one row kernel
+    kernel = backends.select(runs_on, dtype, dtype) != "reference"
+    plain = "" if kernel else "memory and chunks of the reference backend, which runs here; time with a row kernel"
+    blocks = math.ceil(vocab / columns)
     ways = (
-        (
-            "eager",
-            planned.eager_peak_bytes,
-            eager_passes(*sizes, divergence=divergence, train_head=train_head, cached_row=on.cached_row),
-        ),
+        ("eager", planned.eager_peak_bytes, eager_passes(*sizes, **loss, cached_row=on.cached_row), "whole", ""),
         (
             "tokens",
             planned.peak_bytes,
-            tokens_passes(*sizes, chunks=planned.chunks, divergence=divergence, train_head=train_head),
+            tokens_passes(*sizes, **loss, chunks=planned.chunks),
+            _count(planned.chunks, "chunk"),
+            plain,
         ),
         (
             "vocab",
             vocab_peak_bytes(*sizes, columns=columns, train_head=train_head),
-            vocab_passes(*sizes, blocks=math.ceil(vocab / columns), divergence=divergence, train_head=train_head),
+            vocab_passes(*sizes, **loss, blocks=blocks),
+            _count(blocks, "block"),
+            "" if "vocab" in STRATEGIES else "not in this version yet",
         ),
     )
-    return tuple(Predicted(name, peak, seconds(passes, on), total_flops(passes)) for name, peak, passes in ways)
+    return tuple(
+        Predicted(name, peak, seconds(passes, on), total_flops(passes), cut, note) for name, peak, passes, cut, note in ways
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _size(count: float) -> str:
+    """Bytes in the unit that shows a few digits."""
+    unit = next(unit for unit in ("GB", "MB", "kB", "B") if count >= 1000 ** ("B", "kB", "MB", "GB").index(unit) or unit == "B")
+    return f"{count / 1000 ** ('B', 'kB', 'MB', 'GB').index(unit):,.2f} {unit}"
+
+
+def table(ways: Sequence[Predicted], on: Device) -> str:
+    """The comparison in plain text; the columns say that their figures are predicted."""
+    lines = [f"{'':8}{'peak memory, predicted':>24}{'time, predicted':>20}{'matrix Tflop':>16}  cut"]
+    notes = []
+    for way in ways:
+        time = f"{way.seconds * 1e3:,.2f} ms"
+        lines.append(f"{way.name:8}{_size(way.peak_bytes):>24}{time:>20}{way.flops / 1e12:>16,.3f}  {way.cut}")
+        if way.note:
+            notes.append(f"{way.name}: {way.note}.")
+        if 0 < on.memory < way.peak_bytes:
+            notes.append(f"{way.name}: more than the {_size(on.memory)} of {on.name}.")
+    source = "rates measured here" if on.measured else "the datasheet's rates"
+    lines += ["", f"Peak memory holds inputs and returned gradients. Time is a roofline from {source}: nothing was run.", *notes]
+    return "\n".join(lines)
