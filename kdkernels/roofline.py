@@ -431,11 +431,11 @@ def _size(count: float) -> str:
 
 def table(ways: Sequence[Predicted], on: Device) -> str:
     """The comparison in plain text; the columns say that their figures are predicted."""
-    lines = [f"{'':8}{'peak memory, predicted':>24}{'time, predicted':>20}{'matrix Tflop':>16}  cut"]
+    lines = [f"{'':8}{'peak memory, predicted':>24}{'time, predicted':>20}{'matrix Tflop, predicted':>25}  cut"]
     notes = []
     for way in ways:
         time = f"{way.seconds * 1e3:,.2f} ms"
-        lines.append(f"{way.name:8}{_size(way.peak_bytes):>24}{time:>20}{way.flops / 1e12:>16,.3f}  {way.cut}")
+        lines.append(f"{way.name:8}{_size(way.peak_bytes):>24}{time:>20}{way.flops / 1e12:>25,.3f}  {way.cut}")
         if way.note:
             notes.append(f"{way.name}: {way.note}.")
         if 0 < on.memory < way.peak_bytes:

@@ -97,14 +97,14 @@ def test_a_bad_argument_is_named_with_what_came_and_what_is_accepted(
 
 def figures(shown: str, name: str) -> list[str]:
     """The words of one row of a plan."""
-    return next(line.split() for line in shown.splitlines() if line.startswith(name))
+    return next(line.split() for line in shown.splitlines() if line.startswith(f"{name} "))
 
 
 def test_a_plan_compares_three_ways_and_calls_every_figure_predicted(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(plan()) == 0
     shown = capsys.readouterr().out
     (header,) = (line for line in shown.splitlines() if "predicted" in line)
-    assert header.count(", predicted") == 2
+    assert header.count(", predicted") == 3
     assert "GB" not in shown[: shown.index(header)], "no figure before the header"
     for name in ("eager", "tokens", "vocab"):
         assert figures(shown, name)[2] == "GB"
