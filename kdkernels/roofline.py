@@ -393,29 +393,23 @@ def compare(
     columns = block_columns(tokens, vocab, dtype, budget)
     sizes = (tokens, vocab, student_dim, teacher_dim, dtype)
     loss = Loss(divergence=divergence, train_head=train_head)
-    # the plan knows the backend that would run; the passes are those of one row kernel
-    kernel = backends.select(runs_on, dtype, dtype) != "reference"
-    plain = "" if kernel else "memory and chunks of the reference backend, which runs here; time with a row kernel"
     blocks = math.ceil(vocab / columns)
-    ways = (
-        ("eager", planned.eager_peak_bytes, eager_passes(*sizes, **loss, cached_row=on.cached_row), "whole", ""),
-        (
-            "tokens",
-            planned.peak_bytes,
-            tokens_passes(*sizes, **loss, chunks=planned.chunks),
-            _count(planned.chunks, "chunk"),
-            plain,
-        ),
-        (
-            "vocab",
-            vocab_peak_bytes(*sizes, columns=columns, train_head=train_head),
-            vocab_passes(*sizes, **loss, blocks=blocks),
-            _count(blocks, "block"),
-            "" if "vocab" in STRATEGIES else "not in this version yet",
-        ),
-    )
-    return tuple(
-        Predicted(name, peak, seconds(passes, on), total_flops(passes), cut, note) for name, peak, passes, cut, note in ways
+
+    def way(name: str, peak: int, passes: Sequence[Pass], cut: str, note: str) -> Predicted:
+        return Predicted(name, peak, seconds(passes, on), total_flops(passes), cut, note)
+
+    # the plan knows the backend that would run; the passes are those of one row kernel
+    reference = "memory and chunks of the reference backend, which runs here; time with a row kernel"
+    tokens_note = reference if backends.select(runs_on, dtype, dtype) == "reference" else ""
+    vocab_note = "statistics at the rate of library products" + ("" if "vocab" in STRATEGIES else "; not in this version yet")
+    eager = eager_passes(*sizes, **loss, cached_row=on.cached_row)
+    chunked = tokens_passes(*sizes, **loss, chunks=planned.chunks)
+    streamed = vocab_passes(*sizes, **loss, blocks=blocks)
+    streamed_peak = vocab_peak_bytes(*sizes, columns=columns, train_head=train_head)
+    return (
+        way("eager", planned.eager_peak_bytes, eager, "whole", ""),
+        way("tokens", planned.peak_bytes, chunked, _count(planned.chunks, "chunk"), tokens_note),
+        way("vocab", streamed_peak, streamed, _count(blocks, "block"), vocab_note),
     )
 
 

@@ -49,10 +49,11 @@ class TestPublished:
     def test_eager_speeds_are_predicted_within_a_quarter(self, found: list[Row]) -> None:
         assert median_error(found, "speed") <= 0.25
 
-    def test_no_eager_speed_is_off_by_more_than_a_third(self, found: list[Row]) -> None:
+    def test_no_eager_speed_is_far_off(self, found: list[Row]) -> None:
+        """Not on the devices whose rows MEMORY_EFFICIENCY is from, and less on the one that reaches less of its bandwidth."""
         for row in found:
             if row.eager and row.metric == "speed":
-                assert row.error < 1 / 3, row
+                assert row.error < (0.3 if row.device == "NVIDIA B200" else 0.15), row
 
     def test_eager_speeds_are_predicted_on_each_device(self, found: list[Row]) -> None:
         for name in {row.device for row in found}:
@@ -294,6 +295,11 @@ class TestDevices:
         assert 20e9 <= one.memory <= 3e11
         assert 1e7 <= one.cache <= 3e8
         assert 1e-6 <= one.overhead <= 1e-5
+
+    def test_more_multiprocessors_leave_less_cache_for_a_row(self) -> None:
+        """Rows of 16,384 float32 were swept again from the cache of an H100 PCIe, and from the memory of an H100."""
+        assert DEVICES["H100-PCIe"].cached_row == 50_000_000 // (114 * 6) > 4 * 16_384
+        assert DEVICES["H100"].cached_row == 50_000_000 // (132 * 6) < 4 * 16_384
 
     def test_this_processor_is_measured_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(roofline, "_best_seconds", lambda run: run() is None or 0.01)
