@@ -15,12 +15,12 @@ What it gets wrong, and why:
 - B200: eager rows took 1.1 to 1.3 times the predicted time. Elementwise kernels reached 0.70 to 0.76 of its 8 TB/s where the same
   ones reach 0.92 on an H100. The model has one efficiency for all devices; predictions for a B200 are too fast by so much.
 - Liger's JSD kernel: for vocabularies from 16,384 the forward took 6 times the predicted time on an H100 PCIe, 10 times on a B200.
-  A row is a block of up to 65,536 elements in 4 warps (Triton's default), too many for its registers: they spill, and a roofline
-  knows no spills. On the B200 its memory is one tensor [N, V] more than counted, as if the upstream gradient had not been 1.
+  A row is a block of up to 65,536 elements in 4 warps (Triton's default), too many for its registers: presumably they spill, and a
+  roofline knows no spills. On the B200 its memory is one tensor [N, V] more than counted, as if the upstream gradient had not been 1.
 - Eager JSD on logits, forward, on an H100 PCIe: 10 % too fast, as if the mixture had been made in three operations, not in one;
   the formula at that release could not be looked up.
 - Eager JSD with cross-entropy (distill_jsd_loss), memory: published peaks are 4.5 GiB higher at N = 1,024 and 8 GiB at 8,192. Most
-  of it does not grow with N and is in the other provider's rows too: left from benchmarks that ran earlier in that process.
+  of it does not grow with N and is in the other provider's rows too, presumably left from earlier benchmarks.
 - Eager cross-entropy of trl#7244 is taken to be that of transformers (a float32 copy of the logits), and its "NVIDIA H100" to be
   the SXM one, whose bare products run at 728 Tflop/s. Its published peak is 3.5 GiB above the predicted one. MATRIX_EFFICIENCY is
   from its row of bare products, which is therefore listed and not counted.
@@ -291,8 +291,8 @@ EAGER = ("torch", "huggingface", "naive", "eager")
 NOT_MODELLED = {
     ("fused_linear_jsd", "liger"): "many small kernels a chunk and a host wait: bound by launches, not by a roofline",
     ("distill_jsd_loss", "liger"): "torch.compile decides what is fused: the passes are not known from the source",
-    ("linear_cross_entropy", "TRL chunked_nll (chunk 256)"): "recomputes under checkpointing in small chunks: bound by launches",
-    ("linear_cross_entropy", "liger FLCE"): "one-row kernels between small products: bound by launches",
+    ("linear_cross_entropy", "TRL chunked_nll (chunk 256)"): "32 chunks, nearly three times eager: not explained by its traffic",
+    ("linear_cross_entropy", "liger FLCE"): "small chunks, over three times eager: not explained by its traffic",
     ("linear_cross_entropy", "bare head products forward+backward"): "MATRIX_EFFICIENCY is taken from this row",
 }
 

@@ -419,8 +419,10 @@ def _count(number: int, what: str) -> str:
 
 def _size(count: float) -> str:
     """Bytes in the unit that shows a few digits."""
-    unit = next(unit for unit in ("GB", "MB", "kB", "B") if count >= 1000 ** ("B", "kB", "MB", "GB").index(unit) or unit == "B")
-    return f"{count / 1000 ** ('B', 'kB', 'MB', 'GB').index(unit):,.2f} {unit}"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:,.2f} {unit}"
+    return f"{count:,.0f} B"
 
 
 def table(ways: Sequence[Predicted], on: Device) -> str:
