@@ -16,7 +16,7 @@ What it gets wrong, and why:
   ones reach 0.92 on an H100. The model has one efficiency for all devices; predictions for a B200 are too fast by so much.
 - Liger's JSD kernel: for vocabularies from 16,384 the forward took 6 times the predicted time on an H100 PCIe, 10 times on a B200.
   A row is a block of up to 65,536 elements in 4 warps (Triton's default), too many for its registers: presumably they spill, and a
-  roofline knows no spills. On the B200 its memory is one tensor [N, V] more than counted, as if the upstream gradient had not been 1.
+  roofline knows no spills. On the B200 its memory is one tensor [N, V] more than counted, as if the upstream gradient were not 1.
 - Eager JSD on logits, forward, on an H100 PCIe: 10 % too fast, as if the mixture had been made in three operations, not in one;
   the formula at that release could not be looked up.
 - Eager JSD with cross-entropy (distill_jsd_loss), memory: published peaks are 4.5 GiB higher at N = 1,024 and 8 GiB at 8,192. Most
