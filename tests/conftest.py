@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# Read when triton is imported: kernels then run in its interpreter, without a GPU.
+os.environ["TRITON_INTERPRET"] = "1"
+
 from collections.abc import Iterator
 
 import hypothesis
