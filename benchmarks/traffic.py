@@ -327,8 +327,8 @@ def eager_jsd(tokens: int, vocab: int, student_dim: int, teacher_dim: int, dtype
         lq = (hidden @ head.t()).float().log_softmax(-1)
         lp = (teacher_hidden @ teacher_head.t()).float().log_softmax(-1)
         lm = torch.logsumexp(torch.stack([lp, lq]), dim=0) - math.log(2)
-        divergences = [torch.nn.functional.kl_div(lm, each, reduction="sum", log_target=True) for each in (lp, lq)]
-        (sum(divergences) / (2 * tokens)).backward()
+        teacher, student = (torch.nn.functional.kl_div(lm, each, reduction="sum", log_target=True) for each in (lp, lq))
+        ((teacher + student) / (2 * tokens)).backward()
     return meter
 
 
@@ -342,7 +342,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def summary(meter: Meter, tokens: int, vocab: int) -> dict[str, Any]:
-    """Bytes for each token and each logit (a token's word of the vocabulary), by kind; then by kernel and operator, for each logit."""
+    """Bytes for each token and each logit (one of a token's ``vocab``), by kind; for each logit also by kernel and operator."""
     logits = tokens * vocab
     names = sorted({*meter.loaded, *meter.stored}, key=lambda name: -meter.loaded[name] - meter.stored[name])
     avoidable = meter.total("kernel", "operator", "product logits")
