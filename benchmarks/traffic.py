@@ -204,6 +204,10 @@ class _Operators(TorchDispatchMode):
             return func(*args, **kwargs)
         if func.namespace not in ("aten", "prims", "prim"):
             return self._another_library(func, args, kwargs)
+        with self:  # inside another library's operator, composite ones arrive whole
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         storages = {_storage(tensor) for tensor in _tensors((args, kwargs))}
         if func is torch.ops.aten.mm.dtype and args[0].device.type == "cpu":
             # 16-bit operands and a float32 result in one product: a GPU has it, a CPU does not.
@@ -218,8 +222,10 @@ class _Operators(TorchDispatchMode):
         tensors = _tensors((args, kwargs))
         storages, before = {_storage(tensor) for tensor in tensors}, self.meter.kinds.copy()
         device = tensors[0].device.type if tensors else "cpu"
+        key = torch._C._parse_dispatch_key(device.upper())
+        assert key is not None
         with self:
-            result = func._op_dk(torch._C._parse_dispatch_key(device.upper()), *args, **kwargs)
+            result = func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
         if self.meter.kinds == before:
             self._count(func, args, kwargs, result, storages)
         return result
