@@ -299,6 +299,10 @@ def _inputs(tokens: int, vocab: int, student_dim: int, teacher_dim: int, dtype: 
 def liger_fused_linear_jsd(tokens: int, vocab: int, student_dim: int, teacher_dim: int, dtype: torch.dtype) -> Meter:
     """Bytes of Liger's ``LigerFusedLinearJSD`` (liger-kernel 0.8.5, Triton): beta 0.5, no labels, loss and both student gradients.
 
+    For each logit, with s the bytes of ``dtype``: 112 (float32) or 114 (16 bits) through its kernel, operators and products' logits,
+    and 4 D_s / N more at s = 4 to fill dW with zeros. The rest of its products is s (4 D_s + D_t) / C, with C rows in a chunk,
+    the power of 2 from N D_s / V up: both heads and dW pass for every chunk.
+
     Its chunks are those of a GPU before Blackwell. On a GPU its 16-bit products give float32 logits straight away, while on a CPU
     it multiplies in 16 bits and widens; here the product that a GPU runs is put in its place, which is the smaller count.
     Raises ImportError where liger-kernel or Triton is missing.

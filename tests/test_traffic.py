@@ -60,6 +60,12 @@ def atomic_sum(source_ptr, target_ptr, n, BLOCK: tl.constexpr):
     tl.atomic_add(target_ptr + at // 2, tl.load(source_ptr + at, mask=at < n), mask=at < n)
 
 
+@triton.jit
+def compare_and_swap(target_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.atomic_cas(target_ptr + at, at, 2 * at)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.int64])
 def test_only_lanes_under_the_mask_count(dtype: torch.dtype) -> None:
     source, target = torch.arange(37).to(dtype), torch.zeros(37, dtype=dtype)
@@ -113,6 +119,11 @@ def test_an_atomic_loads_and_stores_each_address() -> None:
     assert target.tolist() == [2, 2, 2, 0]
     assert meter.loaded["atomic_sum"] == 6 * 4 + 3 * 4  # six lanes of the source, three sums
     assert meter.stored["atomic_sum"] == 3 * 4
+    numbers = torch.tensor([0, 1, 9, 3], dtype=torch.int32)
+    with metered() as meter:
+        compare_and_swap[(1,)](numbers, BLOCK=4)
+    assert numbers.tolist() == [0, 2, 9, 6]
+    assert meter.loaded == meter.stored == {"compare_and_swap": 4 * 4}
 
 
 def test_kernels_are_told_apart_and_nothing_counts_outside() -> None:
@@ -149,7 +160,8 @@ SOURCE = torch.ones(3, 10)
 OPERATORS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Any], int, int]] = {
     "add": (lambda a, row, index: a + row, A + ROW, A),
     "the same tensor twice": (lambda a, row, index: a * a, A, A),
-    "the same region seen flat": (lambda a, row, index: torch.equal(a.view(60), a.view(60)), A, 0),
+    "a row and its broadcast": (lambda a, row, index: torch.maximum(row.expand(6, 10), row), ROW, A),
+    "overlapping windows": (lambda a, row, index: row.as_strided((4, 4), (2, 1)).exp(), ROW, 4 * 4 * 4),
     "mul_": (lambda a, row, index: a.mul_(row), A + ROW, A),
     "out=": (lambda a, row, index: torch.exp(row, out=a[0]), ROW, ROW),
     "softmax": (lambda a, row, index: a.softmax(-1), A, A),
@@ -205,6 +217,13 @@ def test_products_are_counted_apart_and_their_logits_too() -> None:
     assert meter.kinds["operator"] == 0
 
 
+def test_a_region_seen_through_two_shapes_is_read_once() -> None:
+    a = torch.randn(6, 10)
+    with metered(operators=True) as meter:
+        a @ a.view(10, 6)
+    assert meter.loaded["aten::mm"] == A
+
+
 def test_a_product_of_16_bit_operands_may_be_float32() -> None:
     """A GPU's product, which a CPU does not have."""
     a, b = torch.randn(4, 8).bfloat16(), torch.randn(8, 5).bfloat16()
@@ -258,8 +277,8 @@ def test_ligers_bytes_are_those_of_its_source(dtype: torch.dtype) -> None:
     assert 0 <= few < 64 * tokens  # sums of rows, the loss
 
 
-def test_the_other_loss_is_the_same_loss() -> None:
-    """Liger and the eager JSD see the same inputs and give the same gradients, metered."""
+def test_liger_and_the_eager_loss_give_the_same_gradients() -> None:
+    """What is compared is the same loss, and metering does not change it."""
     seen: list[list[Tensor]] = []
     inputs = traffic._inputs
 
