@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import json
 import math
 import os
@@ -299,9 +300,10 @@ def _inputs(tokens: int, vocab: int, student_dim: int, teacher_dim: int, dtype: 
 def liger_fused_linear_jsd(tokens: int, vocab: int, student_dim: int, teacher_dim: int, dtype: torch.dtype) -> Meter:
     """Bytes of Liger's ``LigerFusedLinearJSD`` (liger-kernel 0.8.5, Triton): beta 0.5, no labels, loss and both student gradients.
 
-    For each logit, with s the bytes of ``dtype``: 112 (float32) or 114 (16 bits) through its kernel, operators and products' logits,
-    and 4 D_s / N more at s = 4 to fill dW with zeros. The rest of its products is s (4 D_s + D_t) / C, with C rows in a chunk,
-    the power of 2 from N D_s / V up: both heads and dW pass for every chunk.
+    For each logit, with s the bytes of ``dtype``: 112 (float32) or 114 (16 bits) through its kernel, its operators and the logits of
+    its products; s D_s / N + 3 s D_s / V more to fill the gradients with zeros and copy dH into place. The rest of its products is
+    s (4 D_s + D_t) / C + s (3 D_s + D_t) / V, with C rows in a chunk, the power of 2 from N D_s / V up: for every chunk the
+    student's head passes twice, the teacher's once, and dW is read and written.
 
     Its chunks are those of a GPU before Blackwell. On a GPU its 16-bit products give float32 logits straight away, while on a CPU
     it multiplies in 16 bits and widens; here the product that a GPU runs is put in its place, which is the smaller count.
@@ -365,12 +367,20 @@ def summary(meter: Meter, tokens: int, vocab: int) -> dict[str, Any]:
     }
 
 
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def main() -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
-    results: dict[str, Any] = {"torch": torch.__version__, "cases": {}}
-    print(f"{'bytes for each logit':56}" + "".join(f"{kind:>16}" for kind in KINDS) + f"{'but product':>16}")
+    versions = {name: _version(name) for name in ("torch", "triton", "liger-kernel")}
+    results: dict[str, Any] = {"versions": versions, "cases": {}}
+    print(f"{'bytes for each logit':56}" + "".join(f"{kind:>16}" for kind in KINDS) + f"{'all but product':>17}")
     for measured, run in MEASURED.items():
         for shape in SHAPES:
             for dtype in DTYPES:
@@ -382,8 +392,8 @@ def main() -> int:
                     print(f"{case:56}{error}")
                     continue
                 results["cases"][case] = result
-                per_logit = [*result["bytes_per_logit"].values(), result["logit_traffic_bytes_per_logit"]]
-                print(f"{case:56}" + "".join(f"{value:16.2f}" for value in per_logit), flush=True)
+                line = "".join(f"{value:16.2f}" for value in result["bytes_per_logit"].values())
+                print(f"{case:56}{line}{result['logit_traffic_bytes_per_logit']:17.2f}", flush=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS}")
     return 0
