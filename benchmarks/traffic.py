@@ -300,10 +300,10 @@ def _inputs(tokens: int, vocab: int, student_dim: int, teacher_dim: int, dtype: 
 def liger_fused_linear_jsd(tokens: int, vocab: int, student_dim: int, teacher_dim: int, dtype: torch.dtype) -> Meter:
     """Bytes of Liger's ``LigerFusedLinearJSD`` (liger-kernel 0.8.5, Triton): beta 0.5, no labels, loss and both student gradients.
 
-    For each logit, with s the bytes of ``dtype``: 112 (float32) or 114 (16 bits) through its kernel, its operators and the logits of
-    its products; s D_s / N + 3 s D_s / V more to fill the gradients with zeros and copy dH into place. The rest of its products is
-    s (4 D_s + D_t) / C + s (3 D_s + D_t) / V, with C rows in a chunk, the power of 2 from N D_s / V up: for every chunk the
-    student's head passes twice, the teacher's once, and dW is read and written.
+    For each logit, with s the bytes of ``dtype``: 112 (float32) or 114 (16 bits) through its kernel, its operators and its
+    products' logits; s D_s / N + 3 s D_s / V more to fill the gradients with zeros and copy dH into place. The rest of its
+    products is s (4 D_s + D_t) / C + s (3 D_s + D_t) / V, with C rows in a chunk, the power of 2 from N D_s / V up: for every
+    chunk the student's head passes twice, the teacher's once, and dW is read and written.
 
     Its chunks are those of a GPU before Blackwell. On a GPU its 16-bit products give float32 logits straight away, while on a CPU
     it multiplies in 16 bits and widens; here the product that a GPU runs is put in its place, which is the smaller count.
