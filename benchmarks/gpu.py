@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 PEERS = ("liger-kernel", "trl")
+PATIENCE = 1200  # seconds without a result after which a part is taken for hung
 Part = tuple[str, Any, Any]
 
 
@@ -64,47 +65,50 @@ def work(size: str, part: Part, sender: Connection) -> None:
             sender.send(result)
 
 
-def driver() -> str | None:
-    """The driver's version, as NVIDIA's or AMD's tool gives it."""
-    nvidia = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    amd = ["rocm-smi", "--showdriverversion", "--csv"]
-    for command in (nvidia, amd):
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-        except (OSError, subprocess.SubprocessError):
-            continue
-        return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else None
-    return None
+def said(*command: str) -> str | None:
+    """The last line that a command prints, None if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, cwd=Path(__file__).parent)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = done.stdout.strip().splitlines()
+    return lines[-1] if lines else None
+
+
+def version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def machine(size: str) -> dict[str, Any]:
     """Device, versions, date and command."""
     from kdkernels import info
 
-    found: dict[str, Any] = {"device": None, "capability": None, "device_memory_bytes": None, "driver": None}
-    if size == "toy":
-        found["device"] = f"{info.processor()}, through the Triton interpreter"
-    else:
+    facts = info.facts()
+    found: dict[str, Any] = {"device": f"{facts['processor']}, through the Triton interpreter", "capability": None}
+    driver = None
+    if size != "toy":
         properties = torch.cuda.get_device_properties(0)
-        found |= {"device": properties.name, "capability": f"{properties.major}.{properties.minor}", "driver": driver()}
-        found |= {"device_memory_bytes": properties.total_memory, "processors": properties.multi_processor_count}
+        found = {"device": properties.name, "capability": f"{properties.major}.{properties.minor}"}
+        found |= {"memory_bytes": properties.total_memory, "multiprocessors": properties.multi_processor_count}
+        driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or said(
+            "rocm-smi", "--showdriverversion"
+        )
     return {
         **found,
         "interpreter": size == "toy",
-        "size": size,
-        **{"cuda": torch.version.cuda, "hip": torch.version.hip},
-        **{peer: _version(peer) for peer in PEERS},
-        "libraries": info.facts(),
+        "extent": size,
+        "versions": {
+            **{"driver": driver, "cuda": torch.version.cuda, "hip": torch.version.hip},
+            **{name: facts[name] for name in ("torch", "triton", "python", "kdkernels")},
+            **{peer: version(peer) for peer in PEERS},
+            "commit": said("git", "describe", "--always", "--dirty"),
+        },
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
     }
-
-
-def _version(library: str) -> str | None:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def written(path: Path, report: dict[str, Any]) -> None:
@@ -161,6 +165,8 @@ def measure(path: Path, size: str, chosen: dict[str, Part]) -> int:
         with receiver:
             while True:
                 try:
+                    if not receiver.poll(PATIENCE):
+                        process.kill()
                     result = receiver.recv()
                 except EOFError:
                     break
@@ -169,7 +175,7 @@ def measure(path: Path, size: str, chosen: dict[str, Part]) -> int:
                 written(path, report)
         process.join()
         if process.exitcode != 0:
-            reason = f"the process ended with exit status {process.exitcode}; what it printed is above"
+            reason = f"the process ended with exit status {process.exitcode}"
             report["checks"].append({"check": f"{name} ran to its end", "passed": False, "reason": reason})
             print(line(report["checks"][-1]), flush=True)
             written(path, report)

@@ -124,7 +124,7 @@ def measured(loss: Loss, given: Problem, extent: Extent) -> dict[str, Any]:
 
 
 def freed(device: str) -> None:
-    """Gives back what a contender left; raises if the device no longer answers."""
+    """Gives back what was left behind; raises if the device no longer answers."""
     if device == "cuda":
         gc.collect()
         torch.cuda.synchronize()
@@ -143,6 +143,7 @@ def run(size: str, head_name: str, loss: str) -> Iterator[dict[str, Any]]:
                 **{"vocab": head.vocab, "student_dim": head.student_dim, "teacher_dim": head.teacher_dim},
                 **{"dtype": str(extent.dtype).removeprefix("torch."), "contender": name},
             }
+            freed(extent.device)
             try:
                 made = make(loss)
                 given = given or problem(head, tokens, extent.dtype, extent.device)
@@ -151,5 +152,4 @@ def run(size: str, head_name: str, loss: str) -> Iterator[dict[str, Any]]:
                 row["failed"] = why(error)
             if given is not None:
                 given.hidden.grad = given.head.grad = None
-            freed(extent.device)
             yield row
