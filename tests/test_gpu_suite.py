@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -28,14 +29,17 @@ def suite(*arguments: object, **environment: str) -> subprocess.CompletedProcess
     )
 
 
-class TestThroughTheInterpreter:
-    @pytest.fixture(scope="class")
-    def run(self, tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
-        pytest.importorskip("triton")
-        out = tmp_path_factory.mktemp("gpu") / "toy.json"
-        done = suite("--out", out, "--interpret")
-        return done, json.loads(out.read_text())
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """The whole suite at toy size: what it printed, and what it wrote."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    out = tmp_path_factory.mktemp("gpu") / "toy.json"
+    done = suite("--out", out, "--interpret")
+    return done, json.loads(out.read_text())
 
+
+class TestThroughTheInterpreter:
     def test_every_check_passes(self, run: Any) -> None:
         done, report = run
         assert [check for check in report["checks"] if check.get("passed") is False] == []
