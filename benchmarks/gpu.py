@@ -24,7 +24,7 @@ import os
 import shlex
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,15 @@ def work(size: str, part: Part, sender: Connection) -> None:
     """Sends the part's results, each as it is known; runs in a process of its own."""
     from benchmarks import gpu_checks, gpu_times
     from kdkernels import backends
+    from tests.cases import as_on_a_gpu
 
     kind, first, second = part
-    # On a GPU the device chooses the backend; the interpreter has to be asked for.
-    forced = backends.use(gpu_checks.BACKEND) if size == "toy" else nullcontext()
-    if size == "toy":
-        torch.set_num_threads(1)
-    with sender, forced:
+    with sender, ExitStack() as stack:
+        if size == "toy":
+            # On a GPU the device chooses the backend, its dtypes and its blocks; CPU tensors have to be told.
+            torch.set_num_threads(1)
+            stack.enter_context(backends.use(gpu_checks.BACKEND))
+            stack.enter_context(as_on_a_gpu())
         for result in (gpu_checks if kind == "checks" else gpu_times).run(size, first, second):
             sender.send(result)
 

@@ -154,8 +154,12 @@ Tensor row_loss(Tensor x, const Tensor& z, const std::optional<Tensor>& x_bias, 
 }
 
 Tensor block_stats(const Tensor& x, const Tensor& z, const std::optional<Tensor>& x_bias, const std::optional<Tensor>& z_bias,
-                   const Tensor& t, double temperature, std::vector<double> head, bool ce, bool metrics) {
+                   const std::optional<Tensor>& labels, const Tensor& t, double temperature, std::vector<double> head,
+                   std::string weigh, bool ce, bool metrics) {
   Problem p = problem(x, z, x_bias, z_bias, t, temperature, head, metrics);
+  STD_TORCH_CHECK(weigh.empty() || weigh == "target" || weigh == "student", "weigh is target, student or empty, got ", weigh);
+  set_labels(p, labels, x.size(0));
+  p.weigh = weigh.empty() ? kd::Weigh::nothing : weigh == "target" ? kd::Weigh::target : kd::Weigh::student;
   p.ce = ce;
   Tensor result = torch::stable::new_empty(x, {x.size(0), static_cast<int64_t>(kd::stats_columns)}, ScalarType::Float);
   p.stats = result.mutable_data_ptr<float>();
@@ -164,11 +168,10 @@ Tensor block_stats(const Tensor& x, const Tensor& z, const std::optional<Tensor>
 }
 
 Tensor block_reduce(const Tensor& x, const Tensor& z, const std::optional<Tensor>& x_bias, const std::optional<Tensor>& z_bias,
-                    const std::optional<Tensor>& labels, const Tensor& t, std::string divergence, double a, double temperature,
-                    std::vector<double> head, const Tensor& stats, bool metrics) {
+                    const Tensor& t, std::string divergence, double a, double temperature, std::vector<double> head,
+                    const Tensor& stats, bool metrics) {
   Problem p = problem(x, z, x_bias, z_bias, t, temperature, head, metrics);
   const int64_t rows = x.size(0);
-  set_labels(p, labels, rows);
   check_rows(stats, rows, kd::stats_columns, "stats");
   p.a = static_cast<float>(a);
   p.stats = const_cast<float*>(stats.const_data_ptr<float>());

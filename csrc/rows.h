@@ -134,6 +134,35 @@ struct Top {
   }
 };
 
+// The sums behind a divergence whose value is linear in them. Both sides' largest entries may grow from block to block; what was
+// summed before is then counted from the new ones.
+struct Moments {
+  float u_m = -infinity, v_m = -infinity;
+  double mass = 0, moment = 0;
+
+  void add(const float* weighing, const float* other, int64_t n, float u_seen, float v_seen) {
+    if (mass != 0) {
+      const double u_shift = static_cast<double>(u_m) - u_seen, v_shift = static_cast<double>(v_m) - v_seen;
+      const double factor = std::exp(u_shift);
+      moment = factor * (moment + mass * (u_shift - v_shift));
+      mass *= factor;
+    }
+    u_m = u_seen;
+    v_m = v_seen;
+    F masses{}, moments{};
+    for (int64_t i = 0; i < n; i += KD_LANES) {
+      const F w = load(weighing + i), o = load(other + i);
+      const F u = w - u_m, v = o - v_m;
+      const I banned = (w == -infinity) | (o == -infinity);
+      const F e = exp<true>(u);
+      masses += where(banned, F{}, e);
+      moments += where(banned, F{}, e * (u - v));
+    }
+    mass += sum(masses);
+    moment += sum(moments);
+  }
+};
+
 // First sweep: fills the buffers (everything over the temperature) and, if asked, the row's statistics.
 template <bool with_stats>
 void load_row(const Problem& p, int64_t row, const Buffers& b, float* stats) {
@@ -141,6 +170,7 @@ void load_row(const Problem& p, int64_t row, const Buffers& b, float* stats) {
   const float inverse_temperature = 1.f / p.temperature;
   LogSumExp x_T, y_T, x, z_T;
   Top top_x, top_z;
+  Moments moments;
   for (int64_t v0 = 0; v0 < p.vocabulary; v0 += block) {
     const int64_t n = std::min(block, p.vocabulary - v0);
     float* z = b.z ? b.z + v0 : b.y + v0;
@@ -159,6 +189,8 @@ void load_row(const Problem& p, int64_t row, const Buffers& b, float* stats) {
       x_T.add(b.x + v0, n, 1.f);
       y_T.add(b.y + v0, n, 1.f);
       if (own_x) x.add(b.x + v0, n, p.temperature);
+      if (p.weigh == Weigh::target) moments.add(b.y + v0, b.x + v0, n, y_T.m, x_T.m);
+      if (p.weigh == Weigh::student) moments.add(b.x + v0, b.y + v0, n, x_T.m, y_T.m);
     }
   }
   if (!with_stats) return;
@@ -173,6 +205,10 @@ void load_row(const Problem& p, int64_t row, const Buffers& b, float* stats) {
   stats[log_sum_z_T] = z_T.log_sum();
   stats[argmax_x] = static_cast<float>(top_x.index);
   stats[argmax_z] = static_cast<float>(top_z.index);
+  const int64_t label = p.labels ? p.labels[row] : -1;
+  stats[label_logit] = label >= 0 && label < p.vocabulary ? b.x[label] * p.temperature : 0.f;
+  stats[mass] = static_cast<float>(moments.mass);
+  stats[moment] = static_cast<float>(moments.moment);
 }
 
 // 0 * log 0 = 0
@@ -183,8 +219,6 @@ inline F entropy_term(F probability, F log_probability) {
 // Second sweep: sums of value and slope. For a gradient, the slope replaces the target in b.y, and q is written to b.q.
 template <class Divergence, bool metrics, bool grad>
 void reduce_row(const Problem& p, int64_t row, const Buffers& b, const float* stats, float* sums) {
-  const int64_t label = p.labels ? p.labels[row] : -1;
-  sums[label_logit] = label >= 0 && label < p.vocabulary ? b.x[label] * p.temperature : 0.f;
   double value_sum = 0, slope_sum = 0, entropy_y = 0, entropy_x = 0, shared = 0;
   for (int64_t v0 = 0; v0 < p.vocabulary; v0 += block) {
     const int64_t end = std::min(v0 + block, p.vocabulary);
@@ -289,7 +323,7 @@ void row_loss(const Problem& p, int64_t begin, int64_t end) {
     load_row<true>(p, row, b, stats);
     reduce<Divergence>(p, row, b, stats, sums);
     out[row_kd] = sums[sum_value];
-    if (p.ce) out[row_ce] = stats[log_sum_x] - (sums[label_logit] - stats[max_x]);
+    if (p.ce) out[row_ce] = stats[log_sum_x] - (stats[label_logit] - stats[max_x]);
     if (p.metrics) {
       out[row_target_entropy] = sums[target_entropy];
       out[row_student_entropy] = sums[student_entropy];

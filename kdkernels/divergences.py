@@ -8,7 +8,7 @@ Each is one function ``(lp, lq, a) -> (value, slope)`` written against the name 
 
 - here ``xp`` is torch, and the function serves tensors of any dtype and device;
 - ``bind`` gives the same function over another namespace. The build traces it into a C++ functor (csrc/generate.py), which the
-  CPU row loops take as a template argument.
+  CPU row loops take as a template argument; over triton.language and wrapped by triton.jit it is a kernel's constexpr argument.
 
 Only ``exp``, ``log``, ``abs``, ``where``, ``maximum``, comparisons and arithmetic are used, in the form ``xp.exp(v)``: every
 namespace has those. Entries that are -inf in either model are dropped by the callers, for all divergences alike.
@@ -36,13 +36,25 @@ class Divergence:
     name: what ``kd.divergences()`` lists.
     pair: (lp, lq, a) -> (value, slope), element by element; value in nats.
     a: the parameter that ``pair`` takes third; 0 where there is none.
-    one_sweep: whether the value follows from running sums, before the log-sum-exps are known.
+    one_sweep: "target" or "student" where value and slope are p, or q, times a linear function of log p - log q: their sums then
+        follow from running sums, before the log-sum-exps are known. "" where they do not.
     """
 
     name: str
     pair: PairFunction
     a: float = 0.0
-    one_sweep: bool = False
+    one_sweep: str = ""
+
+    def linear(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """(c0, c1) of value and of slope, where one sweep is enough: each is w (c0 + c1 (lw - lo)), w = e^lw the probability
+        of the side that one_sweep names, lo the log-probability of the other. Read off the pair function at w = 1."""
+        zero, one = xp.zeros((), dtype=xp.float64), xp.ones((), dtype=xp.float64)
+        found = []
+        for other in (zero, -one):
+            lp, lq = (zero, other) if self.one_sweep == "target" else (other, zero)
+            found.append([float(part) for part in self.pair(lp, lq, self.a)])
+        (value_0, slope_0), (value_1, slope_1) = found
+        return (value_0, value_1 - value_0), (slope_0, slope_1 - slope_0)
 
 
 _factories: dict[str, Callable[..., Divergence]] = {}
@@ -72,14 +84,18 @@ def resolve(divergence: Divergence | str) -> Divergence:
     return _factories[divergence]()
 
 
-def bind(pair: PairFunction, namespace: Any) -> PairFunction:
-    """The same function with ``xp`` meaning ``namespace``; the helpers it calls are bound along with it."""
+def bind(pair: PairFunction, namespace: Any, wrap: Callable[[Any], Any] = lambda function: function) -> PairFunction:
+    """The same function with ``xp`` meaning ``namespace``; the helpers it calls are bound along with it.
+
+    wrap: what each of them is passed through (a compiler's decorator).
+    """
     scope: dict[str, Any] = {"xp": namespace}
     for name, member in globals().items():
         if inspect.isfunction(member) and name.startswith("_"):
-            scope[name] = types.FunctionType(member.__code__, scope, name, member.__defaults__)
-    bound: PairFunction = scope[pair.__name__]
-    return bound
+            bound = types.FunctionType(member.__code__, scope, name, member.__defaults__)
+            bound.__module__ = __name__
+            scope[name] = wrap(bound)
+    return scope[pair.__name__]  # type: ignore[no-any-return]
 
 
 def _inside(name: str, value: float, at_the_ends: str) -> float:
@@ -104,7 +120,7 @@ def _forward_kl(lp, lq, a):
 @_listed
 def forward_kl() -> Divergence:
     """KL(p || q), the usual distillation loss. With a target mixed in logit space (t < 1) it is TAID (arXiv 2501.16937)."""
-    return Divergence("forward_kl", _forward_kl, one_sweep=True)
+    return Divergence("forward_kl", _forward_kl, one_sweep="target")
 
 
 def _reverse_kl(lp, lq, a):
@@ -116,7 +132,7 @@ def _reverse_kl(lp, lq, a):
 @_listed
 def reverse_kl() -> Divergence:
     """KL(q || p), mode seeking (MiniLLM, arXiv 2306.08543)."""
-    return Divergence("reverse_kl", _reverse_kl, one_sweep=True)
+    return Divergence("reverse_kl", _reverse_kl, one_sweep="student")
 
 
 def _jsd(lp, lq, a):

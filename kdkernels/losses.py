@@ -18,7 +18,7 @@ from kdkernels.autograd import LossPerToken, SummedLoss
 from kdkernels.backends.operators import accumulate_dtype
 from kdkernels.divergences import Divergence, resolve
 from kdkernels.plan import STRATEGIES, default_budget
-from kdkernels.tokens import METRICS
+from kdkernels.step import METRICS
 
 REDUCTIONS = ("mean", "sum", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -340,6 +340,7 @@ def linear_kd_loss(
         loss.ignore_index,
         vocab,
         *dtypes,
+        strategy,
         default_budget(device) if memory_budget is None else memory_budget,
     )
     return _reduced(loss, torch.ops.kdkernels.linear_kd, differentiable, sum_dtype, others)

@@ -10,9 +10,10 @@ import torch
 from kdkernels import backends
 from kdkernels.backends.operators import accumulate_dtype
 from kdkernels.backends.reference import LIVE_COPIES
-from kdkernels.products import block_size, product_dtype
+from kdkernels.products import block_size, logits_dtype, product_dtype
+from kdkernels.step import Step
 
-STRATEGIES = ("auto", "tokens")
+STRATEGIES = ("auto", "tokens", "vocab")
 DEFAULT_BUDGET = {"cpu": 512 * 2**20}
 OTHER_BUDGET = 2**30
 # Live [tokens, V] tensors in the working dtype at the peak of the eager computation: both logits, both log-softmaxes, the
@@ -51,7 +52,9 @@ def default_budget(device: torch.device) -> int:
 
 def logit_bytes(student: torch.dtype, teacher: torch.dtype, device: torch.device) -> int:
     """Scratch bytes per token and vocabulary entry for both models' logits, the reference backend's temporaries included."""
-    both = product_dtype(student, device).itemsize + product_dtype(teacher, device).itemsize
+    both = logits_dtype(student, device).itemsize + logits_dtype(teacher, device).itemsize
+    if logits_dtype(student, device) != product_dtype(student, device):
+        both += product_dtype(student, device).itemsize  # the gradient lies beside the logits
     if backends.select(device, student, teacher) == "reference":
         both += LIVE_COPIES * accumulate_dtype(student).itemsize
     return both
@@ -68,6 +71,30 @@ def chunk_rows(tokens: int, vocab: int, bytes_per_logit: int, budget: int) -> in
     even = math.ceil(tokens / math.ceil(tokens / most))
     rounded = (math.ceil(even / tile) * tile for tile in (16, 8, 4))
     return next((rows for rows in rounded if rows <= most), even)
+
+
+def column_bytes(student: torch.dtype, teacher: torch.dtype, device: torch.device) -> int:
+    """Scratch bytes per token and column of a vocabulary block: both models' logits, or the gradient alone where the kernels
+    multiply themselves."""
+    if backends.select(device, student, teacher) == "triton":
+        return product_dtype(student, device).itemsize
+    return logit_bytes(student, teacher, device)
+
+
+def block_columns(tokens: int, vocab: int, bytes_per_logit: int, budget: int) -> int:
+    """Vocabulary columns per block: as many as the budget holds, in blocks of one size, a multiple of 128, 64 or 16 where that
+    still fits."""
+    most = max(1, budget // max(1, tokens * bytes_per_logit))
+    if vocab <= most:
+        return vocab
+    even = math.ceil(vocab / math.ceil(vocab / most))
+    rounded = (math.ceil(even / tile) * tile for tile in (128, 64, 16))
+    return next((columns for columns in rounded if columns <= most), even)
+
+
+def choose(strategy: str, step: Step) -> str:
+    """The strategy that "auto" stands for."""
+    return "tokens" if strategy == "auto" else strategy
 
 
 def plan(

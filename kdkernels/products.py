@@ -30,6 +30,25 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if fast else torch.float32
 
 
+def logits_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What the logits of ``dtype`` operands are kept in: on a GPU float32, as the matrix units add them up, so that the difference
+    of two log-probabilities is never taken between rounded logits; elsewhere what the products run in."""
+    made = product_dtype(dtype, device)
+    return torch.float32 if device.type == "cuda" and made.itemsize == 2 else made
+
+
+def multiply(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """left right, in ``dtype``: that of the operands, or float32 for 16-bit ones, where the device does not round in between."""
+    if dtype == left.dtype:
+        return torch.mm(left, right, out=out) if out is not None else torch.mm(left, right)
+    if left.device.type == "cuda":
+        if out is None:
+            return torch.mm(left, right, out_dtype=dtype)
+        return torch.mm(left, right, out_dtype=dtype, out=out)
+    product = torch.mm(left, right)
+    return product.to(dtype) if out is None else out.copy_(product)
+
+
 def block_rows(width: int) -> int:
     """Head rows per block, so that a float32 block has about BLOCK_BYTES."""
     return max(256, BLOCK_BYTES // (4 * width))
@@ -67,15 +86,21 @@ class HeadProducts:
         """out [C, V] = hidden [C, D] Wᵀ."""
         # With few tokens a quarter to a third faster than one product of the full width.
         for here, weight in self._blocks(cut=hidden.device.type == "cpu"):
-            torch.mm(hidden, weight.t(), out=out[:, here])
+            multiply(hidden, weight.t(), out.dtype, out[:, here])
 
     def hidden_grad(self, dx: Tensor, out: Tensor) -> None:
         """out [C, D] = dx [C, V] W."""
+        self.add_hidden_grad(dx, out, first=True)
+
+    def add_hidden_grad(self, dx: Tensor, out: Tensor, first: bool) -> None:
+        """out [C, D] (+)= dx [C, V] W; ``first`` overwrites."""
         for here, weight in self._blocks(cut=False):
-            if here.start == 0:
-                torch.mm(dx[:, here], weight, out=out)
-            else:
+            if first and here.start == 0:
+                multiply(dx[:, here], weight, out.dtype, out)
+            elif out.dtype == dx.dtype:
                 torch.addmm(out, dx[:, here], weight, out=out)
+            else:
+                out += multiply(dx[:, here], weight, out.dtype)
 
 
 def add_head_grad(dx: Tensor, hidden: Tensor, out: Tensor, first: bool, buffer: Tensor) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,14 +21,27 @@ from tests.oracle import Options
 
 Result = dict[str, Tensor]
 INSTRUCTION_SETS = ("avx512", "avx2", "plain")
-VARIANTS = ("reference", *INSTRUCTION_SETS)
+# By backend or instruction set; "-vocab" streams the vocabulary in blocks, the others take whole rows.
+BLOCK_VARIANTS = ("reference", *INSTRUCTION_SETS)
+VARIANTS = (*BLOCK_VARIANTS, "triton", "reference-vocab", "native-vocab", "triton-vocab")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CHOICES = [(variant, dtype) for variant in VARIANTS for dtype in NATIVE_DTYPES] + [("reference", torch.float64)]
+
+
+def choices(variants: tuple[str, ...]) -> list[tuple[str, torch.dtype]]:
+    """Every variant with every dtype that it takes."""
+    wide = [(variant, torch.float64) for variant in variants if variant.startswith("reference")]
+    return [(variant, dtype) for variant in variants for dtype in NATIVE_DTYPES] + wide
+
+
+CHOICES = choices(VARIANTS)
+BLOCK_CHOICES = choices(BLOCK_VARIANTS)
 
 
 def skip_reason(variant: str) -> str | None:
-    if variant == "reference" or variant in native.instruction_sets():
+    if variant.removesuffix("-vocab") in (*backends.usable(), *native.instruction_sets()):
         return None
+    if variant.startswith("triton"):
+        return "Triton is not installed"
     return f"this processor has no {variant}" if native.available() else "the C++ extension was not built here"
 
 
@@ -43,14 +57,50 @@ def parameters(choices: Any = VARIANTS) -> list[Any]:
 
 
 @contextmanager
+def as_on_a_gpu(blocks: tuple[int, int, int] = (16, 256, 16), row: int = 512) -> Iterator[None]:
+    """CPU tensors take the path of a GPU: 16-bit products, summed and kept in float32; small blocks, so that there are several.
+
+    blocks: of tokens, vocabulary and hidden size in kernels that multiply. row: columns of the row kernel's tile.
+    """
+    from kdkernels.backends.triton.blocks import Entry, Matrix, Row
+
+    def logits_dtype(dtype: torch.dtype, _: torch.device) -> torch.dtype:
+        return torch.float32 if dtype.itemsize == 2 else dtype
+
+    def multiply(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        product = torch.mm(left.float(), right.float()) if dtype == torch.float32 else torch.mm(left, right)
+        return product.to(dtype) if out is None else out.copy_(product)
+
+    matrix = Matrix(*blocks, num_warps=4, num_stages=1)
+    entry = Entry(matrix, matrix, matrix, Row(block_v=row))
+    with ExitStack() as stack:
+        for name in ("ops", "plan", "products", "step"):
+            stack.enter_context(mock.patch(f"kdkernels.{name}.product_dtype", lambda dtype, _: dtype))
+        for name in ("plan", "step"):
+            stack.enter_context(mock.patch(f"kdkernels.{name}.logits_dtype", logits_dtype))
+        stack.enter_context(mock.patch("kdkernels.products.multiply", multiply))
+        stack.enter_context(mock.patch("kdkernels.backends.triton.blocks.entry", return_value=entry))
+        stack.enter_context(mock.patch("kdkernels.backends.triton.vocabulary.PROGRAMS", 2))
+        yield
+
+
+@contextmanager
 def running(variant: str) -> Iterator[None]:
-    """Everything inside runs on one backend, and for the native one on one instruction set."""
-    if variant == "reference":
-        with backends.use("reference"):
-            yield
-    else:
-        with backends.use("native"), native.instruction_set(variant):
-            yield
+    """Everything inside runs on one backend, for the native one on one instruction set, and in one strategy.
+
+    The vocabulary comes in three to five ragged blocks there, however little memory it would take whole.
+    """
+    backend, _, strategy = variant.partition("-")
+    with ExitStack() as stack:
+        stack.enter_context(backends.use("native" if backend in INSTRUCTION_SETS else backend))
+        if backend in INSTRUCTION_SETS:
+            stack.enter_context(native.instruction_set(backend))
+        if backend == "triton":
+            stack.enter_context(as_on_a_gpu())
+        if strategy:
+            stack.enter_context(mock.patch("kdkernels.ops.choose", return_value=strategy))
+            stack.enter_context(mock.patch("kdkernels.vocab.block_columns", lambda _, vocab, *__: max(1, vocab // 4 + 1)))
+        yield
 
 
 def divergence(options: Options) -> kd.Divergence:

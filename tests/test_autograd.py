@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import tokens
+from kdkernels import gradients
 from kdkernels.backends import reference
+from kdkernels.products import HeadProducts
 from tests.cases import NATIVE_DTYPES, Case, draw, dressed, keywords, running
 from tests.oracle import Options
 
@@ -245,8 +246,8 @@ def test_without_gradients_there_is_only_a_loss(
 ) -> None:
     leaves, loss = road(torch.float64)
     expected = loss()
-    monkeypatch.setattr(tokens.HeadProducts, "hidden_grad", forbidden)
-    monkeypatch.setattr(tokens, "add_head_grad", forbidden)
+    monkeypatch.setattr(HeadProducts, "hidden_grad", forbidden)
+    monkeypatch.setattr(gradients, "add_head_grad", forbidden)
     monkeypatch.setattr(reference, "_grad", forbidden)
     with context():
         value = loss()

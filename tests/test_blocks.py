@@ -12,8 +12,10 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels import backends
-from kdkernels.backends.operators import ROW_COLUMNS, STATS_COLUMNS, SUMS_COLUMNS
-from tests.cases import CHOICES, VARIANTS, parameters, running
+from kdkernels.backends.operators import STATS_COLUMNS, row_columns
+from kdkernels.divergences import resolve
+from kdkernels.vocab import merged, sums_of_one_sweep
+from tests.cases import BLOCK_CHOICES, BLOCK_VARIANTS, parameters, running
 
 # Ragged: one entry, less than a vector, more than one block of the native row loops, and what is left.
 EDGES = (0, 1, 6, 1500, 2100)
@@ -56,44 +58,29 @@ def draw_rows(dtype: torch.dtype, seed: int = 0) -> Rows:
     return Rows(x, z, *biases, labels, weight, torch.tensor(0.7, dtype=sums), [0.75, 30.0, 1.25, 0.0])
 
 
-def merged(blocks: list[Tensor]) -> Tensor:
-    """Statistics of the whole row: log-sum-exps add like probabilities, and the first largest entry wins."""
-    named = [dict(zip(STATS_COLUMNS, stats.double().unbind(1), strict=True)) for stats in blocks]
-    whole: dict[str, Tensor] = {}
-    for of in ("x_T", "y_T", "x", "z_T"):
-        largest = torch.stack([stats[f"max_{of}"] for stats in named])
-        total = torch.logsumexp(largest + torch.stack([stats[f"log_sum_{of}"] for stats in named]), 0)
-        whole[f"max_{of}"] = largest.amax(0)
-        whole[f"log_sum_{of}"] = total - largest.amax(0)
-        where = torch.stack([stats.get(f"argmax_{of[0]}", total) + edge for stats, edge in zip(named, EDGES, strict=False)])
-        if of in ("x_T", "z_T"):
-            whole[f"argmax_{of[0]}"] = where.gather(0, largest.argmax(0)[None])[0]
-    return torch.stack([whole[name] for name in STATS_COLUMNS], 1).to(blocks[0].dtype)
+def statistics(operators: Any, rows: Rows, weigh: str, metrics: bool) -> Tensor:
+    """Of whole rows, from those of the blocks."""
+    parts = []
+    for begin, end in itertools.pairwise(EDGES):
+        part = rows.block(begin, end)
+        stats = operators.block_stats(
+            *part.logits(), part.labels, rows.t, rows.temperature, rows.head, weigh, True, metrics
+        ).double()
+        stats[:, [STATS_COLUMNS.index("argmax_x"), STATS_COLUMNS.index("argmax_z")]] += begin
+        parts.append(stats)
+    return merged(torch.stack(parts), weigh)
 
 
 def by_blocks(operators: Any, rows: Rows, name: str, metrics: bool) -> tuple[Tensor, Tensor]:
     """ROW_COLUMNS and the gradient, from three sweeps over blocks."""
     parts = [rows.block(begin, end) for begin, end in itertools.pairwise(EDGES)]
-    ends = (rows.t, rows.temperature, rows.head)
-    stats = merged([operators.block_stats(*part.logits(), *ends, True, metrics) for part in parts])
+    stats = statistics(operators, rows, "", metrics).to(rows.weight.dtype)
     loss = (name, rows.a, rows.temperature)
-    sums = torch.stack(
-        [operators.block_reduce(*part.logits(), part.labels, rows.t, *loss, rows.head, stats, metrics) for part in parts]
-    ).sum(0)
+    sums = torch.stack([operators.block_reduce(*part.logits(), rows.t, *loss, rows.head, stats, metrics) for part in parts]).sum(0)
     for part in parts:
         scales = (rows.kd_scale, rows.ce_scale, rows.head)
         operators.block_grad(*part.logits(), part.labels, rows.weight, rows.t, *loss, *scales, stats, sums)
-    of_stats = dict(zip(STATS_COLUMNS, stats.unbind(1), strict=True))
-    of_sums = dict(zip(SUMS_COLUMNS, sums.unbind(1), strict=True))
-    columns = {
-        "kd": of_sums["value"],
-        "ce": of_stats["log_sum_x"] - (of_sums["label_logit"] - of_stats["max_x"]),
-        "target_entropy": of_sums["target_entropy"],
-        "student_entropy": of_sums["student_entropy"],
-        "agreement": (of_stats["argmax_x"] == of_stats["argmax_z"]).to(sums.dtype) * metrics,
-        "overlap": of_sums["overlap"],
-    }
-    whole = torch.stack([columns[column] for column in ROW_COLUMNS], 1)
+    whole = row_columns(stats, sums, True, metrics)
     return whole.masked_fill(rows.weight[:, None] == 0, 0.0), torch.cat([part.x for part in parts], 1)
 
 
@@ -104,9 +91,27 @@ def at_once(operators: Any, rows: Rows, name: str, metrics: bool) -> tuple[Tenso
     return columns, dx
 
 
+@pytest.mark.parametrize("name", [name for name in kd.divergences() if resolve(name).one_sweep])
+@pytest.mark.parametrize(("variant", "dtype"), parameters(BLOCK_CHOICES))
+def test_one_sweep_is_enough_where_the_divergence_says_so(variant: str, dtype: torch.dtype, name: str) -> None:
+    rows = draw_rows(dtype)
+    rows.x[3, 1600:] += 300.0  # the largest entries grow late, and by more than any exponential holds
+    rows.head = [0.75, 0.0, 1.25, 0.0]
+    divergence = resolve(name)
+    with running(variant):
+        operators = backends.operators(backends.select(rows.x.device, dtype))
+        ends = (rows.t, name, rows.a, rows.temperature, rows.head)
+        stats = statistics(operators, rows, divergence.one_sweep, False)
+        two = operators.block_reduce(*rows.logits(), *ends, stats.to(rows.weight.dtype), False).double()
+    one = sums_of_one_sweep(stats, divergence)
+    # The first of both is regrouped: linear in log p - log q, whose rounding is that of the logits.
+    tolerance = 20 * torch.finfo(rows.weight.dtype).eps * rows.x.double().abs().amax().item()
+    torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("metrics", [False, True])
 @pytest.mark.parametrize("name", kd.divergences())
-@pytest.mark.parametrize(("variant", "dtype"), parameters(CHOICES))
+@pytest.mark.parametrize(("variant", "dtype"), parameters(BLOCK_CHOICES))
 def test_blocks_add_up_to_whole_rows(variant: str, dtype: torch.dtype, name: str, metrics: bool) -> None:
     rows = draw_rows(dtype)
     with running(variant):
@@ -122,7 +127,7 @@ def test_blocks_add_up_to_whole_rows(variant: str, dtype: torch.dtype, name: str
     assert (dx[2] == 0).all()
 
 
-@pytest.mark.parametrize("variant", parameters(VARIANTS))
+@pytest.mark.parametrize("variant", parameters(BLOCK_VARIANTS))
 def test_gradients_can_go_to_another_tensor(variant: str) -> None:
     rows = draw_rows(torch.float32)
     with running(variant):
@@ -138,7 +143,7 @@ def test_gradients_can_go_to_another_tensor(variant: str) -> None:
         torch.testing.assert_close(rows.x, before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("variant", parameters(VARIANTS))
+@pytest.mark.parametrize("variant", parameters(BLOCK_VARIANTS))
 def test_a_block_that_is_banned_whole_changes_nothing(variant: str) -> None:
     rows = draw_rows(torch.float32)
     rows.head, rows.x_bias, rows.z_bias = [1.0, 0.0, 1.0, 0.0], None, None

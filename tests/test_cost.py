@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import tokens
+from kdkernels import gradients
 from kdkernels.plan import chunk_rows
+from kdkernels.products import HeadProducts
 from tests.cases import Case, InsideOperators, draw
 from tests.oracle import Options
 
@@ -99,7 +100,7 @@ class TestProducts:
         def touched(*_: Any) -> None:
             raise AssertionError("a gradient of a frozen head was added to")
 
-        monkeypatch.setattr(tokens, "add_head_grad", touched)
+        monkeypatch.setattr(gradients, "add_head_grad", touched)
         for reduction in ("mean", "none"):
             count(case(), ("student_hidden",), reduction=reduction)
 
@@ -120,10 +121,8 @@ class TestPlan:
         plan = kd.plan(tokens_, V, STUDENT, TEACHER, dtype, memory_budget=rows * per_row)
         drawn = draw(tokens=(tokens_,), vocab=V, dims=(STUDENT, TEACHER), dtype=dtype)
         seen: list[int] = []
-        logits = tokens.HeadProducts.logits
-        monkeypatch.setattr(
-            tokens.HeadProducts, "logits", lambda head, hidden, out: seen.append(len(hidden)) or logits(head, hidden, out)
-        )
+        logits = HeadProducts.logits
+        monkeypatch.setattr(HeadProducts, "logits", lambda head, hidden, out: seen.append(len(hidden)) or logits(head, hidden, out))
         with torch.no_grad():
             drawn.loss(memory_budget=rows * per_row)
         used = seen[::2]  # student and teacher in turn

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import tokens
+from kdkernels import gradients
+from kdkernels.step import kept_rows
 from tests import oracle
 from tests.cases import InsideOperators, draw, dressed, error, root_mean_square
 from tests.oracle import Options
@@ -113,7 +114,7 @@ def test_a_frozen_head_gets_no_gradient_and_no_memory_for_one(monkeypatch: pytes
             if name.startswith(("aten::empty", "aten::zeros", "aten::new_", "aten::full")):
                 self.shapes.append(made.shape)
 
-    monkeypatch.setattr(tokens, "add_head_grad", lambda *_: pytest.fail("a product for a frozen head"))
+    monkeypatch.setattr(gradients, "add_head_grad", lambda *_: pytest.fail("a product for a frozen head"))
     with Allocations() as allocations:
         hidden = case.student_hidden.requires_grad_()
         kd.linear_kd_loss(hidden, case.student_weight, case.teacher_hidden, case.teacher_weight).backward()
@@ -161,7 +162,7 @@ def test_kept_rows_are_read_from_the_device_once(monkeypatch: pytest.MonkeyPatch
     for name in ("item", "__bool__", "__int__", "__float__", "nonzero"):
         monkeypatch.setattr(Tensor, name, lambda *_, name=name: waits.append(name))
     labels, weight = torch.tensor([1, -100, 3]), torch.tensor([1.0, 1.0, 0.0])
-    rows = tokens.kept_rows(labels, weight, -100, 10)
+    rows = kept_rows(labels, weight, -100, 10)
     assert waits == ["tolist"]
     monkeypatch.undo()
     assert rows is not None

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import tokens
+from kdkernels import backends
+from kdkernels.products import HeadProducts
 from tests.cases import draw
 
 TOKENS, VOCAB, STUDENT, TEACHER = 6, 37, 8, 12
@@ -28,8 +29,8 @@ def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(*_: Any, **__: Any) -> None:
         raise AssertionError("work was done before the input was checked")
 
-    monkeypatch.setattr(tokens.HeadProducts, "logits", work)
-    monkeypatch.setattr(tokens.backends, "operators", work)
+    monkeypatch.setattr(HeadProducts, "logits", work)
+    monkeypatch.setattr(backends, "operators", work)
 
 
 def linear(**changed: Any) -> Any:

@@ -94,9 +94,10 @@ def test_without_the_extension_every_operator_still_keeps_its_contract() -> None
         loss = (torch.ones(3, dtype=sums), t, "jsd", 0.5, 2.0, 1.0, 0.5, [1.0, 0.0, 1.0, 5.0])
         check(operators.row_loss.default, (*logits, labels, *loss, True, True))
         check(operators.row_loss.default, (*logits, labels, *loss, True, True, torch.empty_like(x)))
-        check(operators.block_stats.default, (*logits, t, 2.0, loss[-1], True, True))
-        stats = operators.block_stats(*logits, t, 2.0, loss[-1], True, True)
-        reduce = (*logits, labels, t, "jsd", 0.5, 2.0, loss[-1], stats, True)
+        statistics = (*logits, labels, t, 2.0, loss[-1], "target", True, True)
+        check(operators.block_stats.default, statistics)
+        stats = operators.block_stats(*statistics)
+        reduce = (*logits, t, "jsd", 0.5, 2.0, loss[-1], stats, True)
         check(operators.block_reduce.default, reduce)
         check(operators.block_grad.default, (*logits, labels, *loss, stats, operators.block_reduce(*reduce)))
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels import backends
-from tests.cases import NATIVE_DTYPES, VARIANTS, InsideOperators, draw, dressed, keywords, parameters, running
+from tests.cases import INSTRUCTION_SETS, NATIVE_DTYPES, InsideOperators, draw, dressed, keywords, parameters, running
 from tests.oracle import Options
 
 
@@ -46,7 +46,7 @@ class TestOpcheck:
     def test_losses(self, name: str, dtype: torch.dtype, bare: bool) -> None:
         torch.library.opcheck(getattr(torch.ops.kdkernels, name).default, recorded(dtype, bare)[name])
 
-    @pytest.mark.parametrize("variant", parameters(VARIANTS)[1:])
+    @pytest.mark.parametrize("variant", parameters(INSTRUCTION_SETS))
     @pytest.mark.parametrize("dtype", NATIVE_DTYPES)
     def test_rows_and_blocks(self, dtype: torch.dtype, variant: str) -> None:
         operators = torch.ops.kdkernels
@@ -58,9 +58,10 @@ class TestOpcheck:
             everything = (*logits, labels, weight, t, divergence, a, temperature, *scales)
             torch.library.opcheck(operators.row_loss.default, (*everything, grad, metrics))
             torch.library.opcheck(operators.row_loss.default, (*everything, True, metrics, torch.empty_like(x)))
-            torch.library.opcheck(operators.block_stats.default, (*logits, t, temperature, head, True, True))
-            stats = operators.block_stats(*logits, t, temperature, head, True, True)
-            reduce = (*logits, labels, t, divergence, a, temperature, head, stats, True)
+            statistics = (*logits, labels, t, temperature, head, "student", True, True)
+            torch.library.opcheck(operators.block_stats.default, statistics)
+            stats = operators.block_stats(*statistics)
+            reduce = (*logits, t, divergence, a, temperature, head, stats, True)
             torch.library.opcheck(operators.block_reduce.default, reduce)
             sums = operators.block_reduce(*reduce)
             torch.library.opcheck(operators.block_grad.default, (*everything, stats, sums))

@@ -6,31 +6,41 @@ Whether a CPU multiplies 16-bit matrices itself decides which code runs. Both ar
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import products
-from tests.cases import InsideOperators, assert_as_good_as_eager, draw, dressed, ratios
+from kdkernels import backends, products
+from tests.cases import InsideOperators, as_on_a_gpu, assert_as_good_as_eager, draw, dressed, ratios
 from tests.oracle import Options
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+# Whole, and in several chunks of rows or blocks of columns.
+RUNS: list[dict[str, Any]] = [{}, {"memory_budget": 20_000}, {"memory_budget": 20_000, "strategy": "vocab"}]
 every_dtype = pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
 
 
-@pytest.fixture(params=["widened", "fast"])
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A CPU that widens 16-bit products to float32, and one that does them itself."""
+@pytest.fixture(params=["widened", "fast", "gpu"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A CPU that widens 16-bit products to float32, one that does them itself, and a GPU, which keeps their results in float32."""
 
     def product_dtype(dtype: torch.dtype, _: torch.device) -> torch.dtype:
         return dtype if request.param == "fast" or dtype not in SIXTEEN_BITS else torch.float32
 
-    for module in ("ops", "plan", "products", "tokens"):
-        monkeypatch.setattr(importlib.import_module(f"kdkernels.{module}"), "product_dtype", product_dtype)
-    return str(request.param)
+    with ExitStack() as stack:
+        if request.param == "gpu":
+            stack.enter_context(as_on_a_gpu())
+            stack.enter_context(backends.use("reference"))
+        else:
+            for module in ("ops", "plan", "products", "step"):
+                monkeypatch.setattr(importlib.import_module(f"kdkernels.{module}"), "product_dtype", product_dtype)
+        yield str(request.param)
 
 
 @every_dtype
@@ -42,9 +52,9 @@ def test_both_kinds_are_as_good_as_eager(kind: str, dtype: torch.dtype, spread: 
         options = Options(name, t=t, temperature=temperature, ce_weight=0.5)
         cases = [replace(dressed(draw(seed, (12,), 1003, (16, 24), spread, dtype)), options=options) for seed in range(2)]
         exact, eager = [case.plain() for case in cases], [case.plain(dtype) for case in cases]
-        for memory_budget in (None, 20_000):
-            found = [case.run(memory_budget=memory_budget) for case in cases]
-            compared[t, temperature, memory_budget] = ratios(found, eager, exact)
+        for how in RUNS:
+            found = [case.run(**how) for case in cases]
+            compared[t, temperature, str(how)] = ratios(found, eager, exact)
     assert_as_good_as_eager(compared)
 
 
@@ -54,8 +64,8 @@ def test_the_head_may_be_cut_into_any_blocks(kind: str, dtype: torch.dtype, monk
     whole = case.run()
     for rows in (300, 100, 7):
         monkeypatch.setattr(products, "block_rows", lambda _, rows=rows: rows)
-        for memory_budget in (None, 30_000):
-            for name, value in case.run(memory_budget=memory_budget).items():
+        for how in RUNS:
+            for name, value in case.run(**how).items():
                 tolerance = 4 * torch.finfo(dtype).eps * whole[name].abs().max().item()
                 torch.testing.assert_close(value, whole[name], rtol=0, atol=tolerance, msg=lambda text, of=name: f"{of}: {text}")
 
@@ -73,6 +83,7 @@ class Logits(InsideOperators):
 
 
 @pytest.mark.skipif(kd.backend() != "native", reason="the C++ extension was not built here")
+@pytest.mark.parametrize("kind", ["widened", "fast"], indirect=True)
 def test_products_run_in_the_dtype_of_their_model_or_of_autocast(kind: str) -> None:
     of = {dtype: dtype if kind == "fast" else torch.float32 for dtype in SIXTEEN_BITS}
     case = draw(dtype=torch.bfloat16)

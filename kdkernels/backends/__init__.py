@@ -1,10 +1,14 @@
 """Which implementation of the low-level operators runs where.
 
-``native`` (C++) serves float32, bfloat16 and float16 on CPUs where the extension was built; ``reference`` (plain torch) the rest.
+``native`` (C++) serves float32, bfloat16 and float16 on CPUs where the extension was built, ``triton`` the same on GPUs where
+Triton is installed; ``reference`` (plain torch) the rest.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +17,8 @@ import torch
 
 from kdkernels.backends import native, reference
 
-NAMES = ("native", "reference")
+NAMES = ("native", "triton", "reference")
+FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _forced: str | None = None
 
 
@@ -21,12 +26,28 @@ def select(device: torch.device, *dtypes: torch.dtype) -> str:
     """Name of the backend for logits of these dtypes on this device."""
     if _forced is not None:
         return _forced
-    fast = device.type == "cpu" and native.available() and all(dtype in native.DTYPES for dtype in dtypes)
-    return "native" if fast else "reference"
+    fast = {"cpu": "native", "cuda": "triton"}.get(device.type, "reference")
+    return fast if fast in usable() and all(dtype in FAST_DTYPES for dtype in dtypes) else "reference"
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def usable() -> tuple[str, ...]:
+    """The backends that can run here, whatever the device; Triton also without a GPU if its interpreter is on."""
+    gpu = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+    here = {"native": native.available(), "triton": gpu and _triton_installed(), "reference": True}
+    return tuple(name for name in NAMES if here[name])
 
 
 def operators(name: str) -> Any:
-    """The namespace that holds a backend's row_loss, block_stats, block_reduce and block_grad."""
+    """The namespace that holds a backend's row_loss and, but for Triton's, block_stats, block_reduce and block_grad."""
+    if name == "triton":
+        from kdkernels.backends import triton
+
+        return triton
     return reference if name == "reference" else torch.ops.kdkernels
 
 
@@ -34,9 +55,8 @@ def operators(name: str) -> Any:
 def use(name: str) -> Iterator[None]:
     """Run everything inside on one backend, for tests and comparisons; process-wide."""
     global _forced
-    if name not in NAMES or (name == "native" and not native.available()):
-        usable = NAMES if native.available() else ("reference",)
-        raise ValueError(f"backend {name!r} is not usable here; accepted: {', '.join(usable)}")
+    if name not in usable():
+        raise ValueError(f"backend {name!r} is not usable here; accepted: {', '.join(usable())}")
     before, _forced = _forced, name
     try:
         yield
@@ -45,8 +65,8 @@ def use(name: str) -> Iterator[None]:
 
 
 def backend(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """Name of the backend that runs for logits of ``dtype`` on ``device``: "native" or "reference".
+    """Name of the backend that runs for logits of ``dtype`` on ``device``: "native", "triton" or "reference".
 
-    "reference" on a CPU means that the C++ extension was not built, or that the dtype is float64.
+    "reference" means that the dtype is float64, or on a CPU that the C++ extension was not built, on a GPU that Triton is missing.
     """
     return select(torch.device(device), dtype)

@@ -10,8 +10,6 @@ import torch
 
 from kdkernels.backends import operators  # the schemas must exist before the extension registers for them
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def _load() -> bool:
     assert operators.library is not None

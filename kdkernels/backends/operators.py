@@ -6,6 +6,7 @@ Arguments, alike in all four:
 - x_bias, z_bias: [V] or None. head: student scale, student softcap, teacher scale, teacher softcap (a softcap of 0 is none).
 - labels: int64 [rows] or None; outside [0, V) the label lies in another block. weight: [rows], factors of the gradient.
 - t: 0-dim, the teacher's share in the target. a: the divergence's parameter. kd_scale, ce_scale: factors of both loss terms.
+- weigh: "target", "student" or "": by whose exponentials the moments of the statistics are weighed, if any (divergences.py).
 
 ``row_loss`` does whole rows: it returns ROW_COLUMNS for each row and, if ``grad``, writes the gradient over x (or to ``out``).
 Rows of weight 0 are not computed. ``block_stats``, ``block_reduce`` and ``block_grad`` are its three sweeps, for a block of the
@@ -22,9 +23,9 @@ import torch
 
 STATS_COLUMNS = (
     *("max_x_T", "log_sum_x_T", "max_y_T", "log_sum_y_T", "max_x", "log_sum_x", "max_z_T", "log_sum_z_T"),
-    *("argmax_x", "argmax_z"),
+    *("argmax_x", "argmax_z", "label_logit", "mass", "moment"),
 )
-SUMS_COLUMNS = ("value", "slope", "label_logit", "target_entropy", "student_entropy", "overlap")
+SUMS_COLUMNS = ("value", "slope", "target_entropy", "student_entropy", "overlap")
 ROW_COLUMNS = ("kd", "ce", "target_entropy", "student_entropy", "agreement", "overlap")
 
 library = torch.library.Library("kdkernels", "DEF")
@@ -35,10 +36,13 @@ _LOSS = "Tensor weight, Tensor t, str divergence, float a, float temperature, fl
 library.define(
     f"row_loss(Tensor(a!) x, {_LOGITS}, Tensor? labels, {_LOSS}, bool grad, bool metrics, Tensor(b!)? out=None) -> Tensor"
 )
-library.define(f"block_stats(Tensor x, {_LOGITS}, Tensor t, float temperature, float[] head, bool ce, bool metrics) -> Tensor")
 library.define(
-    f"block_reduce(Tensor x, {_LOGITS}, Tensor? labels, Tensor t, str divergence, float a, float temperature, "
-    "float[] head, Tensor stats, bool metrics) -> Tensor"
+    f"block_stats(Tensor x, {_LOGITS}, Tensor? labels, Tensor t, float temperature, float[] head, str weigh, bool ce, "
+    "bool metrics) -> Tensor"
+)
+library.define(
+    f"block_reduce(Tensor x, {_LOGITS}, Tensor t, str divergence, float a, float temperature, float[] head, Tensor stats, "
+    "bool metrics) -> Tensor"
 )
 library.define(f"block_grad(Tensor(a!) x, {_LOGITS}, Tensor? labels, {_LOSS}, Tensor stats, Tensor sums) -> ()")
 
@@ -46,6 +50,21 @@ library.define(f"block_grad(Tensor(a!) x, {_LOGITS}, Tensor? labels, {_LOSS}, Te
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """What statistics, losses and head gradients are kept in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_columns(stats: torch.Tensor, sums: torch.Tensor, ce: bool, metrics: bool) -> torch.Tensor:
+    """ROW_COLUMNS from the statistics and sums of whole rows; what was not asked for is 0."""
+    of, nothing = dict(zip(STATS_COLUMNS, stats.unbind(1), strict=True)), torch.zeros_like(sums[:, 0])
+    value, _, *entropies_and_overlap = sums.unbind(1)
+    columns = [
+        value,
+        of["log_sum_x"] - (of["label_logit"] - of["max_x"]) if ce else nothing,
+        *entropies_and_overlap[:2],
+        (of["argmax_x"] == of["argmax_z"]).to(sums.dtype) if metrics else nothing,
+        entropies_and_overlap[2],
+    ]
+    assert len(columns) == len(ROW_COLUMNS)
+    return torch.stack([column.to(sums.dtype) for column in columns], 1)
 
 
 def _columns(x: torch.Tensor, columns: tuple[str, ...]) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdkernels.backends.operators import ROW_COLUMNS, accumulate_dtype, library
+from kdkernels.backends.operators import accumulate_dtype, library, row_columns
 from kdkernels.divergences import Divergence, resolve
 
 # Live [rows, V] tensors of accumulate_dtype at the peak of row_loss with metrics; the plan counts them.
@@ -73,14 +73,27 @@ def _log_probability(v: Tensor, stats: Tensor, column: int) -> Tensor:
     return (v - stats[:, column : column + 1]).sub_(stats[:, column + 1 : column + 2])
 
 
-def _stats(rows: _Rows, ce: bool, metrics: bool) -> Tensor:
+def _moments(weighing: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of e^u and e^u (u - v), where u and v are both models' entries less their row's largest; banned entries are left out."""
+    u, v = ((side - side.amax(1, keepdim=True)) for side in (weighing, other))
+    banned = (weighing == -torch.inf) | (other == -torch.inf)
+    e = u.exp()
+    return e.masked_fill(banned, 0.0).sum(1), (e * (u - v)).masked_fill(banned, 0.0).sum(1)
+
+
+def _stats(rows: _Rows, labels: Tensor | None, weigh: str, ce: bool, metrics: bool) -> Tensor:
     x_t = _log_sum_exp(rows.x)
+    nothing = torch.zeros_like(x_t[0])
     columns = [*x_t, *_log_sum_exp(rows.y)]
     columns += _log_sum_exp(rows.own_x()) if ce and rows.temperature != 1.0 else x_t
-    if metrics:
-        columns += [*_log_sum_exp(rows.z), rows.x.argmax(1), rows.z.argmax(1)]
+    columns += [*_log_sum_exp(rows.z), rows.x.argmax(1), rows.z.argmax(1)] if metrics else [nothing] * 4
+    if labels is None:
+        columns.append(nothing)
     else:
-        columns += [torch.zeros_like(columns[0])] * 4
+        here = (labels >= 0) & (labels < rows.x.shape[1])
+        columns.append(rows.own_x().gather(1, labels.where(here, 0)[:, None])[:, 0].where(here, nothing))
+    sides = {"target": (rows.y, rows.x), "student": (rows.x, rows.y)}
+    columns += _moments(*sides[weigh]) if weigh else [nothing] * 2
     return torch.stack([column.to(rows.x.dtype) for column in columns], 1)
 
 
@@ -91,17 +104,10 @@ def _value_and_slope(rows: _Rows, stats: Tensor, divergence: Divergence) -> tupl
     return value.masked_fill_(banned, 0.0), slope.masked_fill(banned, 0.0)
 
 
-def _reduce(rows: _Rows, labels: Tensor | None, stats: Tensor, value: Tensor, slope: Tensor, metrics: bool) -> Tensor:
+def _reduce(rows: _Rows, stats: Tensor, value: Tensor, slope: Tensor, metrics: bool) -> Tensor:
     total = value.sum(1)
     # A slope that compares (total variation) can hide a NaN that the value shows.
     columns = [total, torch.where(total.isnan(), total, slope.sum(1))]
-    nothing = torch.zeros_like(total)
-    if labels is None:
-        columns.append(nothing)
-    else:
-        here = (labels >= 0) & (labels < rows.x.shape[1])
-        picked = rows.own_x().gather(1, labels.where(here, 0)[:, None])[:, 0]
-        columns.append(picked.where(here, nothing))
     if metrics:
         lq, lp = _log_probability(rows.x, stats, 0), _log_probability(rows.y, stats, 2)
         p, q = lp.exp(), lq.exp()
@@ -109,7 +115,7 @@ def _reduce(rows: _Rows, labels: Tensor | None, stats: Tensor, value: Tensor, sl
         entropies = [-(m * lm).masked_fill(lm == -torch.inf, 0.0).sum(1) for m, lm in ((p, lp), (q, lq))]
         columns += [*entropies, overlap]
     else:
-        columns += [nothing] * 3
+        columns += [torch.zeros_like(total)] * 3
     return torch.stack(columns, 1)
 
 
@@ -164,23 +170,13 @@ def row_loss(
 ) -> Tensor:
     rows = _load(x, z, x_bias, z_bias, t, temperature, head)
     ce = labels is not None and (ce_scale != 0.0 or metrics)
-    stats = _stats(rows, ce, metrics)
+    stats = _stats(rows, labels, "", ce, metrics)
     value, slope = _value_and_slope(rows, stats, _divergence(divergence, a))
-    sums = _reduce(rows, labels, stats, value, slope, metrics)
+    sums = _reduce(rows, stats, value, slope, metrics)
     if grad:
         target = x if out is None else out
         _grad(rows, labels, weight, kd_scale, ce_scale, head, stats, sums[:, 1], slope, target)
-    nothing = torch.zeros_like(sums[:, 0])
-    columns = [
-        sums[:, 0],
-        stats[:, 5] - (sums[:, 2] - stats[:, 4]) if ce else nothing,
-        sums[:, 3],
-        sums[:, 4],
-        (stats[:, 8] == stats[:, 9]).to(sums.dtype) if metrics else nothing,
-        sums[:, 5],
-    ]
-    assert len(columns) == len(ROW_COLUMNS)
-    return torch.stack(columns, 1).masked_fill((weight == 0.0)[:, None], 0.0)
+    return row_columns(stats, sums, ce, metrics).masked_fill((weight == 0.0)[:, None], 0.0)
 
 
 def block_stats(
@@ -188,13 +184,15 @@ def block_stats(
     z: Tensor,
     x_bias: Tensor | None,
     z_bias: Tensor | None,
+    labels: Tensor | None,
     t: Tensor,
     temperature: float,
     head: list[float],
+    weigh: str,
     ce: bool,
     metrics: bool,
 ) -> Tensor:
-    return _stats(_load(x, z, x_bias, z_bias, t, temperature, head), ce, metrics)
+    return _stats(_load(x, z, x_bias, z_bias, t, temperature, head), labels, weigh, ce, metrics)
 
 
 def block_reduce(
@@ -202,7 +200,6 @@ def block_reduce(
     z: Tensor,
     x_bias: Tensor | None,
     z_bias: Tensor | None,
-    labels: Tensor | None,
     t: Tensor,
     divergence: str,
     a: float,
@@ -213,7 +210,7 @@ def block_reduce(
 ) -> Tensor:
     rows = _load(x, z, x_bias, z_bias, t, temperature, head)
     value, slope = _value_and_slope(rows, stats, _divergence(divergence, a))
-    return _reduce(rows, labels, stats, value, slope, metrics)
+    return _reduce(rows, stats, value, slope, metrics)
 
 
 def block_grad(

@@ -1,0 +1,83 @@
+"""Block sizes of the kernels: one table for each architecture and operand size, chosen so that nothing spills (``make static``).
+
+An architecture that is not listed takes the entry of the nearest older one of its kind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from kdkernels.backends.triton.launch import architecture
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Blocks of a kernel that multiplies: tokens x vocabulary tiles, ``block_d`` of the hidden size at a time."""
+
+    block_n: int
+    block_v: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+    def blocks(self) -> dict[str, int]:
+        return {"BLOCK_N": self.block_n, "BLOCK_V": self.block_v, "BLOCK_D": self.block_d}
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True)
+class Row:
+    """The row kernel's tile and warps. Its registers are capped on NVIDIA: more rows in flight hide the memory's latency."""
+
+    block_v: int = 2048
+    num_warps: int = 8
+    maxnreg: int = 96
+
+    def options(self, device: torch.device) -> dict[str, int]:
+        nvidia = architecture(device).startswith("sm_")
+        return {"num_warps": self.num_warps, **({"maxnreg": self.maxnreg} if nvidia else {})}
+
+
+@dataclass(frozen=True)
+class Entry:
+    statistics: Matrix
+    sums: Matrix
+    gradient: Matrix
+    row: Row = field(default_factory=Row)
+
+
+# (architecture, bytes of an operand) -> blocks
+TABLE: dict[tuple[str, int], Entry] = {
+    ("sm_80", 2): Entry(Matrix(64, 128, 32, 8, 3), Matrix(64, 128, 32, 8, 3), Matrix(64, 128, 32, 8, 3)),
+    ("sm_80", 4): Entry(Matrix(64, 64, 32, 8, 2), Matrix(64, 64, 32, 8, 2), Matrix(64, 64, 32, 8, 2)),
+    ("sm_90", 2): Entry(Matrix(64, 128, 64, 8, 3), Matrix(64, 128, 64, 8, 3), Matrix(64, 128, 64, 8, 3)),
+    ("sm_90", 4): Entry(Matrix(64, 64, 32, 8, 2), Matrix(64, 64, 32, 8, 2), Matrix(64, 64, 32, 8, 2)),
+    ("sm_100", 2): Entry(Matrix(128, 64, 64, 8, 3), Matrix(128, 64, 64, 8, 3), Matrix(128, 64, 64, 8, 3)),
+    ("sm_100", 4): Entry(Matrix(64, 64, 32, 8, 2), Matrix(64, 64, 32, 8, 2), Matrix(64, 64, 32, 8, 2)),
+    ("gfx942", 2): Entry(Matrix(64, 64, 64, 4, 2), Matrix(64, 64, 64, 4, 2), Matrix(64, 64, 64, 4, 2)),
+    ("gfx942", 4): Entry(Matrix(64, 64, 32, 4, 2), Matrix(64, 64, 32, 4, 2), Matrix(64, 64, 32, 4, 2)),
+}
+
+
+def entry(device: torch.device, dtype: torch.dtype) -> Entry:
+    """The table's blocks for products of ``dtype`` on ``device``."""
+    name = architecture(device)
+    kind, number = name.rstrip("0123456789abcdef"), name
+    known = sorted((listed for listed, size in TABLE if size == dtype.itemsize and listed.startswith(kind)), key=_generation)
+    older = [listed for listed in known if _generation(listed) <= _generation(number)]
+    return TABLE[(older or known)[-1 if older else 0], dtype.itemsize]
+
+
+def _generation(architecture: str) -> int:
+    """sm_90 -> 90, gfx942 -> 0x942: within a kind, larger is newer."""
+    kind, _, number = architecture.partition("_")
+    return int(number) if number else int(kind.removeprefix("gfx"), 16)
+
+
+def row_entry(device: torch.device) -> Row:
+    """Rows are read as they are, whatever their dtype."""
+    return entry(device, torch.float32).row

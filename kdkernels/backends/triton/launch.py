@@ -1,0 +1,79 @@
+"""What the kernels have in common when they are started: the divergence as a device function, and the groups of arguments."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kdkernels.divergences import bind, resolve
+
+if TYPE_CHECKING:
+    from kdkernels.backends.triton.blocks import Matrix
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def pair_function(divergence: str) -> Any:
+    """The pair function of divergences.py over triton.language, for a kernel's constexpr argument."""
+    return bind(resolve(divergence).pair, tl, triton.jit)
+
+
+def head_arguments(bias: Tensor | None, scale: float, softcap: float) -> tuple[Any, ...]:
+    """A head as device.py takes it."""
+    return bias, scale, softcap or None
+
+
+def term_arguments(a: float, temperature: float, kd_scale: float, ce_scale: float) -> tuple[Any, ...]:
+    """The terms as device.py takes them: what is absent is None, and compiled away."""
+    return a, None if temperature == 1.0 else temperature, kd_scale / temperature or None, ce_scale or None
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """Such as "sm_90" (compute capability 9.0) or "gfx942"; the interpreter stands for "sm_90"."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0])
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major * 10 + minor}"
+
+
+def precision(dtype: torch.dtype, device: torch.device) -> str:
+    """How float32 operands are multiplied. NVIDIA's matrix units take TF32 only: three products of split operands keep float32's
+    digits. AMD's take float32 itself."""
+    return "tf32x3" if dtype == torch.float32 and architecture(device).startswith("sm_") else "ieee"
+
+
+def described(device: torch.device) -> bool:
+    """Whether operands are loaded through tensor descriptors: compute capability 9.0 and later."""
+    name = architecture(device)
+    return name.startswith("sm_") and int(name.removeprefix("sm_")) >= 90
+
+
+def operands(hidden: Tensor, weight: Tensor, matrix: Matrix, device: torch.device) -> tuple[Any, ...]:
+    """Both operands of logits = hidden weightᵀ as vocabulary._product takes them.
+
+    A descriptor wants 16-byte rows; others go by pointers.
+    """
+    width = hidden.shape[1]
+    aligned = all(side.data_ptr() % 16 == 0 and side.stride(0) * side.element_size() % 16 == 0 for side in (hidden, weight))
+    if not (described(device) and aligned and hidden.stride(1) == weight.stride(1) == 1):
+        hidden, weight = (side if side.stride(1) == 1 else side.contiguous() for side in (hidden, weight))
+        return hidden, weight, hidden.stride(0), weight.stride(0), width
+    descriptors = [
+        TensorDescriptor.from_tensor(side, [rows, matrix.block_d])
+        for side, rows in ((hidden, matrix.block_n), (weight, matrix.block_v))
+    ]
+    return *descriptors, None, None, width

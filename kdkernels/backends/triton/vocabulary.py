@@ -1,0 +1,280 @@
+"""Kernels of the ``vocab`` strategy: they multiply hidden states and heads themselves, and no logits reach memory.
+
+A program holds one tile of both models' logits [BLOCK_N tokens, BLOCK_V columns] in registers at a time.
+
+- statistics and sums: a grid of token blocks x splits of the vocabulary. Each program goes over its split and writes what it
+  added up, [splits, N, columns]; the caller merges the splits in order, so two runs agree bit for bit.
+- gradient: a grid of token blocks x tiles of a block of columns; it stores the gradient of the logits, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS
+from kdkernels.backends.triton import autotune, blocks, device, launch
+from kdkernels.products import HeadProducts
+from kdkernels.step import Model, Step
+from kdkernels.vocab import merged
+
+# Programs in flight that fill every GPU of the table several times over, so that the vocabulary is split where tokens are few.
+PROGRAMS = 1024
+
+
+@triton.jit
+def _product(
+    operands, n0, v0, tokens, vocab, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr
+):
+    """hidden[n0 :] weight[v0 :]ᵀ, a tile [BLOCK_N, BLOCK_V] in float32; 0 outside.
+
+    operands: hidden [tokens, D] and weight [vocab, D], as descriptors (strides None) or as pointers with their row strides; D.
+    """
+    hidden, weight, hidden_stride, weight_stride, width = operands
+    logits = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    if hidden_stride is None:
+        for d0 in range(0, width, BLOCK_D):
+            logits = tl.dot(hidden.load([n0, d0]), weight.load([v0, d0]).T, logits, input_precision=PRECISION)
+    else:
+        rows = n0 + tl.arange(0, BLOCK_N)
+        columns = v0 + tl.arange(0, BLOCK_V)
+        inner = tl.arange(0, BLOCK_D)
+        hidden_ptrs = hidden + rows[:, None].to(tl.int64) * hidden_stride + inner[None, :]
+        weight_ptrs = weight + columns[None, :].to(tl.int64) * weight_stride + inner[:, None]
+        for d0 in range(0, width, BLOCK_D):
+            left = width - d0
+            h = tl.load(hidden_ptrs + d0, mask=(rows[:, None] < tokens) & (inner[None, :] < left), other=0.0)
+            w = tl.load(weight_ptrs + d0, mask=(columns[None, :] < vocab) & (inner[:, None] < left), other=0.0)
+            logits = tl.dot(h, w, logits, input_precision=PRECISION)
+    return logits
+
+
+@triton.jit
+def _tile(
+    student, teacher, n0, v0, sizes, t, temperature, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x, y and z [BLOCK_N, BLOCK_V] over the temperature. student, teacher: (operands, head); a teacher of None is the student."""
+    tokens, vocab = sizes
+    columns = v0 + tl.arange(0, BLOCK_V)
+    x = _product(student[0], n0, v0, tokens, vocab, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
+    x = device.after_head(x, student[1], temperature, columns, columns < vocab)
+    if teacher is None:
+        return x, x, x
+    z = _product(teacher[0], n0, v0, tokens, vocab, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
+    z = device.after_head(z, teacher[1], temperature, columns, columns < vocab)
+    return x, device.mixed(x, z, t), z
+
+
+@triton.jit
+def _read(ptr, rows, tokens, COLUMNS: tl.constexpr, FIRST: tl.constexpr):
+    """The first FIRST columns of a [tokens, COLUMNS] float32 matrix, each [BLOCK_N]."""
+    found: Any = ()
+    for column in tl.static_range(FIRST):
+        found = found + (tl.load(ptr + rows * COLUMNS + column, mask=rows < tokens, other=0.0),)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _write(ptr, split, rows, tokens, found, COLUMNS: tl.constexpr):
+    """Columns, each [BLOCK_N], of a [splits, tokens, COLUMNS] float32 matrix."""
+    at = (split.to(tl.int64) * tokens + rows) * COLUMNS
+    for column in tl.static_range(COLUMNS):
+        tl.store(ptr + at + column, found[column], mask=rows < tokens)
+
+
+@triton.jit(do_not_specialize=["share"])
+def statistics_kernel(
+    student,
+    teacher,
+    parts_ptr,  # [splits, tokens, STATS_COLUMNS]
+    labels_ptr,  # [tokens] or None
+    t_ptr,
+    temperature,  # or None for 1
+    sizes,  # tokens, vocab
+    share,  # columns of a split, a multiple of BLOCK_V
+    WEIGH: tl.constexpr,
+    METRICS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tokens, vocab = sizes
+    CE: tl.constexpr = labels_ptr is not None
+    n0 = tl.program_id(0) * BLOCK_N
+    split = tl.program_id(1)
+    rows = n0 + tl.arange(0, BLOCK_N)
+    t = tl.load(t_ptr)
+    labels = None
+    if CE:
+        labels = tl.load(labels_ptr + rows, mask=rows < tokens, other=-1)
+    state = device.no_statistics(BLOCK_N)
+    for v0 in range(split * share, min(split * share + share, vocab), BLOCK_V):
+        x, y, z = _tile(student, teacher, n0, v0, sizes, t, temperature, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
+        columns = v0 + tl.arange(0, BLOCK_V)
+        state = device.add_statistics(state, x, y, z, labels, v0, columns, temperature, WEIGH, CE, METRICS)
+    _write(parts_ptr, split, rows, tokens, device.finished(state, temperature, CE), 13)
+
+
+@triton.jit(do_not_specialize=["share"])
+def sums_kernel(
+    student,
+    teacher,
+    parts_ptr,  # [splits, tokens, SUMS_COLUMNS]
+    stats_ptr,  # [tokens, STATS_COLUMNS]
+    t_ptr,
+    a,
+    temperature,
+    sizes,
+    share,
+    PAIR: tl.constexpr,
+    METRICS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tokens, vocab = sizes
+    n0 = tl.program_id(0) * BLOCK_N
+    split = tl.program_id(1)
+    rows = n0 + tl.arange(0, BLOCK_N)
+    t = tl.load(t_ptr)
+    stats = _read(stats_ptr, rows, tokens, 13, 8)
+    state = device.no_sums(BLOCK_N)
+    for v0 in range(split * share, min(split * share + share, vocab), BLOCK_V):
+        x, y, z = _tile(student, teacher, n0, v0, sizes, t, temperature, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
+        state = device.add_sums(state, x, y, z, stats, a, PAIR, METRICS)
+    _write(parts_ptr, split, rows, tokens, state, 5)
+
+
+@triton.jit(do_not_specialize=["begin", "end"])
+def gradient_kernel(
+    student,
+    teacher,
+    dx_ptr,  # [tokens, at least end - begin]
+    dx_stride,
+    stats_ptr,  # [tokens, STATS_COLUMNS]
+    rows_ptr,  # slope sum, weight: [2, tokens]
+    labels_ptr,  # [tokens] or None
+    t_ptr,
+    terms,
+    sizes,
+    begin,  # columns of this block
+    end,
+    PAIR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tokens, _ = sizes
+    n0 = tl.program_id(0) * BLOCK_N
+    v0 = begin + tl.program_id(1) * BLOCK_V
+    rows = n0 + tl.arange(0, BLOCK_N)
+    columns = v0 + tl.arange(0, BLOCK_V)
+    t = tl.load(t_ptr)
+    x, y, _ = _tile(student, teacher, n0, v0, sizes, t, terms[1], BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
+    labels = None
+    if labels_ptr is not None:
+        labels = tl.load(labels_ptr + rows, mask=rows < tokens, other=-1)
+    stats = _read(stats_ptr, rows, tokens, 13, 6)
+    slope_sum = tl.load(rows_ptr + rows, mask=rows < tokens, other=0.0)
+    weight = tl.load(rows_ptr + tokens + rows, mask=rows < tokens, other=0.0)
+    dx = device.gradient(x, y, stats, slope_sum, labels, weight, student[1], terms, columns, PAIR)
+    dx_ptrs = dx_ptr + rows[:, None].to(tl.int64) * dx_stride + (columns - begin)[None, :]
+    tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=(rows < tokens)[:, None] & (columns < end)[None, :])
+
+
+class FusedSweeps:
+    """The sweeps of ``vocab.Sweeps`` with the products inside the kernels."""
+
+    def __init__(self, step: Step, hidden: tuple[Tensor, Tensor], tile: Tensor, buffer: Tensor) -> None:
+        """hidden: both models' counted rows, in their products' dtype. tile: scratch [count, Vb] of the student's."""
+        self.step, self.tile, self.buffer = step, tile, buffer
+        self.models = [
+            (rows.contiguous(), model.weight.to(model.dtype), model.bias, scale, softcap)
+            for rows, model, scale, softcap in zip(
+                hidden, (step.student, step.teacher), step.terms.head[::2], step.terms.head[1::2], strict=True
+            )
+        ][: 1 if step.alone else 2]
+        index = step.index(0, step.count)
+        self.labels, self.weights = step.labels_at(index), step.weights[index] * step.scale
+        self.t = step.t.to(torch.float32)
+        _, self.a, self.temperature, self.kd, self.ce = step.terms.loss
+        self.terms = launch.term_arguments(self.a, self.temperature, self.kd, self.ce if self.labels is not None else 0.0)
+        self.table = blocks.entry(step.device, step.student.dtype)
+        self.pair = launch.pair_function(step.terms.divergence)
+
+    def _operands(self, matrix: blocks.Matrix) -> list[Any]:
+        """Student and teacher (None where the loss does not look at it) as the kernels take them."""
+        found: list[Any] = []
+        for hidden, weight, bias, scale, softcap in self.models:
+            operands = launch.operands(hidden, weight, matrix, self.step.device)
+            found.append((operands, launch.head_arguments(bias, scale, softcap)))
+        return found if len(found) == 2 else [*found, None]
+
+    def _run(self, kernel: Any, matrix: blocks.Matrix, grid: Any, arguments: tuple[Any, ...], **constants: Any) -> None:
+        """grid: from a Matrix. Starts the kernel with the table's blocks, or with those that a search finds to be faster."""
+        precision = launch.precision(self.step.student.dtype, self.step.device)
+
+        def start(chosen: blocks.Matrix) -> None:
+            kernel[grid(chosen)](
+                *self._operands(chosen), *arguments, **constants, **chosen.blocks(), **chosen.options(), PRECISION=precision
+            )
+
+        start(autotune.chosen(kernel, matrix, self.step.device, self.step.student.dtype, start))
+
+    def _over_splits(self, kernel: Any, matrix: blocks.Matrix, columns: int, arguments: Any, **constants: Any) -> Tensor:
+        """Partial results [splits, count, columns] of a kernel that goes over the vocabulary in splits."""
+        count, vocab = self.step.count, self.step.vocab
+        tiles = triton.cdiv(vocab, matrix.block_v)
+        wanted = min(tiles, triton.cdiv(PROGRAMS, triton.cdiv(count, matrix.block_n)))
+        share = triton.cdiv(tiles, wanted) * matrix.block_v
+        splits = triton.cdiv(vocab, share)
+        parts = self.t.new_empty((splits, count, columns))
+
+        def grid(chosen: blocks.Matrix) -> tuple[int, int]:
+            return triton.cdiv(count, chosen.block_n), splits
+
+        self._run(kernel, matrix, grid, (parts, *arguments, (count, vocab), share), **constants)
+        return parts
+
+    def statistics(self, weigh: str, ce: bool) -> Tensor:
+        arguments = (self.labels if ce else None, self.t, self.terms[1])
+        constants = {"WEIGH": device.WEIGH[weigh], "METRICS": self.step.metrics}
+        parts = self._over_splits(statistics_kernel, self.table.statistics, len(STATS_COLUMNS), arguments, **constants)
+        return merged(parts.double(), weigh)
+
+    def sums(self, stats: Tensor) -> Tensor:
+        arguments = (stats.float(), self.t, self.a, self.terms[1])
+        constants = {"PAIR": self.pair, "METRICS": self.step.metrics}
+        parts = self._over_splits(sums_kernel, self.table.sums, len(SUMS_COLUMNS), arguments, **constants)
+        sums = parts.sum(0, dtype=torch.float64)
+        # A slope that compares (total variation) can hide a NaN that the value shows.
+        sums[:, 1] = torch.where(sums[:, 0].isnan(), sums[:, 0], sums[:, 1])
+        return sums
+
+    def gradients(self, stats: Tensor, sums: Tensor) -> Iterator[tuple[slice, HeadProducts, Tensor]]:
+        student: Model = self.step.student
+        count, vocab, width = self.step.count, self.step.vocab, self.tile.shape[1]
+        rows = torch.stack([sums[:, 1].float(), self.weights.float()])
+        labels = None if self.terms[3] is None else self.labels
+        for begin in range(0, vocab, width):
+            block = slice(begin, min(begin + width, vocab))
+            tile = self.tile[:, : block.stop - begin]
+
+            def grid(chosen: blocks.Matrix, columns: int = tile.shape[1]) -> tuple[int, int]:
+                return triton.cdiv(count, chosen.block_n), triton.cdiv(columns, chosen.block_v)
+
+            self._run(
+                *(gradient_kernel, self.table.gradient, grid),
+                (tile, tile.stride(0), stats.float(), rows, labels, self.t, self.terms, (count, vocab), block.start, block.stop),
+                PAIR=self.pair,
+            )
+            yield block, HeadProducts(student.weight[block], student.dtype, self.buffer), tile

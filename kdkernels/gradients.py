@@ -1,0 +1,85 @@
+"""The student's gradients, as the strategies add them up: by chunks of rows, or by blocks of columns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdkernels.products import HeadProducts, add_head_grad
+from kdkernels.step import Step
+
+
+class Gradients:
+    """Gradients of the student's hidden states, weight and bias; what is not needed is neither computed nor allocated.
+
+    hidden, weight, bias: what the gradients belong to, not cut to the vocabulary. parts: over how many blocks a gradient that no
+    single product makes is added up; a 16-bit one is then summed in float32.
+    """
+
+    def __init__(
+        self, step: Step, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, hidden_parts: int = 1, weight_parts: int = 1
+    ) -> None:
+        self.step, self.vocab = step, step.vocab
+        self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if step.needs[0] else None
+        self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if step.needs[1] else None
+        self.bias = torch.zeros_like(bias, dtype=step.sum_dtype) if step.needs[2] and bias is not None else None
+        self.bias_dtype = None if bias is None else bias.dtype
+        self.weight_sum = None if self.weight is None else self.weight[: self.vocab]
+        if self.weight_sum is not None and weight_parts > 1 and weight.dtype.itemsize == 2:
+            self.weight_sum = torch.empty_like(self.weight_sum, dtype=step.sum_dtype)
+        self.hidden_sum: Tensor | None = None
+        if self.hidden is not None and hidden_parts > 1:
+            whole = step.rows is None and self.hidden.dtype == step.sum_dtype
+            self.hidden_sum = self.hidden if whole else self.hidden.new_empty((step.count, hidden.shape[1]), dtype=step.sum_dtype)
+
+    def add_rows(self, head: HeadProducts, dx: Tensor, hidden: Tensor, index: slice | Tensor, buffer: Tensor, first: bool) -> None:
+        """A chunk's logit gradients dx [C, V] and hidden states [C, D], which are the rows ``index`` of all."""
+        if self.bias is not None:
+            self.bias[: self.vocab] += dx.sum(0, dtype=self.bias.dtype)
+        if self.hidden is not None:
+            if self.hidden.dtype == hidden.dtype and isinstance(index, slice):
+                head.hidden_grad(dx, self.hidden[index])
+            else:
+                part = torch.empty_like(hidden)
+                head.hidden_grad(dx, part)
+                self.hidden[index] = part.to(self.hidden.dtype)
+        if self.weight_sum is not None:
+            add_head_grad(dx, self._lowered(hidden), self.weight_sum, first, buffer)
+
+    def add_columns(self, head: HeadProducts, dx: Tensor, hidden: Tensor, block: slice, buffer: Tensor) -> None:
+        """A block's logit gradients dx [N, Vb] of the columns ``block``; hidden [N, D], all counted rows."""
+        if self.bias is not None:
+            torch.sum(dx, 0, dtype=self.bias.dtype, out=self.bias[block])
+        if self.hidden_sum is not None:
+            head.add_hidden_grad(dx, self.hidden_sum, first=block.start == 0)
+        elif self.hidden is not None:
+            part = self.hidden if self.step.rows is None and self.hidden.dtype == hidden.dtype else torch.empty_like(hidden)
+            head.hidden_grad(dx, part)
+            if part is not self.hidden:
+                self._scatter(part)
+        if self.weight_sum is not None:
+            add_head_grad(dx, self._lowered(hidden), self.weight_sum[block], True, buffer)
+
+    def _lowered(self, hidden: Tensor) -> Tensor:
+        return hidden if self.step.lift is None else (hidden / self.step.lift).to(hidden.dtype)
+
+    def _scatter(self, part: Tensor) -> None:
+        assert self.hidden is not None
+        self.hidden[self.step.index(0, self.step.count)] = part.to(self.hidden.dtype)
+
+    def finished(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of hidden states, weight and bias in their dtypes; an empty tensor for each that was not needed."""
+        if self.hidden_sum is not None and self.hidden_sum is not self.hidden and self.step.count:
+            self._scatter(self.hidden_sum)
+        if self.weight is not None and self.weight_sum is not None:
+            if self.step.count == 0:
+                self.weight.zero_()
+            elif self.weight_sum.dtype != self.weight.dtype:
+                self.weight[: self.vocab] = self.weight_sum
+            self.weight[self.vocab :] = 0
+        bias = self.bias
+        if bias is not None:
+            bias = (bias if self.step.lift is None else bias / self.step.lift).to(self.bias_dtype)
+        # An operator may not return one tensor twice, so each absent gradient is an empty tensor of its own.
+        made = [self.step.weights.new_empty(0) if grad is None else grad for grad in (self.hidden, self.weight, bias)]
+        return made[0], made[1], made[2]

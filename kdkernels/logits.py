@@ -1,0 +1,56 @@
+"""The loss from logits that exist: the row operation over all of them, and no product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdkernels import backends
+from kdkernels.backends.operators import ROW_COLUMNS, accumulate_dtype
+from kdkernels.step import Terms, kept_rows, summary, weighted
+
+# The reference's temporaries are bounded by chunks of so many rows; the other backends need none.
+REFERENCE_ROWS = 256
+
+
+def run(
+    student_logits: Tensor,
+    token_weight: Tensor | None,
+    grad_scale: Tensor,
+    lift: Tensor | None,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    t: Tensor,
+    terms: Terms,
+    ignore_index: int,
+    need: bool,
+    metrics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of each row (0 where dropped), gradient of the student's logits (empty if not needed), metrics."""
+    tokens, vocab = student_logits.shape
+    device, sum_dtype = student_logits.device, accumulate_dtype(student_logits.dtype)
+    rows = kept_rows(labels, token_weight, ignore_index, vocab)
+    count = tokens if rows is None else rows.shape[0]
+    weights = torch.ones(tokens, dtype=sum_dtype, device=device) if token_weight is None else token_weight.to(sum_dtype)
+    if rows is not None:
+        weights = torch.zeros_like(weights).index_copy_(0, rows, weights[rows])
+    scale = grad_scale if lift is None else grad_scale * lift
+    name = backends.select(device, student_logits.dtype, teacher_logits.dtype)
+    row_loss = backends.operators(name).row_loss
+    out = torch.empty_like(student_logits, memory_format=torch.contiguous_format) if need else None
+    size = REFERENCE_ROWS if name == "reference" else max(1, tokens)
+    parts = [weights.new_empty((0, len(ROW_COLUMNS)))]
+    for begin in range(0, tokens, size):
+        here = slice(begin, begin + size)
+        parts.append(
+            row_loss(
+                *(student_logits[here], teacher_logits[here], None, None),
+                None if labels is None else labels[here].contiguous(),
+                *(weights[here] * scale, t, *terms.loss, terms.head, need, metrics),
+                None if out is None else out[here],
+            )
+        )
+    columns = torch.cat(parts)
+    losses = (weights * weighted(columns, terms)).masked_fill_(weights == 0, 0.0).to(sum_dtype)
+    means = summary(columns.sum(0, dtype=torch.float64), count, sum_dtype) if metrics else losses.new_empty(0)
+    return losses, losses.new_empty(0) if out is None else out, means

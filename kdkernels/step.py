@@ -1,0 +1,220 @@
+"""One loss step, as every strategy sees it: which rows count, what they are multiplied with, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels import backends
+from kdkernels.backends.operators import accumulate_dtype
+from kdkernels.divergences import Divergence, resolve
+from kdkernels.products import logits_dtype, product_dtype
+
+METRICS = ("kd", "ce", "target_entropy", "student_entropy", "agreement", "overlap", "tokens")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The loss of a row, apart from the logits: kd_scale * D(T) + ce_scale * CE, and what its heads do to their logits."""
+
+    divergence: str
+    a: float
+    temperature: float
+    kd_scale: float
+    ce_scale: float
+    head: list[float]
+
+    @property
+    def loss(self) -> tuple[str, float, float, float, float]:
+        """What the row operation and the gradient take of it, in their order."""
+        return self.divergence, self.a, self.temperature, self.kd_scale, self.ce_scale
+
+    def resolved(self) -> Divergence:
+        default = resolve(self.divergence)
+        return Divergence(self.divergence, default.pair, self.a, default.one_sweep)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model's side: hidden [N, D], weight [V, D] and bias [V] or None as they came, cut to the vocabulary.
+
+    dtype: what its products run in. logits: what their results are kept in.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
+    logits: torch.dtype
+
+    def rows(self, index: slice | Tensor) -> Tensor:
+        return self.hidden[index].to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step after its checks. Rows of ``hidden`` that do not count are never touched.
+
+    rows: indices of those that count, None for all; count: how many. weights: [N], token weights; scale: 0-dim, on top of them for
+    gradients. needs: which of hidden, weight and bias take one. alone: the loss does not look at the teacher, so its logits are
+    not computed, and ``teacher`` is the student.
+    """
+
+    student: Model
+    teacher: Model
+    labels: Tensor | None
+    weights: Tensor
+    scale: Tensor
+    t: Tensor
+    terms: Terms
+    rows: Tensor | None
+    count: int
+    needs: tuple[bool, bool, bool]
+    metrics: bool
+    alone: bool
+    lift: Tensor | None
+    backend: str
+    budget: int
+
+    @property
+    def vocab(self) -> int:
+        return self.student.weight.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.hidden.device
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        return self.weights.dtype
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of the logits of student and teacher."""
+        return self.student.logits, self.teacher.logits
+
+    def index(self, begin: int, end: int) -> slice | Tensor:
+        """The counted rows ``begin`` to ``end``, as an index into all."""
+        return slice(begin, end) if self.rows is None else self.rows[begin:end]
+
+    def labels_at(self, index: slice | Tensor) -> Tensor | None:
+        return None if self.labels is None else self.labels[index].contiguous()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a strategy makes of a step: ROW_COLUMNS summed and the loss of each row, and three gradients (empty if not needed)."""
+
+    losses: Tensor
+    metric_sums: Tensor
+    grads: tuple[Tensor, Tensor, Tensor]
+
+
+def prepare(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    token_weight: Tensor | None,
+    grad_scale: Tensor,
+    lift: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    labels: Tensor | None,
+    t: Tensor,
+    terms: Terms,
+    ignore_index: int,
+    vocab: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    needs: tuple[bool, bool, bool],
+    metrics: bool,
+    budget: int,
+) -> Step:
+    """lift: a factor on top of grad_scale that only the gradient of the hidden states keeps."""
+    tokens, device = student_hidden.shape[0], student_hidden.device
+    sum_dtype = accumulate_dtype(product_dtype(dtypes[0], device))
+
+    def model(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Model:
+        cut = None if bias is None else bias[:vocab].to(sum_dtype).contiguous()
+        return Model(hidden, weight[:vocab], cut, product_dtype(dtype, device), logits_dtype(dtype, device))
+
+    # Where the loss does not look at the teacher, the student stands in for it.
+    alone = terms.kd_scale == 0.0 and not metrics
+    student = model(student_hidden, student_weight, student_bias, dtypes[0])
+    teacher = student if alone else model(teacher_hidden, teacher_weight, teacher_bias, dtypes[1])
+    if alone:
+        terms = Terms(*terms.loss, terms.head[:2] * 2)
+    rows = kept_rows(labels, token_weight, ignore_index, vocab)
+    return Step(
+        student=student,
+        teacher=teacher,
+        labels=labels,
+        weights=torch.ones(tokens, dtype=sum_dtype, device=device) if token_weight is None else token_weight.to(sum_dtype),
+        scale=grad_scale if lift is None else grad_scale * lift,
+        t=t,
+        terms=terms,
+        rows=rows,
+        count=tokens if rows is None else rows.shape[0],
+        needs=needs,
+        metrics=metrics,
+        alone=alone,
+        lift=lift,
+        backend=backends.select(device, student.logits, teacher.logits),
+        budget=budget,
+    )
+
+
+def kept_rows(labels: Tensor | None, weight: Tensor | None, ignore_index: int, vocab: int) -> Tensor | None:
+    """Indices of the rows that count, None for all of them; raises ValueError if a label of theirs is out of range.
+
+    On a GPU this is the call's one host sync.
+    """
+    if labels is None and weight is None:
+        return None
+    keep = torch.ones_like(weight, dtype=torch.bool) if weight is not None else None
+    if weight is not None:
+        keep = weight != 0
+    if labels is not None:
+        labelled = labels != ignore_index
+        keep = labelled if keep is None else keep & labelled
+    assert keep is not None
+    if keep.numel() == 0:
+        return None
+    facts = [keep.sum()]
+    if labels is not None:
+        counted = labels.where(labelled, 0)
+        facts += [counted.max(), counted.min()]
+    count, *extremes = torch.stack(facts).tolist()
+    if extremes and (extremes[0] >= vocab or extremes[1] < 0):
+        wrong = extremes[0] if extremes[0] >= vocab else extremes[1]
+        raise ValueError(f"labels holds {wrong}; accepted: 0 to {vocab - 1}, or ignore_index={ignore_index}")
+    if count == keep.numel():
+        return None
+    return torch.nonzero_static(keep, size=count)[:, 0]
+
+
+def weighted(columns: Tensor, terms: Terms) -> Tensor:
+    """Both terms of the loss of each row; a term of factor 0 is left out, whatever it came to."""
+    loss = columns.new_zeros(columns.shape[0])
+    if terms.kd_scale != 0.0:
+        loss += terms.kd_scale * columns[:, 0]
+    if terms.ce_scale != 0.0:
+        loss += terms.ce_scale * columns[:, 1]
+    return loss
+
+
+def summary(sums: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """The metrics of METRICS from ROW_COLUMNS summed: means over the kept tokens, and their number."""
+    return torch.cat([sums / max(count, 1), sums.new_tensor([count])]).to(dtype)
+
+
+Strategy = Callable[[Step], Outcome]
+
+
+def empty_sums(device: torch.device) -> Any:
+    """ROW_COLUMNS of no rows, for adding up."""
+    return torch.zeros(len(METRICS) - 1, dtype=torch.float64, device=device)
