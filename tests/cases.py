@@ -57,34 +57,6 @@ def parameters(choices: Any = VARIANTS) -> list[Any]:
 
 
 @contextmanager
-def as_on_a_gpu(blocks: tuple[int, int, int] = (16, 256, 16), row: int = 512) -> Iterator[None]:
-    """CPU tensors take the path of a GPU: 16-bit products, summed and kept in float32; small blocks, so that there are several.
-
-    blocks: of tokens, vocabulary and hidden size in kernels that multiply. row: columns of the row kernel's tile.
-    """
-    from kdkernels.backends.triton.blocks import Entry, Matrix, Row
-
-    def logits_dtype(dtype: torch.dtype, _: torch.device) -> torch.dtype:
-        return torch.float32 if dtype.itemsize == 2 else dtype
-
-    def multiply(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        product = torch.mm(left.float(), right.float()) if dtype == torch.float32 else torch.mm(left, right)
-        return product.to(dtype) if out is None else out.copy_(product)
-
-    matrix = Matrix(*blocks, num_warps=4, num_stages=1)
-    entry = Entry(matrix, matrix, matrix, Row(block_v=row))
-    with ExitStack() as stack:
-        for name in ("ops", "plan", "products", "step"):
-            stack.enter_context(mock.patch(f"kdkernels.{name}.product_dtype", lambda dtype, _: dtype))
-        for name in ("plan", "step"):
-            stack.enter_context(mock.patch(f"kdkernels.{name}.logits_dtype", logits_dtype))
-        stack.enter_context(mock.patch("kdkernels.products.multiply", multiply))
-        stack.enter_context(mock.patch("kdkernels.backends.triton.blocks.entry", return_value=entry))
-        stack.enter_context(mock.patch("kdkernels.backends.triton.vocabulary.PROGRAMS", 2))
-        yield
-
-
-@contextmanager
 def running(variant: str) -> Iterator[None]:
     """Everything inside runs on one backend, for the native one on one instruction set, and in one strategy.
 
@@ -92,11 +64,14 @@ def running(variant: str) -> Iterator[None]:
     """
     backend, _, strategy = variant.partition("-")
     with ExitStack() as stack:
-        stack.enter_context(backends.use("native" if backend in INSTRUCTION_SETS else backend))
+        if backend == "triton":
+            from benchmarks.interpreter import as_on_a_gpu  # Triton may not be installed
+
+            stack.enter_context(as_on_a_gpu())
+        else:
+            stack.enter_context(backends.use("native" if backend in INSTRUCTION_SETS else backend))
         if backend in INSTRUCTION_SETS:
             stack.enter_context(native.instruction_set(backend))
-        if backend == "triton":
-            stack.enter_context(as_on_a_gpu())
         if strategy:
             stack.enter_context(mock.patch("kdkernels.ops.choose", return_value=strategy))
             stack.enter_context(mock.patch("kdkernels.vocab.block_columns", lambda _, vocab, *__: max(1, vocab // 4 + 1)))

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import backends, products
-from tests.cases import InsideOperators, as_on_a_gpu, assert_as_good_as_eager, draw, dressed, ratios
+from benchmarks.interpreter import as_on_a_gpu
+from kdkernels import products
+from tests.cases import InsideOperators, assert_as_good_as_eager, draw, dressed, ratios
 from tests.oracle import Options
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -35,8 +36,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
     with ExitStack() as stack:
         if request.param == "gpu":
-            stack.enter_context(as_on_a_gpu())
-            stack.enter_context(backends.use("reference"))
+            stack.enter_context(as_on_a_gpu("reference"))
         else:
             for module in ("ops", "plan", "products", "step"):
                 monkeypatch.setattr(importlib.import_module(f"kdkernels.{module}"), "product_dtype", product_dtype)

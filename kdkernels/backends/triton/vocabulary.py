@@ -56,11 +56,10 @@ def _product(
 
 @triton.jit
 def _tile(
-    student, teacher, n0, v0, sizes, t, temperature, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    student, teacher, n0, v0, tokens, vocab, t, temperature, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x, y and z [BLOCK_N, BLOCK_V] over the temperature. student, teacher: (operands, head); a teacher of None is the student."""
-    tokens, vocab = sizes
     columns = v0 + tl.arange(0, BLOCK_V)
     x = _product(student[0], n0, v0, tokens, vocab, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
     x = device.after_head(x, student[1], temperature, columns, columns < vocab)
@@ -88,7 +87,7 @@ def _write(ptr, split, rows, tokens, found, COLUMNS: tl.constexpr):
         tl.store(ptr + at + column, found[column], mask=rows < tokens)
 
 
-@triton.jit(do_not_specialize=["share"])
+@triton.jit(do_not_specialize=["tokens", "share"])
 def statistics_kernel(
     student,
     teacher,
@@ -96,7 +95,8 @@ def statistics_kernel(
     labels_ptr,  # [tokens] or None
     t_ptr,
     temperature,  # or None for 1
-    sizes,  # tokens, vocab
+    tokens,
+    vocab,
     share,  # columns of a split, a multiple of BLOCK_V
     WEIGH: tl.constexpr,
     METRICS: tl.constexpr,
@@ -105,7 +105,6 @@ def statistics_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tokens, vocab = sizes
     CE: tl.constexpr = labels_ptr is not None
     n0 = tl.program_id(0) * BLOCK_N
     split = tl.program_id(1)
@@ -116,13 +115,13 @@ def statistics_kernel(
         labels = tl.load(labels_ptr + rows, mask=rows < tokens, other=-1)
     state = device.no_statistics(BLOCK_N)
     for v0 in range(split * share, min(split * share + share, vocab), BLOCK_V):
-        x, y, z = _tile(student, teacher, n0, v0, sizes, t, temperature, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
+        x, y, z = _tile(student, teacher, n0, v0, tokens, vocab, t, temperature, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
         columns = v0 + tl.arange(0, BLOCK_V)
         state = device.add_statistics(state, x, y, z, labels, v0, columns, temperature, WEIGH, CE, METRICS)
     _write(parts_ptr, split, rows, tokens, device.finished(state, temperature, CE), 13)
 
 
-@triton.jit(do_not_specialize=["share"])
+@triton.jit(do_not_specialize=["tokens", "share"])
 def sums_kernel(
     student,
     teacher,
@@ -131,7 +130,8 @@ def sums_kernel(
     t_ptr,
     a,
     temperature,
-    sizes,
+    tokens,
+    vocab,
     share,
     PAIR: tl.constexpr,
     METRICS: tl.constexpr,
@@ -140,7 +140,6 @@ def sums_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tokens, vocab = sizes
     n0 = tl.program_id(0) * BLOCK_N
     split = tl.program_id(1)
     rows = n0 + tl.arange(0, BLOCK_N)
@@ -148,12 +147,12 @@ def sums_kernel(
     stats = _read(stats_ptr, rows, tokens, 13, 8)
     state = device.no_sums(BLOCK_N)
     for v0 in range(split * share, min(split * share + share, vocab), BLOCK_V):
-        x, y, z = _tile(student, teacher, n0, v0, sizes, t, temperature, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
+        x, y, z = _tile(student, teacher, n0, v0, tokens, vocab, t, temperature, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
         state = device.add_sums(state, x, y, z, stats, a, PAIR, METRICS)
     _write(parts_ptr, split, rows, tokens, state, 5)
 
 
-@triton.jit(do_not_specialize=["begin", "end"])
+@triton.jit(do_not_specialize=["tokens", "begin", "end"])
 def gradient_kernel(
     student,
     teacher,
@@ -164,7 +163,8 @@ def gradient_kernel(
     labels_ptr,  # [tokens] or None
     t_ptr,
     terms,
-    sizes,
+    tokens,
+    vocab,
     begin,  # columns of this block
     end,
     PAIR: tl.constexpr,
@@ -173,13 +173,12 @@ def gradient_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tokens, _ = sizes
     n0 = tl.program_id(0) * BLOCK_N
     v0 = begin + tl.program_id(1) * BLOCK_V
     rows = n0 + tl.arange(0, BLOCK_N)
     columns = v0 + tl.arange(0, BLOCK_V)
     t = tl.load(t_ptr)
-    x, y, _ = _tile(student, teacher, n0, v0, sizes, t, terms[1], BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
+    x, y, _ = _tile(student, teacher, n0, v0, tokens, vocab, t, terms[1], BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
     labels = None
     if labels_ptr is not None:
         labels = tl.load(labels_ptr + rows, mask=rows < tokens, other=-1)
@@ -242,7 +241,7 @@ class FusedSweeps:
         def grid(chosen: blocks.Matrix) -> tuple[int, int]:
             return triton.cdiv(count, chosen.block_n), splits
 
-        self._run(kernel, matrix, grid, (parts, *arguments, (count, vocab), share), **constants)
+        self._run(kernel, matrix, grid, (parts, *arguments, count, vocab, share), **constants)
         return parts
 
     def statistics(self, weigh: str, ce: bool) -> Tensor:
@@ -274,7 +273,7 @@ class FusedSweeps:
 
             self._run(
                 *(gradient_kernel, self.table.gradient, grid),
-                (tile, tile.stride(0), stats.float(), rows, labels, self.t, self.terms, (count, vocab), block.start, block.stop),
+                (tile, tile.stride(0), stats.float(), rows, labels, self.t, self.terms, count, vocab, block.start, block.stop),
                 PAIR=self.pair,
             )
             yield block, HeadProducts(student.weight[block], student.dtype, self.buffer), tile

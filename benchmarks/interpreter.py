@@ -1,0 +1,73 @@
+"""CPU tensors on the path of a GPU, through Triton's interpreter: for tests, counts of traffic, and the GPU suite at toy size.
+
+TRITON_INTERPRET=1 must be set before Triton is imported. Triton 3.7's interpreter multiplies the bit patterns of bfloat16 and cuts
+float32 off instead of rounding; both are put right here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from kdkernels import backends
+from kdkernels.backends.triton.blocks import Entry, Matrix, Row
+
+_create_dot, _cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+
+def _create_dot_repaired(builder: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    wide = [_cast(builder, side, tl.float32) if side.dtype.scalar == tl.bfloat16 else side for side in (a, b)]
+    return _create_dot(builder, *wide, d, input_precision, max_num_imprecise_acc)
+
+
+def _cast_repaired(builder: Any, source: Any, to: Any) -> Any:
+    if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+        bits = source.data.view(np.uint32)
+        nearest_even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        kept = np.where(np.isnan(source.data), (bits >> 16) | 0x40, nearest_even)
+        return TensorHandle(kept.astype(np.uint16), to.scalar)
+    return _cast(builder, source, to)
+
+
+def _logits_dtype(dtype: torch.dtype, _: torch.device) -> torch.dtype:
+    return torch.float32 if dtype.itemsize == 2 else dtype
+
+
+def _multiply(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    product = torch.mm(left.float(), right.float()) if dtype == torch.float32 else torch.mm(left, right)
+    return product.to(dtype) if out is None else out.copy_(product)
+
+
+@contextmanager
+def as_on_a_gpu(
+    backend: str = "triton", blocks: tuple[int, int, int] = (16, 256, 16), row: int = 512, programs: int = 2
+) -> Iterator[None]:
+    """Everything inside runs on ``backend`` as it would on a GPU: 16-bit products, added up and kept in float32; small blocks.
+
+    blocks: of tokens, vocabulary and hidden size in kernels that multiply. row: columns of the row kernel's tile. programs: how
+    many should run side by side, which decides the splits of the vocabulary.
+    """
+    matrix = Matrix(*blocks, num_warps=4, num_stages=1)
+    entry = Entry(matrix, matrix, matrix, Row(block_v=row))
+    replaced: dict[str, Any] = {
+        **{f"kdkernels.{module}.product_dtype": lambda dtype, _: dtype for module in ("ops", "plan", "products", "step")},
+        **{f"kdkernels.{module}.logits_dtype": _logits_dtype for module in ("plan", "step")},
+        "kdkernels.products.multiply": _multiply,
+        "kdkernels.backends.triton.blocks.entry": lambda *_: entry,
+        "kdkernels.backends.triton.vocabulary.PROGRAMS": programs,
+        "triton.runtime.interpreter.InterpreterBuilder.create_dot": _create_dot_repaired,
+        "triton.runtime.interpreter.InterpreterBuilder.cast_impl": _cast_repaired,
+    }
+    with ExitStack() as stack:
+        for name, value in replaced.items():
+            stack.enter_context(mock.patch(name, value))
+        stack.enter_context(backends.use(backend))
+        yield
