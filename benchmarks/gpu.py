@@ -24,6 +24,7 @@ import os
 import shlex
 import subprocess
 import sys
+import warnings
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -53,16 +54,16 @@ def parts(size: str) -> dict[str, Part]:
 def work(size: str, part: Part, sender: Connection) -> None:
     """Sends the part's results, each as it is known; runs in a process of its own."""
     from benchmarks import gpu_checks, gpu_times
-    from kdkernels import backends
-    from tests.cases import as_on_a_gpu
 
     kind, first, second = part
     with sender, ExitStack() as stack:
         if size == "toy":
             # On a GPU the device chooses the backend, its dtypes and its blocks; CPU tensors have to be told.
             torch.set_num_threads(1)
-            stack.enter_context(backends.use(gpu_checks.BACKEND))
-            stack.enter_context(as_on_a_gpu())
+            warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")  # inf - inf in NumPy
+            from benchmarks.interpreter import as_on_a_gpu  # Triton may not be installed
+
+            stack.enter_context(as_on_a_gpu(gpu_checks.BACKEND))
         for result in (gpu_checks if kind == "checks" else gpu_times).run(size, first, second):
             sender.send(result)
 
