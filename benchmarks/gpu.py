@@ -1,13 +1,14 @@
 """Checks and times of ``linear_kd_loss`` on the GPU of this machine, and of what else computes the same loss.
 
-    python -m benchmarks.gpu --out FILE              # everything; an hour or so
-    python -m benchmarks.gpu --out FILE --quick      # fewer settings, one head, two token counts; some minutes
+    python -m benchmarks.gpu --out FILE              # everything
+    python -m benchmarks.gpu --out FILE --quick      # fewer settings, one head, two token counts
     python -m benchmarks.gpu --out FILE --only "times: gemma3 jsd"
     python -m benchmarks.gpu --out FILE --interpret  # the same code at toy size on the CPU, through the Triton interpreter
 
-First the checks (gpu_checks.py), then the times (gpu_times.py) of the contenders (contenders.py). Each part runs in a process of
-its own, so that a kernel that takes the device down takes only its part with it. FILE is JSON, written anew after every result; it
-must not exist yet. The exit status is 1 if a check failed or a part broke off, and 2 if nothing could be measured.
+First the checks (gpu_checks.py), side by side, then the times (gpu_times.py) of the contenders (contenders.py), one after another.
+Each part runs in a process of its own, so that a kernel that takes the device down takes only its part with it. FILE is JSON,
+written anew after every result; it must not exist yet. The exit status is 1 if a check failed or a part broke off, and 2 if nothing
+could be measured.
 
 Needs the development requirements (the checks share their oracle with the tests). liger_kernel and trl are measured where they are
 installed. Times that the interpreter took say nothing about a GPU: such a file has ``"interpreter": true``.
@@ -25,15 +26,16 @@ import shlex
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from contextlib import ExitStack
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 
 PEERS = ("liger-kernel", "trl")
-PATIENCE = 1200  # seconds without a result after which a part is taken for hung
+PATIENCE = 1200  # seconds without any result after which what still runs is taken for hung
 Part = tuple[str, Any, Any]
 
 
@@ -56,10 +58,11 @@ def work(size: str, part: Part, sender: Connection) -> None:
     from benchmarks import gpu_checks, gpu_times
 
     kind, first, second = part
+    if kind == "checks" or size == "toy":
+        torch.set_num_threads(1)  # problems are small, and checks run side by side
     with sender, ExitStack() as stack:
         if size == "toy":
             # On a GPU the device chooses the backend, its dtypes and its blocks; CPU tensors have to be told.
-            torch.set_num_threads(1)
             warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")  # inf - inf in NumPy
             from benchmarks.interpreter import as_on_a_gpu  # Triton may not be installed
 
@@ -154,40 +157,60 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in lines)
 
 
-def measure(path: Path, size: str, chosen: dict[str, Part]) -> int:
-    """Runs the parts, keeps the file up to date, and returns the exit status."""
-    report: dict[str, Any] = {**machine(size), "checks": [], "rows": []}
-    written(path, report)
+def results(size: str, together: dict[str, Part]) -> Iterator[dict[str, Any]]:
+    """Runs the parts side by side, each in a process of its own; one that breaks off is a failed check."""
     context = multiprocessing.get_context("spawn")
-    for name, part in chosen.items():
+    running: dict[Any, tuple[str, Any]] = {}
+    for name, part in together.items():
         print(name, flush=True)
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=work, args=(size, part, sender), daemon=True)
         process.start()
         sender.close()  # so that the process holds the only end, and its death is the end of the results
-        with receiver:
-            while True:
-                try:
-                    if not receiver.poll(PATIENCE):
-                        process.kill()
-                    result = receiver.recv()
-                except EOFError:
-                    break
-                report["checks" if "check" in result else "rows"].append(result)
-                print(line(result), flush=True)
-                written(path, report)
-        process.join()
-        if process.exitcode != 0:
-            reason = f"the process ended with exit status {process.exitcode}"
-            report["checks"].append({"check": f"{name} ran to its end", "passed": False, "reason": reason})
-            print(line(report["checks"][-1]), flush=True)
+        running[receiver] = name, process
+    while running:
+        ready = wait(list(running), PATIENCE)
+        if not ready:
+            for _, process in running.values():
+                process.kill()
+        for receiver in [one for one in running if one in ready]:
+            result = received(receiver)
+            if result is not None:
+                yield result
+                continue
+            name, process = running.pop(receiver)
+            process.join()
+            if process.exitcode != 0:
+                reason = f"the process ended with exit status {process.exitcode}"
+                yield {"check": f"{name} ran to its end", "passed": False, "reason": reason}
+
+
+def received(receiver: Connection) -> dict[str, Any] | None:
+    """A part's next result, None after the last."""
+    try:
+        result: dict[str, Any] = receiver.recv()
+    except EOFError:
+        return None
+    return result
+
+
+def measure(path: Path, size: str, chosen: dict[str, Part]) -> int:
+    """Runs the parts, checks side by side and times one by one; keeps the file up to date; returns the exit status."""
+    report: dict[str, Any] = {**machine(size), "checks": [], "rows": []}
+    written(path, report)
+    checks = {name: part for name, part in chosen.items() if part[0] == "checks"}
+    alone = [{name: part} for name, part in chosen.items() if name not in checks]
+    for together in (checks, *alone):
+        for result in results(size, together):
+            report["checks" if "check" in result else "rows"].append(result)
+            print(line(result), flush=True)
             written(path, report)
     failed = [check for check in report["checks"] if check.get("passed") is False]
     if report["rows"]:
         print(f"\ntime over the bare products{' (of the interpreter)' if size == 'toy' else ', peak memory'}")
         print(table(report["rows"]))
     print(f"\n{len(report['checks'])} checks, {len(failed)} failed")
-    print("\n".join(line(check) for check in failed) + f"\nwrote {path}" if failed else f"wrote {path}")
+    print("\n".join([*map(line, failed), f"wrote {path}"]))
     return 1 if failed else 0
 
 

@@ -40,7 +40,7 @@ EXTENTS = {
     "full": Extent(HEADS, (2048, 4096, 8192, 16_384, 32_768), repeats=20, warmups=3),
     "quick": Extent({"qwen2.5": HEADS["qwen2.5"]}, (2048, 8192), repeats=5, warmups=2),
     # float32, so that the losses of all contenders agree to more than two digits
-    "toy": Extent({"toy": Head("toy", "toy", 150, 160, 16, 24)}, (8, 24), 2, 1, device="cpu", dtype=torch.float32, block=16),
+    "toy": Extent({"toy": Head("toy", "toy", 150, 160, 16, 24)}, (6, 12), 2, 1, device="cpu", dtype=torch.float32, block=8),
 }
 
 
