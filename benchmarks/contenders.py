@@ -12,6 +12,7 @@ models further) are cut off by a view for those that have no option for it.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -143,7 +144,9 @@ def _eager(loss: str) -> Loss:
 
 def _compiled(loss: str) -> Loss:
     torch._dynamo.reset()
-    formula = torch.compile(_EAGER[loss], dynamic=False, backend="inductor" if torch.cuda.is_available() else "eager")
+    # with the interpreter there is nothing to be fast for, and compiling takes longer than all else
+    backend = "eager" if os.environ.get("TRITON_INTERPRET") == "1" else "inductor"
+    formula = torch.compile(_EAGER[loss], dynamic=False, backend=backend)
     return lambda given: formula(given.hidden, given.head, given.teacher_hidden, given.cut_teacher_head)
 
 

@@ -99,9 +99,8 @@ def machine(size: str) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         found = {"device": properties.name, "capability": f"{properties.major}.{properties.minor}"}
         found |= {"memory_bytes": properties.total_memory, "multiprocessors": properties.multi_processor_count}
-        driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or said(
-            "rocm-smi", "--showdriverversion"
-        )
+        driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        driver = driver or said("rocm-smi", "--showdriverversion", "--csv")
     return {
         **found,
         "interpreter": size == "toy",
@@ -130,7 +129,9 @@ def line(result: dict[str, Any]) -> str:
         about = " ".join(str(result[key]) for key in ("strategy", "dtype", "divergence", "check", "spread") if key in result)
         if "skipped" in result:
             return f"  -     {about}: {result['skipped']}"
-        return f"  ok    {about}" if result["passed"] else f"  FAIL  {about}: {result['reason']}"
+        if not result["passed"]:
+            return f"  FAIL  {about}: {result['reason']}"
+        return f"  ok    {about}" + (f": at most {result['worst_ratio']:.2f} of the bound" if "worst_ratio" in result else "")
     about = f"  {result['tokens']:>6} tokens  {result['contender']:14}"
     if "failed" in result:
         return f"{about} {result['failed']}"
@@ -231,6 +232,8 @@ def main() -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, here and in the parts' processes
     elif not torch.cuda.is_available():
         parser.error(f"no GPU here (torch {torch.__version__}); --interpret runs the same code at toy size on the CPU")
+    else:
+        os.environ.pop("TRITON_INTERPRET", None)  # left over from something else, it would time the interpreter
     size = "toy" if arguments.interpret else "quick" if arguments.quick else "full"
     chosen = {name: part for name, part in parts(size).items() if arguments.only in name}
     if not chosen:
