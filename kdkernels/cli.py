@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m kdkernels",
         description="Distillation losses for language models with large vocabularies.",
-        epilog="examples:\n  python -m kdkernels info\n  python -m kdkernels demo --minutes 1\n  python -m kdkernels demo --help",
+        epilog="examples:\n  python -m kdkernels info\n"
+        "  python -m kdkernels plan --student Qwen2.5-0.5B --teacher Qwen2.5-7B --tokens 8192\n"
+        "  python -m kdkernels demo --minutes 1\n  python -m kdkernels demo --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -54,6 +56,105 @@ def _info(arguments: argparse.Namespace) -> None:
     from kdkernels import info
 
     print(info.text())
+
+
+def _add_plan(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="what a loss step will take in memory and time, predicted for a device",
+        description="Peak memory and time of one step, loss and gradients, from hidden states and heads: eager PyTorch beside\n"
+        "this library's strategies. Nothing is run: memory comes from the plan, time from a roofline of the datasheet.",
+        epilog="examples:\n  python -m kdkernels plan --student Qwen2.5-0.5B --teacher Qwen2.5-7B --tokens 8192\n"
+        "  python -m kdkernels plan --student 32000x512 --teacher 32000x1024 --tokens 4096 --dtype float32 --device cpu",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    size = "a model's name, or sizes VxD (vocabulary x hidden) such as 151936x896"
+    parser.add_argument("--student", type=_checked(_head_shape), required=True, metavar="NAME-OR-SIZES", help=f"its head: {size}")
+    parser.add_argument("--teacher", type=_checked(_head_shape), required=True, metavar="NAME-OR-SIZES", help=f"its head: {size}")
+    count = _number(int, "an integer from 1 to 2**40", lambda value: 1 <= value <= 2**40)
+    parser.add_argument("--tokens", type=count, required=True, metavar="N", help="tokens that count in a step")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of hidden states and heads (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        type=_checked(_device_name),
+        default="H100",
+        metavar="DEVICE",
+        help="A100-80, H100, H100-PCIe, H200, B200, RTX4090, MI300X, or cpu: this one, measured (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--divergence", type=_checked(_divergence), default="forward_kl", metavar="NAME", help="of the loss (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--memory-budget",
+        type=_number(int, "a number of bytes, at least 1", lambda value: value >= 1),
+        metavar="BYTES",
+        help="for the scratch of both models' logits (default: what the loss itself takes)",
+    )
+    parser.add_argument("--frozen-head", action="store_true", help="the student's head takes no gradient")
+    parser.set_defaults(run=_plan, interrupted="nothing was changed")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from kdkernels import roofline
+
+    student, teacher = arguments.student, arguments.teacher
+    vocab, dtype = min(student.vocab, teacher.vocab), getattr(torch, arguments.dtype)
+    on = roofline.device(arguments.device)
+    ways = roofline.compare(
+        arguments.tokens,
+        vocab,
+        student.dim,
+        teacher.dim,
+        dtype,
+        on=on,
+        divergence=arguments.divergence,
+        memory_budget=arguments.memory_budget,
+        train_head=not arguments.frozen_head,
+    )
+    head = ", frozen head" if arguments.frozen_head else ""
+    print(f"{arguments.divergence}, loss and gradients of {arguments.tokens:,} tokens, {arguments.dtype}{head}")
+    print(f"vocabulary {vocab:,}, hidden {student.dim:,} (student) and {teacher.dim:,} (teacher), on {on.name}")
+    if student.vocab != teacher.vocab:
+        print(f"heads of {student.vocab:,} and {teacher.vocab:,} rows: planned for vocab_size={vocab}")
+    print()
+    print(roofline.table(ways, on))
+
+
+def _head_shape(text: str) -> Any:
+    from kdkernels.models import head_shape
+
+    return head_shape(text)
+
+
+def _device_name(text: str) -> str:
+    from kdkernels.roofline import check_name
+
+    return check_name(text)
+
+
+def _divergence(text: str) -> str:
+    from kdkernels.roofline import check_divergence
+
+    return check_divergence(text)
+
+
+def _checked(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """An argparse type out of a function whose ValueError says what came and what is accepted."""
+
+    def checked(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return checked
 
 
 def _add_demo(commands: Any) -> None:
@@ -112,4 +213,4 @@ def _number(kind: Callable[[str], Any], accepted: str, allowed: Callable[[Any], 
     return read
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (_add_info, _add_demo)
+COMMANDS: tuple[Callable[[Any], None], ...] = (_add_info, _add_plan, _add_demo)

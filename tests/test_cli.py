@@ -12,6 +12,7 @@ import kdkernels as kd
 from kdkernels import info
 from kdkernels.backends import native
 from kdkernels.cli import main
+from kdkernels.models import HEADS, HeadShape, head_shape
 
 
 def error_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> tuple[int, str]:
@@ -22,6 +23,13 @@ def error_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> tuple[
         status = int(stop.code or 0)
     lines = capsys.readouterr().err.strip().splitlines()
     return status, lines[-1] if lines else ""
+
+
+def plan(**options: str) -> list[str]:
+    """Arguments of a plan; underscores of an option are dashes."""
+    given = {"student": "Qwen2.5-0.5B", "teacher": "Qwen2.5-7B", **options}
+    given["tokens"] = given.pop("tokens", "8192")
+    return ["plan", *(part for name, value in given.items() for part in (f"--{name.replace('_', '-')}={value}",))]
 
 
 def test_info_names_versions_backends_and_instruction_sets(capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,6 +71,17 @@ def test_help_lists_the_commands_with_examples(capsys: pytest.CaptureFixture[str
         (["demo", "--minutes", "soon"], ("--minutes", "'soon'", "at least 0.1")),
         (["demo", "--seed", "1.5"], ("--seed", "'1.5'", "an integer")),
         (["demo", "--seed", "-1"], ("--seed", "'-1'", "from 0")),
+        (plan(student="Qwen9"), ("--student", "'Qwen9'", "151936x896", "Qwen2.5-0.5B", "Gemma-3-12B")),
+        (plan(teacher="151936"), ("--teacher", "'151936'", "VxD")),
+        (plan(teacher="0x896"), ("--teacher", "'0x896'", "VxD")),
+        (plan(teacher="-1x896"), ("--teacher", "'-1x896'", "VxD")),
+        (plan(tokens="0"), ("--tokens", "'0'", "from 1")),
+        (plan(tokens="many"), ("--tokens", "'many'", "an integer")),
+        (plan(dtype="float64"), ("--dtype", "'float64'", "bfloat16", "float16", "float32")),
+        (plan(device="H300"), ("--device", "'H300'", "A100-80", "H100-PCIe", "cpu")),
+        (plan(divergence="kl"), ("--divergence", "'kl'", "forward_kl", "total_variation")),
+        (plan(memory_budget="0"), ("--memory-budget", "'0'", "bytes")),
+        (plan()[:-2], ("--tokens", "required")),
         (["dmeo"], ("COMMAND", "'dmeo'", "demo")),
         ([], ("COMMAND",)),
     ],
@@ -74,6 +93,71 @@ def test_a_bad_argument_is_named_with_what_came_and_what_is_accepted(
     assert status == 2
     for part in parts:
         assert part in line
+
+
+def figures(shown: str, name: str) -> list[str]:
+    """The words of one row of a plan."""
+    return next(line.split() for line in shown.splitlines() if line.startswith(f"{name} "))
+
+
+def test_a_plan_compares_three_ways_and_calls_every_figure_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(plan()) == 0
+    shown = capsys.readouterr().out
+    (header,) = (line for line in shown.splitlines() if "predicted" in line)
+    assert header.count(", predicted") == 3
+    assert "GB" not in shown[: shown.index(header)], "no figure before the header"
+    for name in ("eager", "tokens", "vocab"):
+        assert figures(shown, name)[2] == "GB"
+        assert figures(shown, name)[4] == "ms"
+    planned = kd.plan(8192, 151_936, 896, 3584, torch.bfloat16, device="cuda")
+    assert float(figures(shown, "eager")[1]) == round(planned.eager_peak_bytes / 1e9, 2)
+    assert float(figures(shown, "tokens")[1]) == round(planned.peak_bytes / 1e9, 2)
+    assert float(figures(shown, "tokens")[5]) == round(planned.flops / 1e12, 3)
+
+
+def test_a_plan_of_padded_vocabularies_takes_the_smaller(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {}
+    for student in ("Qwen2.5-0.5B", "152064x896"):
+        assert main(plan(student=student)) == 0
+        shown[student] = capsys.readouterr().out
+    assert "heads of 151,936 and 152,064 rows: planned for vocab_size=151936" in shown["Qwen2.5-0.5B"]
+    assert "vocab_size" not in shown["152064x896"]
+    assert "vocabulary 152,064" in shown["152064x896"]
+
+
+def test_a_plan_takes_sizes_and_names_in_any_case(capsys: pytest.CaptureFixture[str]) -> None:
+    for student, device in (("151936x896", "H100"), ("qwen2.5-0.5b", "h100")):
+        assert main(plan(student=student, device=device)) == 0
+    first, second = capsys.readouterr().out.split("forward_kl, loss")[1:]
+    assert first == second
+
+
+def test_a_plan_says_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(plan(tokens="8192", device="RTX4090")) == 0
+    assert "eager: more than the 24.00 GB of RTX4090." in capsys.readouterr().out
+    assert main(plan(tokens="256", device="RTX4090")) == 0
+    assert "more than" not in capsys.readouterr().out
+
+
+def test_a_plan_of_a_frozen_head_and_of_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for more in ([], ["--frozen-head"], ["--memory-budget=100000000"]):
+        assert main([*plan(), *more]) == 0
+        shown.append(capsys.readouterr().out)
+    products = [float(figures(one, "tokens")[5]) for one in shown]
+    assert products[0] == products[2] > products[1]
+    assert float(figures(shown[2], "vocab")[1]) < float(figures(shown[0], "vocab")[1])
+    assert "frozen head" in shown[1]
+
+
+def test_heads_are_of_the_table_or_of_sizes() -> None:
+    assert head_shape("Llama-3.1-8B") == head_shape("128256x4096") == HeadShape(128_256, 4096)
+    for shape in HEADS.values():
+        assert 30_000 < shape.vocab < 300_000
+        assert shape.dim % 64 == 0
+    for bad in ("", "x", "12x", "12X8", "1.5x8", "8x-1", "8 x 8", "12x0", "9" * 30 + "x8"):
+        with pytest.raises(ValueError, match="VxD such as 151936x896, or one of"):
+            head_shape(bad)
 
 
 def test_a_missing_library_is_one_line_that_says_what_to_install(

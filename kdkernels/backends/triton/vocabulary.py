@@ -73,9 +73,10 @@ def _tile(
 @triton.jit
 def _read(ptr, rows, tokens, COLUMNS: tl.constexpr, FIRST: tl.constexpr):
     """The first FIRST columns of a [tokens, COLUMNS] float32 matrix, each [BLOCK_N]."""
-    found: Any = ()
+    found = ()
     for column in tl.static_range(FIRST):
-        found = found + (tl.load(ptr + rows * COLUMNS + column, mask=rows < tokens, other=0.0),)  # noqa: RUF005
+        read = tl.load(ptr + rows * COLUMNS + column, mask=rows < tokens, other=0.0)
+        found = found + (read,)  # type: ignore[assignment]  # noqa: RUF005
     return found
 
 

@@ -1,0 +1,326 @@
+"""``make static``: every Triton kernel compiled for every architecture, without a GPU, and what the compiler made of it.
+
+    python -m benchmarks.static [--only ARCHITECTURE] [--all]
+
+The launches are recorded from the library's own launchers, with everything a loss can have switched on (biases, softcaps,
+temperature, cross-entropy), and compiled for sm_80, sm_90, sm_100 and gfx942 with the blocks of the table. Per kernel the worst of
+its divergences is printed (--all: each): registers of a thread, bytes spilled to memory, shared memory of a program, tensor-core
+instructions, and occupancy, the share of the multiprocessor's warps that fit. Then the bytes that the kernels move per token.
+
+Exit status 1 if anything spills, a kernel that multiplies has no tensor-core instruction, or shared memory is above the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import multiprocessing
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+
+import kdkernels as kd
+from kdkernels.divergences import resolve
+from kdkernels.step import Model, Step, Terms
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOKENS, VOCAB, DIMS = 256, 4096, (512, 1024)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """One multiprocessor: registers of 32 bits, threads and programs in flight, bytes of shared memory of one program and of all;
+    threads of a warp."""
+
+    backend: str
+    number: int | str
+    registers: int
+    threads: int
+    programs: int
+    shared: int
+    shared_all: int
+    warp: int
+
+
+TARGETS = {
+    # CUDA C++ Programming Guide, table of technical specifications per compute capability
+    "sm_80": Limits("cuda", 80, 65536, 2048, 32, 163 * 1024, 164 * 1024, 32),
+    "sm_90": Limits("cuda", 90, 65536, 2048, 32, 227 * 1024, 228 * 1024, 32),
+    "sm_100": Limits("cuda", 100, 65536, 2048, 32, 227 * 1024, 228 * 1024, 32),
+    # AMD Instinct MI300 ISA: per compute unit four SIMDs of 512 vector registers x 64 lanes, 64 KiB of local data share
+    "gfx942": Limits("hip", "gfx942", 4 * 512 * 64, 2048, 32, 64 * 1024, 64 * 1024, 64),
+}
+TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma_|v_smfmac_)")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher started: the kernel and its arguments."""
+
+    label: str
+    kernel: Any
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    architecture: str
+    dtype: str
+    kernel: str
+    label: str
+    registers: int
+    spilled: int
+    shared: int
+    tensor_cores: int
+    warps: int
+
+    @property
+    def occupancy(self) -> float:
+        limits = TARGETS[self.architecture]
+        threads = self.warps * limits.warp
+        granule = -(-self.registers // 8) * 8
+        fit = min(
+            limits.registers // max(1, granule * threads),
+            limits.threads // threads,
+            limits.programs,
+            limits.shared_all // max(1, self.shared),
+        )
+        return fit * threads / limits.threads
+
+    def faults(self) -> list[str]:
+        found = []
+        if self.spilled:
+            found.append(f"spills {self.spilled} bytes")
+        if self.kernel != "row_loss" and not self.tensor_cores:
+            found.append("has no tensor-core instruction")
+        if self.shared > TARGETS[self.architecture].shared:
+            found.append(f"takes {self.shared} bytes of shared memory of {TARGETS[self.architecture].shared}")
+        return [f"{self.architecture} {self.dtype} {self.kernel} {self.label}: {fault}" for fault in found]
+
+
+class Recorder:
+    """Stands for a kernel and keeps what it is started with."""
+
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches, self.label = kernel, launches, ""
+
+    def __getitem__(self, _: Any) -> Callable[..., None]:
+        return lambda *arguments, **keywords: self.launches.append(Launch(self.label, self.kernel, arguments, keywords))
+
+
+@contextlib.contextmanager
+def recorded(architecture: str) -> Iterator[tuple[list[Launch], Callable[[str], None]]]:
+    """Launches for that architecture are kept instead of run; the second gives the following ones a label."""
+    from kdkernels.backends.triton import rows, vocabulary
+
+    launches: list[Launch] = []
+    recorders = {
+        f"{module.__name__}.{name}": Recorder(getattr(module, name), launches)
+        for module, names in (
+            (rows, ("row_loss_kernel",)),
+            (vocabulary, ("statistics_kernel", "sums_kernel", "gradient_kernel")),
+        )
+        for name in names
+    }
+
+    def label(text: str) -> None:
+        for recorder in recorders.values():
+            recorder.label = text
+
+    with contextlib.ExitStack() as stack:
+        for name, recorder in recorders.items():
+            stack.enter_context(mock.patch(name, recorder))
+        for module in ("launch", "blocks"):
+            stack.enter_context(mock.patch(f"kdkernels.backends.triton.{module}.architecture", return_value=architecture))
+        yield launches, label
+
+
+def _step(divergence: str, dtype: torch.dtype, metrics: bool) -> Step:
+    def model(dim: int) -> Model:
+        return Model(
+            torch.empty(TOKENS, dim, dtype=dtype), torch.empty(VOCAB, dim, dtype=dtype), torch.empty(VOCAB), dtype, torch.float32
+        )
+
+    return Step(
+        student=model(DIMS[0]),
+        teacher=model(DIMS[1]),
+        labels=torch.zeros(TOKENS, dtype=torch.int64),
+        weights=torch.ones(TOKENS),
+        scale=torch.ones(()),
+        t=torch.ones(()),
+        terms=Terms(divergence, resolve(divergence).a, 2.0, 1.0, 0.5, [0.5, 30.0, 0.5, 30.0]),
+        rows=None,
+        count=TOKENS,
+        needs=(True, True, True),
+        metrics=metrics,
+        alone=False,
+        lift=None,
+        backend="triton",
+        budget=2**30,
+    )
+
+
+def launches(architecture: str, dtype: torch.dtype) -> list[Launch]:
+    """Every kernel with every divergence, with and without metrics where that matters to it."""
+    from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS
+    from kdkernels.backends.triton.rows import row_loss
+    from kdkernels.backends.triton.vocabulary import FusedSweeps
+
+    with recorded(architecture) as (found, label):
+        for name in kd.divergences():
+            for metrics in (False, True):
+                label(name + (", metrics" if metrics else ""))
+                step = _step(name, dtype, metrics)
+                x, z = torch.empty(2, TOKENS, VOCAB, dtype=dtype)
+                row_loss(
+                    *(x, z, step.student.bias, step.teacher.bias, step.labels, step.weights, step.t),
+                    *(*step.terms.loss, step.terms.head, True, metrics),
+                )
+                sweeps = FusedSweeps(step, (step.student.hidden, step.teacher.hidden), x, torch.empty(0))
+                stats, sums = torch.zeros(TOKENS, len(STATS_COLUMNS)), torch.zeros(TOKENS, len(SUMS_COLUMNS))
+                if metrics or not step.terms.resolved().one_sweep:
+                    sweeps.sums(stats)
+                if not metrics:
+                    list(sweeps.gradients(stats, sums))
+        # The statistics know of a divergence only whose exponentials they weigh.
+        for weigh, metrics in (("", False), ("target", False), ("student", False), ("", True)):
+            label(f"weighed by the {weigh}" if weigh else "metrics" if metrics else "two sweeps")
+            step = _step("jsd", dtype, metrics)
+            FusedSweeps(step, (step.student.hidden, step.teacher.hidden), x, torch.empty(0)).statistics(weigh, True)
+    return found
+
+
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+
+
+def _described(value: Any, path: tuple[int, ...], plain: bool, constants: dict[Any, Any], aligned: dict[Any, Any]) -> Any:
+    """The type of an argument in Triton's notation; fills in the constants and what is divisible by 16. plain: not specialised."""
+    if isinstance(value, tuple):
+        return tuple(_described(part, (*path, at), plain, constants, aligned) for at, part in enumerate(value))
+    if value is None or callable(value) or isinstance(value, (bool, str)):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, torch.Tensor):
+        aligned[path] = [["tt.divisibility", 16]]
+        return POINTERS[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, int):
+        if value % 16 == 0 and not plain:
+            aligned[path] = [["tt.divisibility", 16]]
+        return "i32"
+    shape = ", ".join(map(str, value.block_shape))
+    return f"tensordesc<{POINTERS[value.base.dtype].removeprefix('*')}[{shape}]>"
+
+
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+def compiled(launch: Launch, architecture: str, dtype: str) -> Compiled:
+    """The launch as the compiler of that architecture sees it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    limits, kernel = TARGETS[architecture], launch.kernel
+    options = {name: launch.keywords[name] for name in OPTIONS if name in launch.keywords}
+    constants: dict[Any, Any] = {}
+    aligned: dict[Any, Any] = {}
+    signature: dict[str, Any] = {}
+    for at, parameter in enumerate(kernel.params):
+        if parameter.name in launch.keywords:
+            signature[parameter.name], constants[(at,)] = "constexpr", launch.keywords[parameter.name]
+        else:
+            signature[parameter.name] = _described(launch.arguments[at], (at,), parameter.do_not_specialize, constants, aligned)
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        made = triton.compile(
+            ASTSource(kernel, signature, constants, aligned),
+            target=GPUTarget(limits.backend, limits.number, limits.warp),
+            options=options,
+        )
+    if limits.backend == "cuda":
+        text, found = made.asm["ptx"], log.getvalue()
+        registers = int(re.search(r"Used (\d+) registers", found)[1])  # type: ignore[index]
+        spilled = sum(map(int, re.findall(r"(\d+) bytes spill", found)))
+    else:
+        text = made.asm["amdgcn"]
+        # Scalar registers spill to lanes of vector registers, which costs no memory.
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]
+        spilled = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])  # type: ignore[index]
+    return Compiled(
+        architecture,
+        dtype,
+        kernel.fn.__name__.removesuffix("_kernel"),
+        launch.label,
+        registers,
+        spilled,
+        made.metadata.shared,
+        len(TENSOR_CORES.findall(text)),
+        made.metadata.num_warps,
+    )
+
+
+def _job(job: tuple[str, str]) -> list[Compiled]:
+    from triton import knobs
+
+    architecture, dtype = job
+    knobs.nvidia.dump_ptxas_log = True
+    knobs.compilation.always_compile = True  # what the cache holds has no log
+    return [compiled(launch, architecture, dtype) for launch in launches(architecture, DTYPES[dtype])]
+
+
+HEADER = ("architecture", "dtype", "kernel", "of", "registers", "spilled", "shared", "tensor-core", "occupancy")
+
+
+def table(found: Sequence[Compiled], everything: bool) -> str:
+    """One line for each kernel, architecture and dtype, the divergence with the most registers; or all of them."""
+    groups: dict[tuple[str, str, str], list[Compiled]] = {}
+    for one in found:
+        groups.setdefault((one.architecture, one.dtype, one.kernel), []).append(one)
+    lines = [HEADER]
+    for group in groups.values():
+        shown = group if everything else [max(group, key=lambda one: (one.spilled, one.registers, one.shared))]
+        lines += [
+            (
+                *(one.architecture, one.dtype, one.kernel, one.label if everything else f"{len(group)}, worst: {one.label}"),
+                *(str(one.registers), str(one.spilled), str(one.shared), str(one.tensor_cores), f"{one.occupancy:.0%}"),
+            )
+            for one in shown
+        ]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if at < 4 else cell.rjust(width) for at, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", choices=TARGETS, help="one architecture (default: all)")
+    parser.add_argument("--all", action="store_true", help="a line for every divergence, not only the worst of a kernel")
+    arguments = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("error: TRITON_INTERPRET=1 is set, so nothing would be compiled; unset it", file=sys.stderr)
+        return 2
+    jobs = [(architecture, dtype) for architecture in TARGETS if arguments.only in (None, architecture) for dtype in DTYPES]
+    with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count() or 1)) as pool:
+        found = [one for part in pool.imap(_job, jobs, chunksize=1) for one in part]
+    print(table(found, arguments.all))
+    faults = [fault for one in found for fault in one.faults()]
+    print(f"\n{len(found)} kernels compiled, {len(faults)} faults" + "".join(f"\n  {fault}" for fault in faults))
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

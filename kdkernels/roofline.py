@@ -1,0 +1,441 @@
+"""How long a loss step should take on a device that is not at hand: a stated roofline, not a measurement.
+
+A step is a sequence of passes. A pass does some matrix work and moves some bytes; it takes the longer of the two, and each of its
+kernels costs a launch:
+
+    seconds = Σ max(flops / (rate · MATRIX_EFFICIENCY), bytes / (bandwidth · MEMORY_EFFICIENCY)) + launches · overhead
+
+The passes of a strategy are plain functions of its sizes. Everything that comes out is a prediction, and is called one wherever it
+is printed; ``python -m benchmarks.roofline`` holds the model against published measurements.
+
+Notation: N tokens, V vocabulary, D_s and D_t hidden sizes, U = 2·N·V·D one head product. Sizes in bytes, times in seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypedDict
+
+import torch
+
+from kdkernels import backends
+from kdkernels.divergences import resolve
+from kdkernels.plan import STRATEGIES, default_budget, plan
+from kdkernels.products import product_dtype
+
+# What large products reach of the dense rate: 728 of 989 Tflop/s on an H100 (the bare head products of huggingface/trl#7244, a row
+# of benchmarks/published.csv). The clock falls under a full matrix load, so no library reaches the datasheet's rate.
+MATRIX_EFFICIENCY = 0.73
+# What kernels that stream large tensors reach of the datasheet's bandwidth: 0.92 to 0.95 in the forward rows of Liger's table for
+# H100s (benchmarks/published.csv); the rest goes to refresh and to turns between reads and writes.
+MEMORY_EFFICIENCY = 0.92
+# Kernels that follow each other in a stream: the gap between two, not the time the host takes to launch one.
+LAUNCH_SECONDS = 3e-6
+# A row operation that sweeps its row again reads it from the cache if the rows being worked on fit there: two blocks on each
+# multiprocessor, three streams (two operands and the result).
+BLOCKS_PER_UNIT, ROW_STREAMS = 2, 3
+# Float32 numbers per token that the vocab strategy keeps between its sweeps: both maxima, both sums, value, sum of the slopes.
+STATISTICS = 6
+# Columns of a block of the vocab strategy come in multiples of this, as matrix libraries want them.
+BLOCK_COLUMNS = 128
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device can do, from its datasheet.
+
+    name: as ``DEVICES`` and the command line spell it. bandwidth: of the main memory, bytes/s. rates: dense products without
+    sparsity, flop/s by dtype; float32 without TF32, which PyTorch leaves off. overhead: seconds between two kernels. memory: bytes.
+    cache, units: last-level cache in bytes and multiprocessors. measured: the rates were reached here, nothing is taken off them.
+    """
+
+    name: str
+    bandwidth: float
+    rates: dict[torch.dtype, float] = field(hash=False)
+    overhead: float
+    memory: int
+    cache: int
+    units: int
+    measured: bool = False
+
+    @property
+    def cached_row(self) -> int:
+        """Bytes of the longest row that a second sweep finds in the cache."""
+        return self.cache // (self.units * BLOCKS_PER_UNIT * ROW_STREAMS)
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """Flop/s of products in ``dtype``; ValueError for a dtype whose rate is not known."""
+        if dtype not in self.rates:
+            raise ValueError(f"dtype is {dtype}; accepted on {self.name}: {', '.join(map(str, self.rates))}")
+        return self.rates[dtype]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """flops: of matrix products. bytes: read and written in main memory. dtype: of the products. launches: kernels.
+
+    times: how often the pass is made; the other figures are of one of them.
+    """
+
+    flops: float
+    bytes: float
+    dtype: torch.dtype = torch.float32
+    launches: int = 1
+    times: int = 1
+
+
+def _gpu(name: str, bandwidth: float, float32: float, half: float, memory: float, cache: float, units: int) -> Device:
+    """bandwidth in TB/s, rates in Tflop/s (bfloat16 and float16 alike, sums in float32), memory in GB, cache in MB."""
+    rates = {torch.float32: float32 * 1e12, torch.bfloat16: half * 1e12, torch.float16: half * 1e12}
+    return Device(name, bandwidth * 1e12, rates, LAUNCH_SECONDS, int(memory * 1e9), int(cache * 1e6), units)
+
+
+# float32 is the plain rate: TF32 would be half of the bfloat16 rate on NVIDIA's data centre GPUs, and is off in PyTorch by default.
+_GPUS = (
+    # NVIDIA A100 datasheet, SXM 80 GB: 2,039 GB/s, 19.5 / 312 Tflop/s; whitepaper: 40 MB L2, 108 SMs
+    _gpu("A100-80", 2.039, 19.5, 312, 80, 40, 108),
+    # NVIDIA H100 datasheet, SXM5: 3.35 TB/s, 67 / 989.4 Tflop/s; whitepaper: 50 MB L2, 132 SMs
+    _gpu("H100", 3.35, 67, 989.4, 80, 50, 132),
+    # NVIDIA H100 datasheet, PCIe: 2 TB/s, 51 / 756 Tflop/s; whitepaper: 50 MB L2, 114 SMs
+    _gpu("H100-PCIe", 2.0, 51, 756, 80, 50, 114),
+    # NVIDIA H200 datasheet, SXM: 4.8 TB/s, the H100's rates
+    _gpu("H200", 4.8, 67, 989.4, 141, 50, 132),
+    # NVIDIA DGX B200 datasheet, an eighth of it: 8 TB/s, 180 GB, 75 / 2,250 Tflop/s; Blackwell tuning guide: 126 MB L2, 148 SMs
+    _gpu("B200", 8.0, 75, 2250, 180, 126, 148),
+    # NVIDIA Ada whitepaper, GeForce RTX 4090: 1,008 GB/s, 82.6 / 165.2 Tflop/s with sums in float32, 72 MB L2, 128 SMs
+    _gpu("RTX4090", 1.008, 82.6, 165.2, 24, 72, 128),
+    # AMD Instinct MI300X datasheet: 5.3 TB/s, 163.4 / 1,307.4 Tflop/s, 304 compute units, 256 MB Infinity Cache
+    _gpu("MI300X", 5.3, 163.4, 1307.4, 192, 256, 304),
+)
+DEVICES = {gpu.name: gpu for gpu in _GPUS}
+
+
+def device_names() -> tuple[str, ...]:
+    """What ``device`` accepts."""
+    return (*DEVICES, "cpu")
+
+
+def check_name(name: str) -> str:
+    """The name as ``device_names`` spells it; ValueError for an unknown one."""
+    for known in device_names():
+        if known.lower() == name.lower():
+            return known
+    raise ValueError(f"device is {name!r}; accepted: {', '.join(device_names())}")
+
+
+def device(name: str) -> Device:
+    """The device of that name, in any case; "cpu" is measured here, once, in about half a second. ValueError for another name."""
+    known = check_name(name)
+    return measured_cpu() if known == "cpu" else DEVICES[known]
+
+
+def _best_seconds(run: Callable[[], object], budget: float = 0.08) -> float:
+    """Shortest of several runs within the budget; the first, which may set things up, does not count."""
+    run()
+    best, end = math.inf, time.perf_counter() + budget
+    while True:
+        start = time.perf_counter()
+        run()
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now >= end:
+            return best
+
+
+@functools.cache
+def measured_cpu() -> Device:
+    """This processor with the threads that torch uses now: a product of 512 x 512 matrices and a copy of 32 MiB."""
+    side, size = 512, 32 * 2**20
+    rates: dict[torch.dtype, float] = {}
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            # where 16-bit types have no fast path the products run in float32, see products.product_dtype
+            runs_in = product_dtype(dtype, torch.device("cpu"))
+            if runs_in not in rates:
+                left, out = torch.ones(side, side, dtype=runs_in), torch.empty(side, side, dtype=runs_in)
+                rates[runs_in] = 2 * side**3 / _best_seconds(functools.partial(torch.mm, left, left, out=out))
+            rates[dtype] = rates[runs_in]
+        source = torch.ones(size // 4)
+        copy = _best_seconds(functools.partial(torch.empty_like(source).copy_, source))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    # sweeps over a row are counted as reads of main memory: how much cache a thread has is not asked for
+    return Device("cpu", 2 * size / copy, rates, 1e-6, memory, 0, 1, measured=True)
+
+
+def seconds(passes: Sequence[Pass], on: Device) -> float:
+    """Predicted time of the passes one after the other."""
+    matrix, memory = (1.0, 1.0) if on.measured else (MATRIX_EFFICIENCY, MEMORY_EFFICIENCY)
+    total = 0.0
+    for step in passes:
+        products = step.flops / (on.rate(step.dtype) * matrix) if step.flops else 0.0
+        total += step.times * (max(products, step.bytes / (on.bandwidth * memory)) + step.launches * on.overhead)
+    return total
+
+
+def total_flops(passes: Sequence[Pass]) -> float:
+    """Of all matrix products."""
+    return sum(step.times * step.flops for step in passes)
+
+
+def total_bytes(passes: Sequence[Pass]) -> float:
+    """Read and written in main memory."""
+    return sum(step.times * step.bytes for step in passes)
+
+
+def _even(total: int, parts: int) -> list[tuple[int, int]]:
+    """Sizes that differ by at most 1, and how many there are of each; no more parts than there is to share out."""
+    size, longer = divmod(total, parts)
+    return [(length, count) for length, count in ((size + 1, longer), (size, parts - longer)) if length and count]
+
+
+def _times(count: int, passes: Sequence[Pass]) -> list[Pass]:
+    return [replace(step, times=count) for step in passes]
+
+
+def product(rows: int, inner: int, columns: int, dtype: torch.dtype, out_bytes: float | None = None) -> Pass:
+    """A library product [rows, inner] x [inner, columns]: operands read once, the result (or out_bytes) written."""
+    moved = (rows * inner + inner * columns) * dtype.itemsize
+    written = rows * columns * dtype.itemsize if out_bytes is None else out_bytes
+    return Pass(2.0 * rows * inner * columns, moved + written, dtype)
+
+
+# How often eager PyTorch goes over a float32 [N, V] tensor in the plain formula of each divergence, given both log-softmaxes: reads
+# and writes of the forward, its kernels, reads and writes of the backward down to the gradient of the student's log-softmax, its
+# kernels. exp and log are 2, a - b and a * b are 3, a sum is 1; where the upstream gradient is one number it is not read.
+# A divergence that is not listed is counted as the longest. tests/test_roofline.py counts them again, operation by operation.
+EAGER_TRAFFIC: dict[str, tuple[int, int, int, int]] = {
+    "forward_kl": (9, 4, 4, 2),
+    "reverse_kl": (9, 4, 10, 4),
+    "jsd": (29, 13, 33, 13),
+    "skew_forward_kl": (18, 8, 12, 5),
+    "skew_reverse_kl": (18, 8, 23, 9),
+    "total_variation": (10, 5, 7, 3),
+}
+
+
+def check_divergence(name: str) -> str:
+    """The name itself; ValueError for one that ``kd.divergences()`` does not list."""
+    return resolve(name).name
+
+
+def eager_passes(
+    tokens: int,
+    vocab: int,
+    student_dim: int,
+    teacher_dim: int,
+    dtype: torch.dtype,
+    *,
+    divergence: str = "forward_kl",
+    train_head: bool = True,
+    cached_row: int = 0,
+) -> tuple[Pass, ...]:
+    """Loss and gradients in plain PyTorch: logits of both models, a float32 copy of each, its log-softmax, the formula, back.
+
+    Products: 3·Us + Ut. cached_row: float32 rows of at most so many bytes are read once by a softmax (``Device.cached_row``),
+    longer ones once for each of its sweeps: maximum, sum, result; in the backward sum, result.
+    """
+    logits, single = tokens * vocab * dtype.itemsize, tokens * vocab * 4
+    resident = vocab * 4 <= cached_row
+    forward, forward_launches, backward, backward_launches = EAGER_TRAFFIC.get(check_divergence(divergence), EAGER_TRAFFIC["jsd"])
+    cast = [Pass(0.0, logits + single)] if dtype.itemsize < 4 else []
+    softmax = Pass(0.0, (2 if resident else 4) * single)
+    passes = [product(tokens, student_dim, vocab, dtype), product(tokens, teacher_dim, vocab, dtype)]
+    passes += [*cast, *cast, softmax, softmax]
+    passes += [Pass(0.0, (forward + backward) * single, launches=forward_launches + backward_launches)]
+    passes += [Pass(0.0, (3 if resident else 4) * single), *cast]
+    passes += [product(tokens, vocab, student_dim, dtype)]
+    if train_head:
+        passes += [product(vocab, tokens, student_dim, dtype)]
+    return tuple(passes)
+
+
+def tokens_passes(
+    tokens: int,
+    vocab: int,
+    student_dim: int,
+    teacher_dim: int,
+    dtype: torch.dtype,
+    *,
+    chunks: int = 1,
+    divergence: str = "forward_kl",
+    train_head: bool = True,
+) -> tuple[Pass, ...]:
+    """Loss and gradients of the ``tokens`` strategy in ``chunks`` chunks of tokens, with one row kernel. Products: 3·Us + Ut.
+
+    Each chunk reads both heads for its logits and the student's again for dH. The row kernel sweeps x and z for the statistics, and
+    again for value, slope and gradient (in two sweeps where the value needs the log-sum-exps first), and writes dx; the products
+    read it back. With several chunks the head's gradient is summed in float32: read and written by each of them.
+    """
+    sweeps = 2 if resolve(divergence).one_sweep else 3
+    passes: list[Pass] = []
+    for rows, count in _even(tokens, chunks):
+        tile = rows * vocab * dtype.itemsize
+        one = [product(rows, student_dim, vocab, dtype), product(rows, teacher_dim, vocab, dtype)]
+        one += [Pass(0.0, (2 * sweeps + 1) * tile), product(rows, vocab, student_dim, dtype)]
+        if train_head:
+            one += [product(vocab, rows, student_dim, dtype, 8 * vocab * student_dim if chunks > 1 else None)]
+        passes += _times(count, one)
+    if train_head and chunks > 1 and dtype.itemsize < 4:
+        passes += [Pass(0.0, vocab * student_dim * (4 + dtype.itemsize))]
+    return tuple(passes)
+
+
+def vocab_passes(
+    tokens: int,
+    vocab: int,
+    student_dim: int,
+    teacher_dim: int,
+    dtype: torch.dtype,
+    *,
+    blocks: int = 1,
+    divergence: str = "forward_kl",
+    train_head: bool = True,
+) -> tuple[Pass, ...]:
+    """Loss and gradients of the ``vocab`` strategy in ``blocks`` blocks of columns.
+
+    The forward takes statistics only, Us + Ut with no logits in main memory: once, or twice for a divergence whose value needs the
+    log-sum-exps first. The backward recomputes both tiles of a block, writes the gradient tile, and multiplies it: dH is summed in
+    float32, dW_b is written once. Products: 4·Us + 2·Ut with one sweep, 5·Us + 3·Ut with two. The statistics kernel is counted at
+    the rate of library products, which is the most it can reach.
+    """
+    sweeps = 1 if resolve(divergence).one_sweep else 2
+    both = (tokens + vocab) * (student_dim + teacher_dim) * dtype.itemsize
+    statistics = STATISTICS * 4 * tokens
+    passes = [Pass(2.0 * tokens * vocab * (student_dim + teacher_dim), both + statistics, dtype)] * sweeps
+    for columns, count in _even(vocab, blocks):
+        tile = tokens * columns * dtype.itemsize
+        one = [product(tokens, student_dim, columns, dtype), product(tokens, teacher_dim, columns, dtype)]
+        one += [Pass(0.0, 3 * tile + statistics), product(tokens, columns, student_dim, dtype, 8 * tokens * student_dim)]
+        if train_head:
+            one += [product(columns, tokens, student_dim, dtype)]
+        passes += _times(count, one)
+    if dtype.itemsize < 4:
+        passes += [Pass(0.0, tokens * student_dim * (4 + dtype.itemsize))]
+    return tuple(passes)
+
+
+def block_columns(tokens: int, vocab: int, dtype: torch.dtype, budget: int) -> int:
+    """Columns Vb of a block: as many as let both logits tiles and the gradient tile, [N, Vb] each, keep to the budget."""
+    most = budget // (3 * tokens * dtype.itemsize)
+    return min(vocab, max(BLOCK_COLUMNS, most // BLOCK_COLUMNS * BLOCK_COLUMNS))
+
+
+def vocab_peak_bytes(
+    tokens: int,
+    vocab: int,
+    student_dim: int,
+    teacher_dim: int,
+    dtype: torch.dtype,
+    *,
+    columns: int,
+    train_head: bool = True,
+) -> int:
+    """Peak of the ``vocab`` strategy with inputs and returned gradients, for blocks of ``columns`` columns.
+
+    Its own memory is three tiles [N, Vb] (both logits, the gradient), the statistics, and the float32 sum of dH for 16-bit inputs.
+    """
+    scratch = 3 * tokens * columns * dtype.itemsize + STATISTICS * 4 * tokens
+    scratch += 4 * tokens * student_dim if dtype.itemsize < 4 else 0
+    inputs = (tokens + vocab) * (student_dim + teacher_dim) * dtype.itemsize
+    gradients = (tokens + (vocab if train_head else 0)) * student_dim * dtype.itemsize
+    return scratch + inputs + gradients
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """One way to compute the step. peak_bytes: with inputs and returned gradients. seconds, flops: of loss and gradients.
+
+    cut: into how many pieces, in words. note: what to know about the figures, or nothing.
+    """
+
+    name: str
+    peak_bytes: int
+    seconds: float
+    flops: float
+    cut: str
+    note: str = ""
+
+
+class Loss(TypedDict):
+    """What the passes of every strategy depend on beside the sizes."""
+
+    divergence: str
+    train_head: bool
+
+
+def compare(
+    tokens: int,
+    vocab: int,
+    student_dim: int,
+    teacher_dim: int,
+    dtype: torch.dtype,
+    *,
+    on: Device,
+    divergence: str = "forward_kl",
+    memory_budget: int | None = None,
+    train_head: bool = True,
+) -> tuple[Predicted, ...]:
+    """Eager PyTorch and the library's strategies side by side, all of it predicted.
+
+    Peak bytes of eager and ``tokens`` are those of ``kd.plan``. Raises ValueError for bad sizes, as ``kd.plan`` does, and for a
+    dtype or a divergence that the model does not know.
+    """
+    runs_on = torch.device("cpu" if on.name == "cpu" else "cuda")
+    planned = plan(
+        tokens, vocab, student_dim, teacher_dim, dtype, device=runs_on, memory_budget=memory_budget, train_head=train_head
+    )
+    budget = default_budget(runs_on) if memory_budget is None else memory_budget
+    columns = block_columns(tokens, vocab, dtype, budget)
+    sizes = (tokens, vocab, student_dim, teacher_dim, dtype)
+    loss = Loss(divergence=divergence, train_head=train_head)
+    blocks = math.ceil(vocab / columns)
+
+    def way(name: str, peak: int, passes: Sequence[Pass], cut: str, note: str) -> Predicted:
+        return Predicted(name, peak, seconds(passes, on), total_flops(passes), cut, note)
+
+    # the plan knows the backend that would run; the passes are those of one row kernel
+    reference = "memory and chunks of the reference backend, which runs here; time with a row kernel"
+    tokens_note = reference if backends.select(runs_on, dtype, dtype) == "reference" else ""
+    vocab_note = "statistics at the rate of library products" + ("" if "vocab" in STRATEGIES else "; not in this version yet")
+    eager = eager_passes(*sizes, **loss, cached_row=on.cached_row)
+    chunked = tokens_passes(*sizes, **loss, chunks=planned.chunks)
+    streamed = vocab_passes(*sizes, **loss, blocks=blocks)
+    streamed_peak = vocab_peak_bytes(*sizes, columns=columns, train_head=train_head)
+    return (
+        way("eager", planned.eager_peak_bytes, eager, "whole", ""),
+        way("tokens", planned.peak_bytes, chunked, _count(planned.chunks, "chunk"), tokens_note),
+        way("vocab", streamed_peak, streamed, _count(blocks, "block"), vocab_note),
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _size(count: float) -> str:
+    """Bytes in the unit that shows a few digits."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:,.2f} {unit}"
+    return f"{count:,.0f} B"
+
+
+def table(ways: Sequence[Predicted], on: Device) -> str:
+    """The comparison in plain text; the columns say that their figures are predicted."""
+    lines = [f"{'':8}{'peak memory, predicted':>24}{'time, predicted':>20}{'matrix Tflop, predicted':>25}  cut"]
+    notes = []
+    for way in ways:
+        time = f"{way.seconds * 1e3:,.2f} ms"
+        lines.append(f"{way.name:8}{_size(way.peak_bytes):>24}{time:>20}{way.flops / 1e12:>25,.3f}  {way.cut}")
+        if way.note:
+            notes.append(f"{way.name}: {way.note}.")
+        if 0 < on.memory < way.peak_bytes:
+            notes.append(f"{way.name}: more than the {_size(on.memory)} of {on.name}.")
+    source = "rates measured here" if on.measured else "the datasheet's rates"
+    lines += ["", f"Peak memory holds inputs and returned gradients. Time is a roofline from {source}: nothing was run.", *notes]
+    return "\n".join(lines)

@@ -1,0 +1,362 @@
+"""The roofline: passes counted from what eager PyTorch does, held against published figures, and its own closed forms."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kdkernels as kd
+from benchmarks import roofline as published
+from benchmarks.roofline import Row, Trace, median_error, rows
+from kdkernels import roofline
+from kdkernels.divergences import resolve
+from kdkernels.roofline import (
+    DEVICES,
+    EAGER_TRAFFIC,
+    Pass,
+    compare,
+    device,
+    eager_passes,
+    seconds,
+    tokens_passes,
+    total_bytes,
+    total_flops,
+    vocab_passes,
+    vocab_peak_bytes,
+)
+
+N, V, STUDENT, TEACHER = 512, 4096, 64, 96
+SIZES = (N, V, STUDENT, TEACHER)
+US, UT = 2 * N * V * STUDENT, 2 * N * V * TEACHER
+H100 = DEVICES["H100"]
+
+
+@pytest.fixture(scope="module")
+def found() -> list[Row]:
+    return rows()
+
+
+class TestPublished:
+    def test_eager_speeds_are_predicted_within_a_quarter(self, found: list[Row]) -> None:
+        assert median_error(found, "speed") <= 0.25
+
+    def test_no_eager_speed_is_far_off(self, found: list[Row]) -> None:
+        """Not on the devices whose rows MEMORY_EFFICIENCY is from, and less on the one that reaches less of its bandwidth."""
+        for row in found:
+            if row.eager and row.metric == "speed":
+                assert row.error < (0.3 if row.device == "NVIDIA B200" else 0.15), row
+
+    def test_eager_speeds_are_predicted_on_each_device(self, found: list[Row]) -> None:
+        for name in {row.device for row in found}:
+            assert median_error([row for row in found if row.device == name], "speed") <= 0.25, name
+
+    def test_eager_peaks_are_predicted(self, found: list[Row]) -> None:
+        assert median_error(found, "memory") <= 0.02
+
+    def test_peaks_of_losses_on_logits_are_exact(self, found: list[Row]) -> None:
+        peaks = [row for row in found if row.eager and row.metric == "memory" and row.kernel in published.LOGIT_LOSSES]
+        assert len(peaks) == 6 + 6 + 6 + 4
+        for row in peaks:
+            assert row.error < 0.003, row
+
+    def test_every_row_is_modelled_or_says_why_not(self, found: list[Row]) -> None:
+        assert len(found) == len(published.PUBLISHED.read_text().splitlines()) - 1 == 207
+        for row in found:
+            assert (row.predicted is None) == bool(row.reason), row
+            assert not (row.eager and row.reason), "every eager row is modelled"
+        said = {(row.kernel, row.provider) for row in found if row.reason}
+        assert said == set(published.NOT_MODELLED), "no reason for rows that are not there"
+
+    def test_every_figure_stands_in_a_column_that_says_predicted(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert published.main([]) == 0
+        shown = capsys.readouterr().out
+        assert "predicted" in shown.splitlines()[0]
+        assert shown.count("median relative error of the predicted") == 4
+        assert "not modelled:" in shown
+
+    def test_another_file_can_be_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert published.main(["--csv", str(tmp_path / "missing.csv")]) == 2
+        assert "missing.csv is not a file" in capsys.readouterr().err
+
+    def test_a_wrong_bandwidth_is_noticed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The bound on the error means something: half the bandwidth breaks it."""
+        for name in DEVICES:
+            monkeypatch.setitem(DEVICES, name, replace(DEVICES[name], bandwidth=DEVICES[name].bandwidth / 2))
+        assert median_error(rows(), "speed") > 0.25
+
+
+def kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(p ‖ q) of log-probabilities, per token."""
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def jsd(log_q: Tensor, log_p: Tensor) -> Tensor:
+    mixture = torch.lerp(log_q.exp(), log_p.exp(), 0.5)
+    return 0.5 * kl(mixture.log(), log_p) + 0.5 * kl(mixture.log(), log_q)
+
+
+EAGER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "forward_kl": kl,
+    "reverse_kl": lambda log_q, log_p: kl(log_p, log_q),
+    "jsd": jsd,
+    "skew_forward_kl": lambda log_q, log_p: kl(torch.lerp(log_q.exp(), log_p.exp(), 0.1).log(), log_p),
+    "skew_reverse_kl": lambda log_q, log_p: kl(torch.lerp(log_p.exp(), log_q.exp(), 0.1).log(), log_q),
+    "total_variation": lambda log_q, log_p: 0.5 * (log_q.exp() - log_p.exp()).abs().sum() / len(log_q),
+}
+
+
+def traced(divergence: str, dtype: torch.dtype, *, train_head: bool, cached_row: int) -> list[Pass]:
+    """Every operation of one plain step."""
+
+    def tensor(*shape: int, learned: bool = False) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=learned)
+
+    hidden, head = tensor(N, STUDENT, learned=True), tensor(V, STUDENT, learned=train_head)
+    teacher, teacher_head = tensor(N, TEACHER), tensor(V, TEACHER)
+    with Trace(cached_row) as counted:
+        log_q = (hidden @ head.t()).float().log_softmax(-1)
+        log_p = (teacher @ teacher_head.t()).float().log_softmax(-1)
+        EAGER[divergence](log_q, log_p).backward()
+    return counted.passes
+
+
+class TestEager:
+    @pytest.mark.parametrize("divergence", kd.divergences())
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("train_head", [True, False])
+    @pytest.mark.parametrize("cached_row", [0, 4 * V])
+    def test_the_closed_form_is_what_its_operations_move(
+        self, divergence: str, dtype: torch.dtype, train_head: bool, cached_row: int
+    ) -> None:
+        counted = traced(divergence, dtype, train_head=train_head, cached_row=cached_row)
+        closed = eager_passes(*SIZES, dtype, divergence=divergence, train_head=train_head, cached_row=cached_row)
+        assert total_flops(closed) == total_flops(counted)
+        assert total_bytes(closed) == pytest.approx(total_bytes(counted), rel=1e-3)
+        # what is smaller than a tensor [N, V] are operations on one number per token, or on one
+        assert sum(step.launches for step in closed) == sum(1 for step in counted if step.bytes >= N * V)
+
+    def test_every_divergence_is_listed_by_name(self) -> None:
+        assert set(EAGER_TRAFFIC) == set(EAGER) == set(kd.divergences())
+
+
+class TestTrace:
+    def test_an_expanded_tensor_is_as_many_bytes_as_it_has_elements(self) -> None:
+        with Trace(0) as counted:
+            row = torch.empty(8, 1, device="meta")
+            row.expand(8, 100) * 2.0
+        assert [step.bytes for step in counted.passes] == [4 * 8 + 4 * 800]
+
+    def test_views_and_new_storage_move_nothing(self) -> None:
+        with Trace(0) as counted:
+            torch.empty(8, 100, device="meta")[3:].view(-1).view(100, 5).t()
+        assert counted.passes == []
+
+    def test_the_peak_counts_what_is_alive(self) -> None:
+        with Trace(0) as counted:
+            x = torch.zeros(1000, device="meta")
+            y = x + 1
+            del x
+            z = y + 1
+            z += y
+        assert counted.peak == 2 * 4000
+        assert len(counted.passes) == 4
+        assert counted.passes[-1].bytes == 3 * 4000
+
+    def test_a_row_that_stays_in_the_cache_is_read_once(self) -> None:
+        for cached_row, reads in ((0, 3), (400, 1)):
+            with Trace(cached_row) as counted:
+                torch.empty(8, 100, device="meta").log_softmax(-1)
+            assert counted.passes[-1].bytes == (reads + 1) * 3200
+
+
+class TestProducts:
+    @pytest.mark.parametrize("chunks", [1, 3, 512])
+    @pytest.mark.parametrize("divergence", kd.divergences())
+    def test_tokens_makes_the_fewest(self, divergence: str, chunks: int) -> None:
+        assert total_flops(tokens_passes(*SIZES, torch.bfloat16, chunks=chunks, divergence=divergence)) == 3 * US + UT
+        frozen = tokens_passes(*SIZES, torch.bfloat16, chunks=chunks, divergence=divergence, train_head=False)
+        assert total_flops(frozen) == 2 * US + UT
+
+    @pytest.mark.parametrize("blocks", [1, 3, 4096])
+    @pytest.mark.parametrize("divergence", kd.divergences())
+    def test_vocab_recomputes(self, divergence: str, blocks: int) -> None:
+        products = 4 * US + 2 * UT if resolve(divergence).one_sweep else 5 * US + 3 * UT
+        assert total_flops(vocab_passes(*SIZES, torch.bfloat16, blocks=blocks, divergence=divergence)) == products
+        frozen = vocab_passes(*SIZES, torch.bfloat16, blocks=blocks, divergence=divergence, train_head=False)
+        assert total_flops(frozen) == products - US
+
+    def test_eager_makes_the_fewest(self) -> None:
+        assert total_flops(eager_passes(*SIZES, torch.bfloat16)) == 3 * US + UT
+
+    def test_the_plan_counts_the_same(self) -> None:
+        plan = kd.plan(*SIZES)
+        assert plan.flops == total_flops(tokens_passes(*SIZES, torch.float32, chunks=plan.chunks))
+        assert plan.eager_flops == total_flops(eager_passes(*SIZES, torch.float32))
+
+
+class TestBytes:
+    def test_of_one_chunk(self) -> None:
+        """By hand, in bfloat16: what each of the two heads and hidden states, both logit tiles and the gradients move."""
+        logits, head, hidden = 2 * N * V, 2 * V * STUDENT, 2 * N * STUDENT
+        teacher = 2 * (N + V) * TEACHER
+        forward = hidden + head + logits + teacher + logits
+        row_kernel = 2 * (2 * logits) + logits
+        backward = (logits + head + hidden) + (logits + hidden + head)
+        assert total_bytes(tokens_passes(*SIZES, torch.bfloat16)) == forward + row_kernel + backward
+
+    def test_more_chunks_read_heads_again_and_sum_in_float32(self) -> None:
+        one, two = (total_bytes(tokens_passes(*SIZES, torch.bfloat16, chunks=chunks)) for chunks in (1, 2))
+        heads = 2 * V * (2 * STUDENT + TEACHER)
+        summed = 2 * (8 * V * STUDENT) - 2 * V * STUDENT + V * STUDENT * (4 + 2)
+        assert two - one == heads + summed
+
+    def test_a_block_of_vocab(self) -> None:
+        tile, columns = 3 * N * 256 * 2, 256
+        peak = vocab_peak_bytes(*SIZES, torch.bfloat16, columns=columns)
+        assert vocab_peak_bytes(*SIZES, torch.bfloat16, columns=2 * columns) - peak == tile
+        assert peak - vocab_peak_bytes(*SIZES, torch.bfloat16, columns=columns, train_head=False) == V * STUDENT * 2
+
+    @pytest.mark.parametrize("budget", [1, 10**6, 10**7, 10**12])
+    def test_blocks_keep_to_the_budget(self, budget: int) -> None:
+        columns = roofline.block_columns(N, V, torch.bfloat16, budget)
+        assert 1 <= columns <= V
+        assert columns == roofline.BLOCK_COLUMNS or 3 * N * columns * 2 <= budget
+
+
+class TestSeconds:
+    def test_of_a_product_and_of_a_copy(self) -> None:
+        """Units: 989.4 Tflop at 0.73 of 989.4 Tflop/s; 3.35 TB at 0.92 of 3.35 TB/s."""
+        assert seconds([Pass(989.4e12, 0, torch.bfloat16, 0)], H100) == pytest.approx(1 / 0.73)
+        assert seconds([Pass(0, 3.35e12, launches=0)], H100) == pytest.approx(1 / 0.92)
+        assert seconds([Pass(0, 0, launches=1, times=1000)], H100) == pytest.approx(1000 * H100.overhead)
+
+    def test_a_pass_takes_the_longer_of_the_two(self) -> None:
+        products, copies = Pass(1e15, 0, torch.bfloat16), Pass(0, 1e12)
+        both = replace(products, bytes=1e12)
+        assert seconds([both], H100) == max(seconds([products], H100), seconds([copies], H100))
+        assert seconds([products, copies], H100) == pytest.approx(seconds([products], H100) + seconds([copies], H100))
+
+    @pytest.mark.parametrize("name", DEVICES)
+    @pytest.mark.parametrize("passes", [eager_passes, tokens_passes, vocab_passes])
+    def test_more_of_anything_is_never_cheaper(self, passes: Callable[..., tuple[Pass, ...]], name: str) -> None:
+        for at in range(4):
+            times = []
+            for factor in (1, 2, 3, 8):
+                sizes = [*SIZES]
+                sizes[at] *= factor
+                times.append(seconds(passes(*sizes, torch.bfloat16), DEVICES[name]))
+            assert times == sorted(times)
+            assert times[0] < times[-1]
+
+    @pytest.mark.parametrize("tokens", [1000, 8192, 30_000])
+    def test_more_tokens_are_never_cheaper_in_the_comparison(self, tokens: int) -> None:
+        some, more = (compare(count, 151_936, 896, 3584, torch.bfloat16, on=H100) for count in (tokens, tokens + 256))
+        for before, after in zip(some, more, strict=True):
+            assert after.seconds >= before.seconds
+            assert after.flops > before.flops
+
+    def test_a_faster_device_is_faster(self) -> None:
+        times = [
+            compare(8192, 151_936, 896, 3584, torch.bfloat16, on=DEVICES[name]) for name in ("A100-80", "H100", "H200", "B200")
+        ]
+        for way in range(3):
+            assert [row[way].seconds for row in times] == sorted((row[way].seconds for row in times), reverse=True)
+
+
+class TestDevices:
+    def test_an_unknown_one_is_an_error_that_names_the_known(self) -> None:
+        with pytest.raises(ValueError, match=r"'H300'.*accepted: A100-80, H100, H100-PCIe, H200, B200, RTX4090, MI300X, cpu"):
+            device("H300")
+
+    def test_an_unknown_dtype_is_an_error_that_names_the_known(self) -> None:
+        with pytest.raises(ValueError, match=r"float64; accepted on H100: torch\.float32, torch\.bfloat16, torch\.float16"):
+            seconds([Pass(1.0, 0.0, torch.float64)], H100)
+
+    def test_an_unknown_divergence_is_an_error_that_names_the_known(self) -> None:
+        for passes in (eager_passes, tokens_passes, vocab_passes):
+            with pytest.raises(ValueError, match=r"'kl'.*forward_kl"):
+                passes(*SIZES, torch.float32, divergence="kl")
+
+    @pytest.mark.parametrize("name", DEVICES)
+    def test_figures_have_the_units_that_they_say(self, name: str) -> None:
+        one = device(name.lower())
+        assert one.name == name
+        assert 1e12 <= one.bandwidth <= 1e13
+        assert 1e13 <= one.rate(torch.float32) < one.rate(torch.bfloat16) == one.rate(torch.float16) <= 5e15
+        assert 20e9 <= one.memory <= 3e11
+        assert 1e7 <= one.cache <= 3e8
+        assert 1e-6 <= one.overhead <= 1e-5
+
+    def test_more_multiprocessors_leave_less_cache_for_a_row(self) -> None:
+        """Rows of 16,384 float32 were swept again from the cache of an H100 PCIe, and from the memory of an H100."""
+        assert DEVICES["H100-PCIe"].cached_row == 50_000_000 // (114 * 6) > 4 * 16_384
+        assert DEVICES["H100"].cached_row == 50_000_000 // (132 * 6) < 4 * 16_384
+
+    def test_this_processor_is_measured_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(roofline, "_best_seconds", lambda run: run() is None or 0.01)
+        roofline.measured_cpu.cache_clear()
+        try:
+            one = device("cpu")
+            assert device("CPU") is one
+            assert one.rate(torch.float32) == pytest.approx(2 * 512**3 / 0.01)
+            assert one.bandwidth == pytest.approx(2 * 32 * 2**20 / 0.01)
+            assert seconds([Pass(one.rate(torch.float32), 0, launches=0)], one) == pytest.approx(1.0), "nothing is taken off"
+        finally:
+            roofline.measured_cpu.cache_clear()
+
+    def test_this_processor_is_measured(self) -> None:
+        one = device("cpu")
+        assert one.measured
+        assert set(one.rates) == {torch.float32, torch.bfloat16, torch.float16}
+        assert 1e7 < one.bandwidth < 1e13
+        assert all(1e7 < rate < 1e15 for rate in one.rates.values())
+
+
+class TestCompare:
+    def ways(self, **more: Any) -> dict[str, roofline.Predicted]:
+        options = {"on": H100, **more}
+        return {way.name: way for way in compare(8192, 151_936, 896, 3584, torch.bfloat16, **options)}
+
+    def test_memory_of_eager_and_tokens_is_the_plans(self) -> None:
+        plan = kd.plan(8192, 151_936, 896, 3584, torch.bfloat16, device="cuda")
+        ways = self.ways()
+        assert list(ways) == ["eager", "tokens", "vocab"]
+        assert ways["eager"].peak_bytes == plan.eager_peak_bytes
+        assert ways["tokens"].peak_bytes == plan.peak_bytes
+        assert ways["tokens"].cut == f"{plan.chunks} chunks"
+
+    def test_a_budget_bounds_both_strategies(self) -> None:
+        little, much = self.ways(memory_budget=10**8), self.ways(memory_budget=2 * 10**9)
+        for name in ("tokens", "vocab"):
+            assert little[name].peak_bytes < much[name].peak_bytes
+            assert little[name].seconds > much[name].seconds
+        assert little["eager"] == much["eager"]
+
+    def test_a_frozen_head_costs_less(self) -> None:
+        trained, frozen = self.ways(), self.ways(train_head=False)
+        for name, way in trained.items():
+            assert frozen[name].flops < way.flops
+            assert frozen[name].seconds < way.seconds
+            assert frozen[name].peak_bytes < way.peak_bytes
+
+    def test_bad_sizes_are_the_plans_errors(self) -> None:
+        with pytest.raises(ValueError, match="tokens is at least 1"):
+            compare(0, 8, 8, 8, torch.float32, on=H100)
+
+    def test_many_tokens_take_no_time_to_predict(self) -> None:
+        assert compare(2**40, 151_936, 896, 3584, torch.bfloat16, on=H100)[1].seconds > 0
+
+
+def test_it_needs_torch_alone() -> None:
+    names = ("triton", "matplotlib", "transformers")
+    script = f"import sys\nfor name in {names}: sys.modules[name] = None\nimport kdkernels.roofline, kdkernels.models"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
