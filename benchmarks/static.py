@@ -171,9 +171,10 @@ def _step(divergence: str, dtype: torch.dtype, metrics: bool) -> Step:
 def launches(architecture: str, dtype: torch.dtype) -> list[Launch]:
     """Every kernel with every divergence, with and without metrics where that matters to it."""
     from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS
-    from kdkernels.backends.triton.rows import row_loss
+    from kdkernels.backends.triton import rows
     from kdkernels.backends.triton.vocabulary import FusedSweeps
 
+    row_loss: Callable[..., Any] = rows.row_loss
     with recorded(architecture) as (found, label):
         for name in kd.divergences():
             for metrics in (False, True):

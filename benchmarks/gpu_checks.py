@@ -1,0 +1,297 @@
+"""What a GPU has to get right before its times mean anything: the contract of the README's "Numbers you can trust".
+
+Values and gradients are held against float64 autograd on the CPU over formulas that share no code with the library
+(tests/oracle.py); the bound is the error of eager PyTorch in the same dtype on the same device, twice, plus one rounding
+(tests/cases.py). A check is a dict with ``passed`` true, or false and a ``reason``, or with ``skipped`` and why it means
+nothing here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kdkernels as kd
+from benchmarks.gpu_times import freed, peak_bytes, why
+from tests.cases import Case, Result, assert_as_good_as_eager, draw, dressed, ratios
+from tests.oracle import Options
+
+BACKEND = "triton"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MIB = 2**20
+
+
+class SkippedError(Exception):
+    """Says why a check means nothing here."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One problem, drawn ``draws`` times. dressed: biases, scales, softcaps, labels with holes, token weights, a share of CE.
+
+    banned: -inf biases for some tokens of each model. chunks: into how many the memory budget cuts the logits, at least.
+    """
+
+    tokens: tuple[int, ...]
+    vocab: int
+    dims: tuple[int, int] = (16, 24)
+    draws: int = 1
+    t: float = 1.0
+    temperature: float = 1.0
+    dressed: bool = False
+    banned: bool = False
+    chunks: int = 1
+
+
+SETTINGS = {
+    "plain": Setting((12,), 1003, draws=2),
+    "temperature": Setting((12,), 1003, temperature=2.0, draws=2),
+    "t < 1": Setting((12,), 1003, t=0.4, draws=2),
+    "both, odd widths": Setting((2, 3), 2600, (17, 23), t=0.4, temperature=2.0),
+    "one token": Setting((1,), 1003, t=0.4, draws=16),
+    "vocabulary smaller than a block": Setting((5,), 3, temperature=2.0, draws=6),
+    "vocabulary of one": Setting((2,), 1, draws=2),
+    "no leading dimension": Setting((), 37, draws=8),
+    "several chunks": Setting((67,), 1003, chunks=3),
+    "wide": Setting((257,), 9001, (96, 160)),
+    "dressed": Setting((12,), 1003, dressed=True, draws=2),
+    "dressed, t < 1": Setting((12,), 1003, dressed=True, t=0.4, temperature=2.0, draws=2),
+    "banned tokens": Setting((12,), 1003, banned=True, draws=2),
+    "banned tokens, t < 1": Setting((12,), 1003, banned=True, t=0.4, temperature=2.0, draws=2),
+}
+SPREADS = (1.0, 10.0, 30.0)
+QUICK = ("plain", "both, odd widths", "vocabulary smaller than a block", "several chunks", "dressed, t < 1", "banned tokens")
+TOY = {
+    "dressed, t < 1": Setting((5,), 37, dressed=True, t=0.4, temperature=2.0),
+    "banned tokens": Setting((2, 2), 45, (7, 9), banned=True),
+    "vocabulary smaller than a block": Setting((3,), 3, draws=4),
+}
+# Through the interpreter: one divergence that has its value in one sweep, and one that needs the log-sum-exps first.
+TOY_DIVERGENCES = ("forward_kl", "jsd")
+REPEATED = {"toy": TOY["dressed, t < 1"], "full": Setting((300,), 5003, (64, 96), dressed=True, t=0.4, temperature=2.0)}
+
+
+def cases(setting: Setting, divergence: str, dtype: torch.dtype, spread: float) -> list[Case]:
+    """The setting's problems on the CPU, their tensors rounded to ``dtype``."""
+    options = Options(divergence, t=setting.t, temperature=setting.temperature)
+    drawn = [draw(seed, setting.tokens, setting.vocab, setting.dims, spread, dtype) for seed in range(setting.draws)]
+    if setting.dressed:
+        options = replace(options, ce_weight=0.5, kd_weight=0.75)
+        drawn = [dressed(case, seed) for seed, case in enumerate(drawn)]
+    if setting.banned:
+        biases = torch.zeros(2, setting.vocab, dtype=dtype)
+        biases[0, 1::7] = biases[1, 3::5] = -torch.inf
+        drawn = [replace(case, student_bias=biases[0], teacher_bias=biases[1]) for case in drawn]
+    return [replace(case, options=options) for case in drawn]
+
+
+def moved(case: Case, device: str) -> Case:
+    parts: dict[str, Any] = {name: part.to(device) for name, part in vars(case).items() if isinstance(part, Tensor)}
+    return replace(case, **parts)
+
+
+def on_cpu(result: Result) -> Result:
+    return {name: value.cpu() for name, value in result.items()}
+
+
+def budget(case: Case, chunks: int) -> int | None:
+    """Bytes of logits that make at least about ``chunks`` of either strategy; None leaves the choice to the library."""
+    if chunks == 1:
+        return None
+    tokens, vocab = case.student_hidden.shape[:-1].numel(), case.student_weight.shape[0]
+    return tokens * vocab * case.student_weight.itemsize // chunks
+
+
+def accuracy(divergence: str, strategy: str, dtype: torch.dtype, spread: float, size: str, device: str) -> dict[str, Any]:
+    """How the errors of value and gradients compare with what they may be: at most 1 is right (see assert_as_good_as_eager)."""
+    compared = {}
+    for name, setting in settings_of(size).items():
+        drawn = cases(setting, divergence, dtype, spread)
+        exact = [case.plain() for case in drawn]
+        eager, found = [], []
+        for case in (moved(case, device) for case in drawn):
+            with torch.device(device):  # where the oracle makes its masks
+                eager.append(on_cpu(case.plain(dtype)))
+            found.append(on_cpu(case.run(strategy=strategy, memory_budget=budget(case, setting.chunks))))
+        compared[name] = ratios(found, eager, exact)
+    for names in {tuple(ratio) for ratio in compared.values()}:  # a head without a bias has no gradient of one
+        assert_as_good_as_eager({name: ratio for name, ratio in compared.items() if tuple(ratio) == names})
+    return {"worst_ratio": max(max(ratio.values()) for ratio in compared.values()), "settings": list(compared)}
+
+
+def settings_of(size: str) -> dict[str, Setting]:
+    if size == "toy":
+        return TOY
+    return {name: SETTINGS[name] for name in QUICK} if size == "quick" else SETTINGS
+
+
+def repeated(divergence: str, dtype: torch.dtype, size: str, device: str) -> Case:
+    return moved(cases(REPEATED["toy" if size == "toy" else "full"], divergence, dtype, 3.0)[0], device)
+
+
+def _same(found: Result, expected: Result) -> None:
+    for name, value in expected.items():
+        if not torch.equal(found[name], value):
+            raise ArithmeticError(f"{name} differs by up to {(found[name].double() - value.double()).abs().max().item():.3g}")
+
+
+def two_runs(case: Case, strategy: str) -> dict[str, Any]:
+    """Two runs in several chunks agree bit for bit."""
+    first, second = (case.run(strategy=strategy, memory_budget=budget(case, 3)) for _ in range(2))
+    _same(second, first)
+    return {}
+
+
+def _with_graph(case: Case, strategy: str) -> tuple[dict[str, Tensor], Any]:
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in case.learned().items()}
+    return leaves, case.loss(leaves, strategy=strategy)
+
+
+def backward_twice(case: Case, strategy: str) -> dict[str, Any]:
+    """backward(retain_graph=True) twice gives the same gradients twice, and leaves the inputs alone."""
+    leaves, loss = _with_graph(case, strategy)
+    before = {name: leaf.detach().clone() for name, leaf in leaves.items()}
+    first, second = (
+        [grad.clone() for grad in torch.autograd.grad(loss, list(leaves.values()), retain_graph=True)] for _ in range(2)
+    )
+    _same(dict(zip(leaves, second, strict=True)), dict(zip(leaves, first, strict=True)))
+    _same({name: leaf.detach() for name, leaf in leaves.items()}, before)
+    return {}
+
+
+def host_syncs(case: Case, strategy: str) -> dict[str, Any]:
+    """At most one host sync in loss and backward, with labels, masks and token weights to look at."""
+    if case.student_hidden.device.type != "cuda":
+        raise SkippedError("host syncs are counted by CUDA")
+
+    def step() -> None:
+        leaves, loss = _with_graph(case, strategy)
+        torch.autograd.grad(loss, list(leaves.values()))
+
+    step()  # a kernel's first launch loads it
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    count = sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+    if count > 1:
+        raise ArithmeticError(f"{count} host syncs; one is the most")
+    return {"syncs": count}
+
+
+def special_values(case: Case, strategy: str) -> dict[str, Any]:
+    """Every token masked: loss and gradients 0. NaN in: NaN out."""
+    assert case.labels is not None
+    for name, value in replace(case, labels=torch.full_like(case.labels, -100)).run(strategy=strategy).items():
+        if bool(value.any()):
+            raise ArithmeticError(f"{name} is not 0 though every token is masked")
+    poisoned = case.student_hidden.clone()
+    poisoned.view(-1)[0] = torch.nan
+    for name, value in replace(case, student_hidden=poisoned).run(strategy=strategy).items():
+        if not bool(value.isnan().any()):
+            raise ArithmeticError(f"{name} hides a NaN of the hidden states")
+    return {}
+
+
+def _step(tokens: int, vocab: int, dims: tuple[int, int], dtype: torch.dtype) -> tuple[list[Tensor], Callable[..., Tensor]]:
+    """Student's leaves, and the loss of random inputs, on the GPU."""
+    device = "cuda"
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = (tokens, dims[0]), (vocab, dims[0]), (tokens, dims[1]), (vocab, dims[1])
+    inputs = [torch.randn(shape, generator=generator, device=device, dtype=dtype).mul_(shape[1] ** -0.25) for shape in shapes]
+    leaves = [leaf.requires_grad_() for leaf in inputs[:2]]
+    return leaves, lambda **options: kd.linear_kd_loss(*leaves, *inputs[2:], **options)
+
+
+def planned_memory(dtype: torch.dtype, strategy: str, device: str) -> dict[str, Any]:
+    """A step's peak, above inputs and returned gradients, is what kd.plan said: to 16 MiB or a twentieth, in both directions."""
+    if device != "cuda":
+        raise SkippedError("the peak is read from the CUDA allocator")
+    tokens, vocab, dims = 6000, 50_257, (512, 768)
+    leaves, loss = _step(tokens, vocab, dims, dtype)
+
+    found = {}
+    for budget_ in (None, 256 * MIB):
+        options: dict[str, Any] = {"memory_budget": budget_, "device": device}
+        if "strategy" in inspect.signature(kd.plan).parameters:
+            options["strategy"] = strategy
+        plan = kd.plan(tokens, vocab, *dims, dtype, **options)
+        if plan.strategy != strategy:
+            raise SkippedError(f"kd.plan describes the strategy {plan.strategy!r} only")
+
+        def step(budget_: int | None = budget_) -> None:
+            torch.autograd.grad(loss(strategy=strategy, memory_budget=budget_), leaves)
+
+        step()  # what libraries keep for good is not the step's
+        peak = peak_bytes(step) - sum(leaf.nbytes for leaf in leaves)
+        found["default budget" if budget_ is None else "256 MiB budget"] = {"peak": peak, "planned": plan.scratch_bytes}
+        if abs(peak - plan.scratch_bytes) > max(16 * MIB, plan.scratch_bytes // 20):
+            raise ArithmeticError(f"peak {peak / MIB:.0f} MiB, planned {plan.scratch_bytes / MIB:.0f} MiB, budget {budget_}")
+    return {"scratch_bytes": found}
+
+
+def large_offsets(dtype: torch.dtype, strategy: str, device: str) -> dict[str, Any]:
+    """Logits past 2^31 entries in one chunk give what small chunks give, to a hundredth of the gradients' norm."""
+    if device != "cuda" or dtype != torch.bfloat16:
+        raise SkippedError("run on a GPU in bfloat16 only, for the memory that it takes")
+    leaves, loss = _step(8200, 262_147, (64, 64), dtype)
+    try:
+        whole, parts = (
+            (value.item(), torch.autograd.grad(value, leaves))
+            for value in (loss(strategy=strategy, memory_budget=bytes_) for bytes_ in (2**35, 2**28))
+        )
+    except torch.OutOfMemoryError as error:
+        raise SkippedError(why(error)) from None
+    errors = [abs(whole[0] - parts[0]) / abs(parts[0])]
+    for one, other in zip(whole[1], parts[1], strict=True):
+        errors.append(((one.float() - other.float()).norm() / other.float().norm()).item())
+    if not max(errors) <= 0.01:
+        raise ArithmeticError(f"loss, gradients of hidden states and head differ by {errors} of their norms")
+    return {"relative_differences": errors}
+
+
+def served_by(dtype: torch.dtype, device: str) -> dict[str, Any]:
+    found = kd.backend(device, dtype)
+    if found != BACKEND:
+        raise LookupError(f"{found!r} runs on this device, not {BACKEND!r}")
+    return {"backend": found}
+
+
+def checked(facts: dict[str, Any], device: str, check: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """The check's outcome; raises only if the device no longer answers after the check before."""
+    freed(device)
+    try:
+        return {**facts, "passed": True, **check(*arguments)}
+    except SkippedError as reason:
+        return {**facts, "skipped": str(reason)}
+    except Exception as error:  # a kernel that does not compile is a finding like any other
+        return {**facts, "passed": False, "reason": why(error)}
+
+
+def run(size: str, strategy: str, dtype_names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """The checks of one strategy in these dtypes."""
+    device = "cpu" if size == "toy" else "cuda"
+    for dtype_name in dtype_names:
+        dtype = DTYPES[dtype_name]
+        facts = {"strategy": strategy, "dtype": dtype_name}
+        yield checked({"check": "backend", **facts}, device, served_by, dtype, device)
+        for divergence in TOY_DIVERGENCES if size == "toy" else kd.divergences():
+            named = {**facts, "divergence": divergence}
+            for spread in (3.0,) if size == "toy" else SPREADS:
+                about = {"check": "accuracy", **named, "spread": spread}
+                yield checked(about, device, accuracy, divergence, strategy, dtype, spread, size, device)
+            case = repeated(divergence, dtype, size, device)
+            for check in (two_runs, backward_twice, host_syncs, special_values):
+                yield checked({"check": check.__name__, **named}, device, check, case, strategy)
+        for of_size in (planned_memory, large_offsets):
+            yield checked({"check": of_size.__name__, **facts}, device, of_size, dtype, strategy, device)
