@@ -46,10 +46,6 @@ def _call_device_function(function: Any, *arguments: Any, **keywords: Any) -> An
     return function.rewrite()(*arguments, **keywords)
 
 
-def _logits_dtype(dtype: torch.dtype, _: torch.device) -> torch.dtype:
-    return torch.float32 if dtype.itemsize == 2 else dtype
-
-
 def _multiply(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     product = torch.mm(left.float(), right.float()) if dtype == torch.float32 else torch.mm(left, right)
     return product.to(dtype) if out is None else out.copy_(product)
@@ -68,7 +64,7 @@ def as_on_a_gpu(
     entry = Entry(matrix, matrix, matrix, Row(block_v=row))
     replaced: dict[str, Any] = {
         **{f"kdkernels.{module}.product_dtype": lambda dtype, _: dtype for module in ("ops", "plan", "products", "step")},
-        **{f"kdkernels.{module}.logits_dtype": _logits_dtype for module in ("plan", "step")},
+        "kdkernels.products.keeps_sums": lambda _: True,
         "kdkernels.products.multiply": _multiply,
         "kdkernels.backends.triton.blocks.entry": lambda *_: entry,
         "kdkernels.backends.triton.vocabulary.PROGRAMS": programs,

@@ -102,12 +102,12 @@ def _add_plan(commands: Any) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     import torch
 
-    from kdkernels import roofline
+    from kdkernels import compare, roofline
 
     student, teacher = arguments.student, arguments.teacher
     vocab, dtype = min(student.vocab, teacher.vocab), getattr(torch, arguments.dtype)
     on = roofline.device(arguments.device)
-    ways = roofline.compare(
+    ways = compare.compare(
         arguments.tokens,
         vocab,
         student.dim,
@@ -124,7 +124,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     if student.vocab != teacher.vocab:
         print(f"heads of {student.vocab:,} and {teacher.vocab:,} rows: planned for vocab_size={vocab}")
     print()
-    print(roofline.table(ways, on))
+    print(compare.table(ways, on))
 
 
 def _head_shape(text: str) -> Any:

@@ -43,7 +43,7 @@ def linear_kd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(tensors[0].device.type, enabled=False):
         make: Callable[..., Step] = prepare
         step = make(*tensors, terms, ignore_index, vocab_size, (student_dtype, teacher_dtype), tuple(needs), metrics, budget)
-        done = _STRATEGIES[choose(strategy, step)](step, *tensors[:3])
+        done = _STRATEGIES[choose(strategy, step.size)](step, *tensors[:3])
         means = summary(done.metric_sums, step.count, step.sum_dtype) if metrics else done.losses.new_empty(0)
     return done.losses, *done.grads, means
 

@@ -1,48 +1,77 @@
-"""How much memory and how many matrix products a loss step takes, before it runs. The strategies run what the plan says."""
+"""How much memory, how many matrix products and how long a loss step takes, before it runs. The strategies run what the plan says.
+
+Bytes are counted from what the code allocates; tests hold them to what a process takes. Seconds are a prediction (roofline.py).
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 
-from kdkernels import backends
-from kdkernels.backends.operators import accumulate_dtype
+from kdkernels import backends, roofline
+from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS, accumulate_dtype
 from kdkernels.backends.reference import LIVE_COPIES
+from kdkernels.divergences import Divergence, resolve
 from kdkernels.products import block_size, logits_dtype, product_dtype
-from kdkernels.step import Step
 
 STRATEGIES = ("auto", "tokens", "vocab")
 DEFAULT_BUDGET = {"cpu": 512 * 2**20}
 OTHER_BUDGET = 2**30
-# Live [tokens, V] tensors in the working dtype at the peak of the eager computation: both logits, both log-softmaxes, the
-# target's probabilities and one gradient.
-EAGER_COPIES = 6
+# Live [tokens, V] tensors in the working dtype of the eager computation. In the formula: both log-softmaxes and three terms. When
+# the gradients are made: both log-softmaxes and the gradient of the student's logits.
+EAGER_COPIES, EAGER_COPIES_WITH_GRADIENTS = 5, 3
+# Float64 copies of a row's statistics at the vocab strategy's peak: those of the blocks so far and of the next one, by themselves
+# and side by side in one tensor, and merged.
+STATISTICS_COPIES = 5
 
 
 @dataclass(frozen=True)
 class Plan:
     """One loss step with gradients; bytes are above the inputs and the returned gradients, unless said otherwise.
 
-    strategy: "tokens". chunk_rows: tokens per chunk, of ``chunks`` in all.
-    logits_bytes: the reused scratch that holds both models' logits of a chunk; this is what the memory budget bounds.
-    accumulator_bytes: float32 sum of a 16-bit head's gradient, needed when there are several chunks.
+    strategy: "tokens" or "vocab". chunk_rows: tokens per chunk, of ``chunks`` in all. block_columns: vocabulary columns per block,
+        of ``blocks`` in all. The one that the strategy does not cut is whole.
+    logits_bytes: the reused scratch for logits and their gradients; this is what the memory budget bounds.
+    accumulator_bytes: float32 sums of a 16-bit gradient that several chunks or blocks add to: the head's, or the hidden states'.
     scratch_bytes: all of the step's own memory, at its peak. peak_bytes: scratch, inputs and returned gradients together.
-    flops: of the matrix products. eager_*: the same for plain PyTorch.
+    flops: of the matrix products. seconds: predicted time; None for a dtype or device whose rates are not known.
+    eager_*: the same for plain PyTorch.
     """
 
     strategy: str
     chunk_rows: int
     chunks: int
+    block_columns: int
+    blocks: int
     logits_bytes: int
     accumulator_bytes: int
     scratch_bytes: int
     peak_bytes: int
     flops: int
+    seconds: float | None
     eager_scratch_bytes: int
     eager_peak_bytes: int
     eager_flops: int
+    eager_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a plan depends on: kept tokens N, vocabulary V, hidden sizes, dtypes of both models, the divergence's forward sweeps."""
+
+    tokens: int
+    vocab: int
+    student_dim: int
+    teacher_dim: int
+    dtype: torch.dtype
+    teacher_dtype: torch.dtype
+    divergence: str
+    train_head: bool
+    device: torch.device
+    budget: int
 
 
 def default_budget(device: torch.device) -> int:
@@ -50,51 +79,82 @@ def default_budget(device: torch.device) -> int:
     return DEFAULT_BUDGET.get(device.type, OTHER_BUDGET)
 
 
+def _backend(device: torch.device, *dtypes: torch.dtype) -> str:
+    """What runs there. A GPU that is not in this machine is planned with what would run on it."""
+    if device.type == "cuda" and not torch.cuda.is_available() and all(dtype in backends.FAST_DTYPES for dtype in dtypes):
+        return "triton"
+    return backends.select(device, *dtypes)
+
+
 def logit_bytes(student: torch.dtype, teacher: torch.dtype, device: torch.device) -> int:
-    """Scratch bytes per token and vocabulary entry for both models' logits, the reference backend's temporaries included."""
+    """Scratch bytes per token and vocabulary entry of a chunk: both models' logits, the student's gradient where it does not lie
+    over them, and the reference backend's temporaries."""
     both = logits_dtype(student, device).itemsize + logits_dtype(teacher, device).itemsize
     if logits_dtype(student, device) != product_dtype(student, device):
-        both += product_dtype(student, device).itemsize  # the gradient lies beside the logits
-    if backends.select(device, student, teacher) == "reference":
+        both += product_dtype(student, device).itemsize
+    if _backend(device, student, teacher) == "reference":
         both += LIVE_COPIES * accumulate_dtype(student).itemsize
     return both
 
 
-def chunk_rows(tokens: int, vocab: int, bytes_per_logit: int, budget: int) -> int:
-    """Tokens per chunk: as many as the budget holds, in chunks of one size, a multiple of 16, 8 or 4 where that still fits.
-
-    Matrix libraries work in such tiles: 103 rows take a tenth longer each than 104.
-    """
-    most = max(1, budget // max(1, vocab * bytes_per_logit))
-    if tokens <= most:
-        return max(1, tokens)
-    even = math.ceil(tokens / math.ceil(tokens / most))
-    rounded = (math.ceil(even / tile) * tile for tile in (16, 8, 4))
-    return next((rows for rows in rounded if rows <= most), even)
-
-
 def column_bytes(student: torch.dtype, teacher: torch.dtype, device: torch.device) -> int:
-    """Scratch bytes per token and column of a vocabulary block: both models' logits, or the gradient alone where the kernels
-    multiply themselves."""
-    if backends.select(device, student, teacher) == "triton":
+    """Scratch bytes per token and column of a vocabulary block: as for a chunk, or the gradient alone where the kernels multiply
+    themselves."""
+    if _backend(device, student, teacher) == "triton":
         return product_dtype(student, device).itemsize
     return logit_bytes(student, teacher, device)
 
 
+def _share(total: int, most: int, tiles: tuple[int, ...]) -> int:
+    """Sizes of parts of one size, at most ``most``, a multiple of the first tile with which that still holds."""
+    if total <= most:
+        return max(1, total)
+    even = math.ceil(total / math.ceil(total / most))
+    rounded = (math.ceil(even / tile) * tile for tile in tiles)
+    return next((size for size in rounded if size <= most), even)
+
+
+def chunk_rows(tokens: int, vocab: int, bytes_per_logit: int, budget: int) -> int:
+    """Tokens per chunk: as many as the budget holds, in chunks of one size.
+
+    Matrix libraries work in tiles: 103 rows take a tenth longer each than 104.
+    """
+    return _share(tokens, max(1, budget // max(1, vocab * bytes_per_logit)), (16, 8, 4))
+
+
 def block_columns(tokens: int, vocab: int, bytes_per_logit: int, budget: int) -> int:
-    """Vocabulary columns per block: as many as the budget holds, in blocks of one size, a multiple of 128, 64 or 16 where that
-    still fits."""
-    most = max(1, budget // max(1, tokens * bytes_per_logit))
-    if vocab <= most:
-        return vocab
-    even = math.ceil(vocab / math.ceil(vocab / most))
-    rounded = (math.ceil(even / tile) * tile for tile in (128, 64, 16))
-    return next((columns for columns in rounded if columns <= most), even)
+    """Vocabulary columns per block: as many as the budget holds, in blocks of one size."""
+    return _share(vocab, max(1, budget // max(1, tokens * bytes_per_logit)), (128, 64, 16))
 
 
-def choose(strategy: str, step: Step) -> str:
-    """The strategy that "auto" stands for."""
-    return "tokens" if strategy == "auto" else strategy
+def _cut(strategy: str, size: Size) -> tuple[int, int]:
+    """Tokens of a chunk, and columns of a block."""
+    if strategy == "tokens":
+        per_logit = logit_bytes(size.dtype, size.teacher_dtype, size.device)
+        return chunk_rows(size.tokens, size.vocab, per_logit, size.budget), size.vocab
+    per_logit = column_bytes(size.dtype, size.teacher_dtype, size.device)
+    return size.tokens, block_columns(size.tokens, size.vocab, per_logit, size.budget)
+
+
+def _passes(strategy: str, size: Size, on: roofline.Device) -> tuple[roofline.Pass, ...]:
+    sizes = (size.tokens, size.vocab, size.student_dim, size.teacher_dim, product_dtype(size.dtype, size.device))
+    loss = roofline.Loss(divergence=size.divergence, train_head=size.train_head)
+    if strategy == "eager":
+        return roofline.eager_passes(*sizes, **loss, cached_row=on.cached_row)
+    rows, columns = _cut(strategy, size)
+    if strategy == "tokens":
+        return roofline.tokens_passes(*sizes, **loss, chunks=math.ceil(size.tokens / rows))
+    return roofline.vocab_passes(*sizes, **loss, blocks=math.ceil(size.vocab / columns))
+
+
+def choose(strategy: str, size: Size) -> str:
+    """The strategy that "auto" stands for: the one predicted to be faster, from rates that are the same in every run."""
+    if strategy != "auto" or size.tokens == 0:
+        return "tokens" if strategy == "auto" else strategy
+    on = roofline.nominal(size.device)
+    if product_dtype(size.dtype, size.device) not in on.rates:
+        return "tokens"
+    return min(("tokens", "vocab"), key=lambda name: roofline.seconds(_passes(name, size, on), on))
 
 
 def plan(
@@ -108,54 +168,108 @@ def plan(
     memory_budget: int | None = None,
     train_head: bool = True,
     teacher_dtype: torch.dtype | None = None,
+    strategy: str = "auto",
+    divergence: Divergence | str = "forward_kl",
 ) -> Plan:
     """What one step of ``linear_kd_loss``, loss and gradients, will take.
 
     tokens: kept rows N. vocab: V. student_dim, teacher_dim: hidden sizes. dtype: of hidden states and heads (teacher_dtype: of the
-    teacher's, if different). memory_budget: bytes for logits scratch. train_head: whether the student's head takes a gradient.
-    Raises ValueError for sizes below 1 and a budget below 1 byte.
+    teacher's, if different). device: "cpu" or "cuda", or a GPU of ``roofline.DEVICES`` such as "H100", which need not be here.
+    memory_budget: bytes for logits scratch. train_head: whether the student's head takes a gradient. strategy, divergence: as for
+    the loss. Raises ValueError for sizes below 1, a budget below 1 byte, and names that are not known.
     """
-    for name, size in {
+    for name, value in {
         "tokens": tokens,
         "vocab": vocab,
         "student_dim": student_dim,
         "teacher_dim": teacher_dim,
     }.items():
-        if size < 1:
-            raise ValueError(f"{name} is at least 1, got {size}")
+        if value < 1:
+            raise ValueError(f"{name} is at least 1, got {value}")
     if memory_budget is not None and memory_budget < 1:
         raise ValueError(f"memory_budget is a number of bytes, at least 1, got {memory_budget}")
-    device = torch.device(device)
-    teacher_dtype = dtype if teacher_dtype is None else teacher_dtype
-    budget = default_budget(device) if memory_budget is None else memory_budget
-    per_logit = logit_bytes(dtype, teacher_dtype, device)
-    rows = chunk_rows(tokens, vocab, per_logit, budget)
-    chunks = math.ceil(tokens / rows)
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy {strategy!r} is not known; accepted: {', '.join(STRATEGIES)}")
+    runs_on, on = roofline.resolve_device(device)
+    size = Size(
+        tokens=tokens,
+        vocab=vocab,
+        student_dim=student_dim,
+        teacher_dim=teacher_dim,
+        dtype=dtype,
+        teacher_dtype=dtype if teacher_dtype is None else teacher_dtype,
+        divergence=resolve(divergence).name,
+        train_head=train_head,
+        device=runs_on,
+        budget=default_budget(runs_on) if memory_budget is None else memory_budget,
+    )
+    strategy = choose(strategy, size)
+    rows, columns = _cut(strategy, size)
+    chunks, blocks = math.ceil(tokens / rows), math.ceil(vocab / columns)
+    logits, accumulator, rest = (_tokens_bytes if strategy == "tokens" else _vocab_bytes)(size, rows, columns)
+    scratch = logits + accumulator + rest
 
-    logits = rows * vocab * per_logit
-    accumulator = vocab * student_dim * 4 if train_head and dtype.itemsize == 2 and chunks > 1 else 0
-    computed = product_dtype(dtype, device), product_dtype(teacher_dtype, device)
-    widened = dtype != computed[0] or teacher_dtype != computed[1]
-    blocks = 4 * max(block_size(vocab, width) for width in (student_dim, teacher_dim))
-    hidden = rows * (student_dim * computed[0].itemsize * 2 + teacher_dim * computed[1].itemsize) if widened else 0
-    buffers = torch.get_num_threads() * 3 * vocab * 4 if backends.select(device, dtype, teacher_dtype) == "native" else 0
-    scratch = logits + accumulator + blocks + hidden + buffers
-
-    inputs = (tokens + vocab) * (student_dim * dtype.itemsize + teacher_dim * teacher_dtype.itemsize)
+    inputs = (tokens + vocab) * (student_dim * dtype.itemsize + teacher_dim * size.teacher_dtype.itemsize)
     gradients = (tokens + (vocab if train_head else 0)) * student_dim * dtype.itemsize
     student_product, teacher_product = 2 * tokens * vocab * student_dim, 2 * tokens * vocab * teacher_dim
-    flops = (3 if train_head else 2) * student_product + teacher_product
-    eager = EAGER_COPIES * tokens * vocab * max(4, dtype.itemsize)
+    gradient_products = (2 if train_head else 1) * student_product
+    both = student_product + teacher_product
+    forward_sweeps = 1 if resolve(divergence).one_sweep else 2
+    # A whole vocabulary's logits stay in the scratch from sweep to sweep, unless the kernels multiply themselves.
+    kept = blocks == 1 and _backend(runs_on, dtype, size.teacher_dtype) != "triton"
+    sweeps = 1 if strategy == "tokens" or kept else forward_sweeps + 1
+    copy = tokens * vocab * max(4, dtype.itemsize)
+    eager = max(EAGER_COPIES * copy, EAGER_COPIES_WITH_GRADIENTS * copy + gradients)
+    predict = functools.partial(_predicted, size=size, on=on)
     return Plan(
-        strategy="tokens",
+        strategy=strategy,
         chunk_rows=rows,
         chunks=chunks,
+        block_columns=columns,
+        blocks=blocks,
         logits_bytes=logits,
         accumulator_bytes=accumulator,
         scratch_bytes=scratch,
         peak_bytes=scratch + inputs + gradients,
-        flops=flops,
-        eager_scratch_bytes=eager,
-        eager_peak_bytes=eager + inputs + gradients,
-        eager_flops=flops,
+        flops=sweeps * both + gradient_products,
+        seconds=predict(strategy),
+        eager_scratch_bytes=eager - gradients,
+        eager_peak_bytes=eager + inputs,
+        eager_flops=both + gradient_products,
+        eager_seconds=predict("eager"),
     )
+
+
+def _predicted(strategy: str, size: Size, on: roofline.Device | None) -> float | None:
+    if on is None or product_dtype(size.dtype, size.device) not in on.rates:
+        return None
+    return roofline.seconds(_passes(strategy, size, on), on)
+
+
+def _buffers(size: Size, row: int) -> int:
+    """Head blocks, and what each thread of the native backend keeps of a row of so many columns."""
+    blocks = 4 * max(block_size(size.vocab, width, size.device) for width in (size.student_dim, size.teacher_dim))
+    native = _backend(size.device, size.dtype, size.teacher_dtype) == "native"
+    return blocks + (torch.get_num_threads() * 3 * row * 4 if native else 0)
+
+
+def _widened(size: Size, rows: int) -> int:
+    """Copies of so many hidden states in the products' dtype, and the student's gradient before it is rounded."""
+    computed = product_dtype(size.dtype, size.device), product_dtype(size.teacher_dtype, size.device)
+    if (size.dtype, size.teacher_dtype) == computed:
+        return 0
+    return rows * (size.student_dim * computed[0].itemsize * 2 + size.teacher_dim * computed[1].itemsize)
+
+
+def _tokens_bytes(size: Size, rows: int, columns: int) -> tuple[int, int, int]:
+    """Logits, accumulators and the rest."""
+    logits = rows * columns * logit_bytes(size.dtype, size.teacher_dtype, size.device)
+    several = rows < size.tokens and size.train_head and size.dtype.itemsize == 2
+    return logits, several * size.vocab * size.student_dim * 4, _buffers(size, columns) + _widened(size, rows)
+
+
+def _vocab_bytes(size: Size, rows: int, columns: int) -> tuple[int, int, int]:
+    logits = rows * columns * column_bytes(size.dtype, size.teacher_dtype, size.device)
+    several = columns < size.vocab and size.dtype.itemsize == 2
+    statistics = rows * (STATISTICS_COPIES * len(STATS_COLUMNS) + 2 * len(SUMS_COLUMNS)) * 8
+    return logits, several * rows * size.student_dim * 4, _buffers(size, columns) + _widened(size, rows) + statistics

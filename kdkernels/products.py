@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 # On a CPU a head is read in blocks of about this size where that pays: a block then stays in the cache between being widened, or
-# packed by the matrix library, and being multiplied.
-BLOCK_BYTES = 8 * 2**20
+# packed by the matrix library, and being multiplied. On a GPU a block holds a product on its way into a float32 sum.
+BLOCK_BYTES = {"cpu": 8 * 2**20}
+OTHER_BLOCK_BYTES = 128 * 2**20
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -30,18 +31,23 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if fast else torch.float32
 
 
+def keeps_sums(device: torch.device) -> bool:
+    """Whether 16-bit products can come out in float32, as the matrix units add them up (torch.mm's out_dtype: CUDA, not ROCm)."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def logits_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What the logits of ``dtype`` operands are kept in: on a GPU float32, as the matrix units add them up, so that the difference
-    of two log-probabilities is never taken between rounded logits; elsewhere what the products run in."""
+    """What the logits of ``dtype`` operands are kept in: float32 where the device can, so that the difference of two
+    log-probabilities is not taken between rounded logits; elsewhere what the products run in."""
     made = product_dtype(dtype, device)
-    return torch.float32 if device.type == "cuda" and made.itemsize == 2 else made
+    return torch.float32 if made.itemsize == 2 and keeps_sums(device) else made
 
 
 def multiply(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """left right, in ``dtype``: that of the operands, or float32 for 16-bit ones, where the device does not round in between."""
+    """left right, in ``dtype``: that of the operands, or float32 for 16-bit ones, not rounded in between where ``keeps_sums``."""
     if dtype == left.dtype:
         return torch.mm(left, right, out=out) if out is not None else torch.mm(left, right)
-    if left.device.type == "cuda":
+    if keeps_sums(left.device):
         if out is None:
             return torch.mm(left, right, out_dtype=dtype)
         return torch.mm(left, right, out_dtype=dtype, out=out)
@@ -49,14 +55,14 @@ def multiply(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None
     return product.to(dtype) if out is None else out.copy_(product)
 
 
-def block_rows(width: int) -> int:
+def block_rows(width: int, device: torch.device) -> int:
     """Head rows per block, so that a float32 block has about BLOCK_BYTES."""
-    return max(256, BLOCK_BYTES // (4 * width))
+    return max(256, BLOCK_BYTES.get(device.type, OTHER_BLOCK_BYTES) // (4 * width))
 
 
-def block_size(vocabulary: int, width: int) -> int:
+def block_size(vocabulary: int, width: int, device: torch.device) -> int:
     """Elements of a block."""
-    return min(vocabulary, block_rows(width)) * width
+    return min(vocabulary, block_rows(width, device)) * width
 
 
 class HeadProducts:
@@ -76,7 +82,7 @@ class HeadProducts:
         """The head in blocks of rows if ``cut`` or if it has to be widened, else whole."""
         vocabulary, width = self.weight.shape
         widen = self.weight.dtype != self.dtype
-        rows = min(vocabulary, block_rows(width)) if cut or widen else vocabulary
+        rows = min(vocabulary, block_rows(width, self.weight.device)) if cut or widen else vocabulary
         buffer = self.buffer[: rows * width].view(rows, width) if widen else self.buffer
         for begin in range(0, vocabulary, rows):
             here = slice(begin, min(begin + rows, vocabulary))
@@ -115,9 +121,10 @@ def add_head_grad(dx: Tensor, hidden: Tensor, out: Tensor, first: bool, buffer: 
             torch.addmm(out, dx.t(), hidden, out=out)
         return
     vocabulary, width = out.shape
-    rows = min(vocabulary, block_rows(width))
-    parts = buffer.view(dx.dtype)[: rows * width].view(rows, width)
+    rows = min(vocabulary, block_rows(width, out.device))
+    made = out.dtype if keeps_sums(out.device) else dx.dtype
+    parts = buffer.view(made)[: rows * width].view(rows, width)
     for begin in range(0, vocabulary, rows):
         here = out[begin : begin + rows]
-        part = torch.mm(dx[:, begin : begin + rows].t(), hidden, out=parts[: len(here)])
+        part = multiply(dx[:, begin : begin + rows].t(), hidden, made, parts[: len(here)])
         here.copy_(part) if first else here.add_(part)

@@ -23,9 +23,7 @@ from typing import TypedDict
 
 import torch
 
-from kdkernels import backends
 from kdkernels.divergences import resolve
-from kdkernels.plan import STRATEGIES, default_budget, plan
 from kdkernels.products import product_dtype
 
 # What large products reach of the dense rate: 728 of 989 Tflop/s on an H100 (the bare head products of huggingface/trl#7244, a row
@@ -41,8 +39,6 @@ LAUNCH_SECONDS = 3e-6
 BLOCKS_PER_UNIT, ROW_STREAMS = 2, 3
 # Float32 numbers per token that the vocab strategy keeps between its sweeps: both maxima, both sums, value, sum of the slopes.
 STATISTICS = 6
-# Columns of a block of the vocab strategy come in multiples of this, as matrix libraries want them.
-BLOCK_COLUMNS = 128
 
 
 @dataclass(frozen=True)
@@ -134,6 +130,42 @@ def device(name: str) -> Device:
     return measured_cpu() if known == "cpu" else DEVICES[known]
 
 
+# A processor of no particular make: what counts for a choice is how many operations it does while a byte arrives. The measured
+# rates of one machine differ from run to run, and a choice made from them would too.
+_NOMINAL_RATES = {torch.float64: 75e9, torch.float32: 150e9, torch.bfloat16: 600e9, torch.float16: 600e9}
+NOMINAL_CPU = Device("cpu", 20e9, _NOMINAL_RATES, 1e-6, 0, 0, 1, measured=True)
+
+
+def nominal(where: torch.device) -> Device:
+    """What choices for a torch device are made from: its datasheet, or a processor's nominal rates."""
+    return NOMINAL_CPU if where.type == "cpu" else this_gpu(where) or DEVICES["H100"]
+
+
+@functools.cache
+def this_gpu(where: torch.device) -> Device | None:
+    """The GPU of this machine, if the table has it."""
+    if where.type != "cuda" or not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name(where)
+    known = {"A100": "A100-80", "H100 PCIe": "H100-PCIe", "H100": "H100", "H200": "H200", "B200": "B200", "4090": "RTX4090"}
+    known["MI300X"] = "MI300X"
+    return next((DEVICES[device] for part, device in known.items() if part in name), None)
+
+
+def resolve_device(named: torch.device | str) -> tuple[torch.device, Device | None]:
+    """The torch device that a plan is for, and its rates, if known: for "cpu" those measured here, for "cuda" this machine's GPU.
+
+    ValueError for what is neither a torch device nor one of ``device_names``.
+    """
+    if isinstance(named, str) and named.lower() in (known.lower() for known in DEVICES):
+        return torch.device("cuda"), device(named)
+    try:
+        where = torch.device(named)
+    except RuntimeError:
+        raise ValueError(f"device is {named!r}; accepted: {', '.join(device_names())}, or a torch device") from None
+    return where, measured_cpu() if where.type == "cpu" else this_gpu(where)
+
+
 def _best_seconds(run: Callable[[], object], budget: float = 0.08) -> float:
     """Shortest of several runs within the budget; the first, which may set things up, does not count."""
     run()
@@ -216,6 +248,13 @@ EAGER_TRAFFIC: dict[str, tuple[int, int, int, int]] = {
     "skew_reverse_kl": (18, 8, 23, 9),
     "total_variation": (10, 5, 7, 3),
 }
+
+
+class Loss(TypedDict):
+    """What the passes of every strategy depend on beside the sizes."""
+
+    divergence: str
+    train_head: bool
 
 
 def check_divergence(name: str) -> str:
@@ -317,125 +356,3 @@ def vocab_passes(
     if dtype.itemsize < 4:
         passes += [Pass(0.0, tokens * student_dim * (4 + dtype.itemsize))]
     return tuple(passes)
-
-
-def block_columns(tokens: int, vocab: int, dtype: torch.dtype, budget: int) -> int:
-    """Columns Vb of a block: as many as let both logits tiles and the gradient tile, [N, Vb] each, keep to the budget."""
-    most = budget // (3 * tokens * dtype.itemsize)
-    return min(vocab, max(BLOCK_COLUMNS, most // BLOCK_COLUMNS * BLOCK_COLUMNS))
-
-
-def vocab_peak_bytes(
-    tokens: int,
-    vocab: int,
-    student_dim: int,
-    teacher_dim: int,
-    dtype: torch.dtype,
-    *,
-    columns: int,
-    train_head: bool = True,
-) -> int:
-    """Peak of the ``vocab`` strategy with inputs and returned gradients, for blocks of ``columns`` columns.
-
-    Its own memory is three tiles [N, Vb] (both logits, the gradient), the statistics, and the float32 sum of dH for 16-bit inputs.
-    """
-    scratch = 3 * tokens * columns * dtype.itemsize + STATISTICS * 4 * tokens
-    scratch += 4 * tokens * student_dim if dtype.itemsize < 4 else 0
-    inputs = (tokens + vocab) * (student_dim + teacher_dim) * dtype.itemsize
-    gradients = (tokens + (vocab if train_head else 0)) * student_dim * dtype.itemsize
-    return scratch + inputs + gradients
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """One way to compute the step. peak_bytes: with inputs and returned gradients. seconds, flops: of loss and gradients.
-
-    cut: into how many pieces, in words. note: what to know about the figures, or nothing.
-    """
-
-    name: str
-    peak_bytes: int
-    seconds: float
-    flops: float
-    cut: str
-    note: str = ""
-
-
-class Loss(TypedDict):
-    """What the passes of every strategy depend on beside the sizes."""
-
-    divergence: str
-    train_head: bool
-
-
-def compare(
-    tokens: int,
-    vocab: int,
-    student_dim: int,
-    teacher_dim: int,
-    dtype: torch.dtype,
-    *,
-    on: Device,
-    divergence: str = "forward_kl",
-    memory_budget: int | None = None,
-    train_head: bool = True,
-) -> tuple[Predicted, ...]:
-    """Eager PyTorch and the library's strategies side by side, all of it predicted.
-
-    Peak bytes of eager and ``tokens`` are those of ``kd.plan``. Raises ValueError for bad sizes, as ``kd.plan`` does, and for a
-    dtype or a divergence that the model does not know.
-    """
-    runs_on = torch.device("cpu" if on.name == "cpu" else "cuda")
-    planned = plan(
-        tokens, vocab, student_dim, teacher_dim, dtype, device=runs_on, memory_budget=memory_budget, train_head=train_head
-    )
-    budget = default_budget(runs_on) if memory_budget is None else memory_budget
-    columns = block_columns(tokens, vocab, dtype, budget)
-    sizes = (tokens, vocab, student_dim, teacher_dim, dtype)
-    loss = Loss(divergence=divergence, train_head=train_head)
-    blocks = math.ceil(vocab / columns)
-
-    def way(name: str, peak: int, passes: Sequence[Pass], cut: str, note: str) -> Predicted:
-        return Predicted(name, peak, seconds(passes, on), total_flops(passes), cut, note)
-
-    # the plan knows the backend that would run; the passes are those of one row kernel
-    reference = "memory and chunks of the reference backend, which runs here; time with a row kernel"
-    tokens_note = reference if backends.select(runs_on, dtype, dtype) == "reference" else ""
-    vocab_note = "statistics at the rate of library products" + ("" if "vocab" in STRATEGIES else "; not in this version yet")
-    eager = eager_passes(*sizes, **loss, cached_row=on.cached_row)
-    chunked = tokens_passes(*sizes, **loss, chunks=planned.chunks)
-    streamed = vocab_passes(*sizes, **loss, blocks=blocks)
-    streamed_peak = vocab_peak_bytes(*sizes, columns=columns, train_head=train_head)
-    return (
-        way("eager", planned.eager_peak_bytes, eager, "whole", ""),
-        way("tokens", planned.peak_bytes, chunked, _count(planned.chunks, "chunk"), tokens_note),
-        way("vocab", streamed_peak, streamed, _count(blocks, "block"), vocab_note),
-    )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _size(count: float) -> str:
-    """Bytes in the unit that shows a few digits."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:,.2f} {unit}"
-    return f"{count:,.0f} B"
-
-
-def table(ways: Sequence[Predicted], on: Device) -> str:
-    """The comparison in plain text; the columns say that their figures are predicted."""
-    lines = [f"{'':8}{'peak memory, predicted':>24}{'time, predicted':>20}{'matrix Tflop, predicted':>25}  cut"]
-    notes = []
-    for way in ways:
-        time = f"{way.seconds * 1e3:,.2f} ms"
-        lines.append(f"{way.name:8}{_size(way.peak_bytes):>24}{time:>20}{way.flops / 1e12:>25,.3f}  {way.cut}")
-        if way.note:
-            notes.append(f"{way.name}: {way.note}.")
-        if 0 < on.memory < way.peak_bytes:
-            notes.append(f"{way.name}: more than the {_size(on.memory)} of {on.name}.")
-    source = "rates measured here" if on.measured else "the datasheet's rates"
-    lines += ["", f"Peak memory holds inputs and returned gradients. Time is a roofline from {source}: nothing was run.", *notes]
-    return "\n".join(lines)

@@ -12,6 +12,7 @@ from torch import Tensor
 from kdkernels import backends
 from kdkernels.backends.operators import accumulate_dtype
 from kdkernels.divergences import Divergence, resolve
+from kdkernels.plan import Size
 from kdkernels.products import logits_dtype, product_dtype
 
 METRICS = ("kd", "ce", "target_entropy", "student_entropy", "agreement", "overlap", "tokens")
@@ -96,6 +97,23 @@ class Step:
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
         """Of the logits of student and teacher."""
         return self.student.logits, self.teacher.logits
+
+    @property
+    def size(self) -> Size:
+        """What its plan depends on."""
+        student, teacher = self.student, self.teacher
+        return Size(
+            tokens=self.count,
+            vocab=self.vocab,
+            student_dim=student.weight.shape[1],
+            teacher_dim=0 if self.alone else teacher.weight.shape[1],
+            dtype=student.dtype,
+            teacher_dtype=teacher.dtype,
+            divergence=self.terms.divergence,
+            train_head=self.needs[1],
+            device=self.device,
+            budget=self.budget,
+        )
 
     def index(self, begin: int, end: int) -> slice | Tensor:
         """The counted rows ``begin`` to ``end``, as an index into all."""

@@ -28,7 +28,7 @@ def run(step: Step, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Outc
     grads = Gradients(step, hidden, weight, bias, weight_parts=-(-tokens // chunk_rows(tokens, vocab, per_logit, step.budget)))
     losses = torch.zeros(tokens, dtype=step.sum_dtype, device=step.device)
     metric_sums = empty_sums(step.device)
-    block = max(block_size(vocab, model.weight.shape[1]) for model in (step.student, step.teacher))
+    block = max(block_size(vocab, model.weight.shape[1], step.device) for model in (step.student, step.teacher))
     # A gradient in the products' dtype lies over the logits where those have that dtype, beside them otherwise.
     apart = step.student.dtype != step.student.logits
     tiles = [step.student.logits, *([] if step.alone else [step.teacher.logits]), *([step.student.dtype] if apart else [])]

@@ -147,7 +147,7 @@ def run(step: Step, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Outc
         return Outcome(losses, empty_sums(step.device), grads.finished())
     index = step.index(0, count)
     rows = step.student.rows(index), step.teacher.rows(index)
-    block = max(block_size(vocab, model.weight.shape[1]) for model in (step.student, step.teacher))
+    block = max(block_size(vocab, model.weight.shape[1], step.device) for model in (step.student, step.teacher))
     fused = step.backend == "triton"
     tiles = [step.student.dtype] if fused else [step.student.logits, *([] if step.alone else [step.teacher.logits])]
     shapes = [((1, block), torch.float32), *(((count, width), dtype) for dtype in tiles)]

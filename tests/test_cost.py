@@ -118,13 +118,13 @@ class TestPlan:
         self, dtype: torch.dtype, rows: int, tokens_: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         per_row = kd.plan(1, V, STUDENT, TEACHER, dtype).logits_bytes
-        plan = kd.plan(tokens_, V, STUDENT, TEACHER, dtype, memory_budget=rows * per_row)
+        plan = kd.plan(tokens_, V, STUDENT, TEACHER, dtype, memory_budget=rows * per_row, strategy="tokens")
         drawn = draw(tokens=(tokens_,), vocab=V, dims=(STUDENT, TEACHER), dtype=dtype)
         seen: list[int] = []
         logits = HeadProducts.logits
         monkeypatch.setattr(HeadProducts, "logits", lambda head, hidden, out: seen.append(len(hidden)) or logits(head, hidden, out))
         with torch.no_grad():
-            drawn.loss(memory_budget=rows * per_row)
+            drawn.loss(memory_budget=rows * per_row, strategy="tokens")
         used = seen[::2]  # student and teacher in turn
         assert max(used) == plan.chunk_rows
         assert len(used) == plan.chunks
@@ -151,6 +151,11 @@ class TestPlan:
         assert kd.plan(2048, 32768, 64, 96, torch.bfloat16, train_head=False).accumulator_bytes == 0
         assert plan.eager_peak_bytes > plan.peak_bytes
         assert plan.strategy == "tokens"
+        streamed = kd.plan(2048, 32768, 64, 96, torch.bfloat16, memory_budget=64 * MIB, strategy="vocab")
+        assert (streamed.strategy, streamed.chunks, plan.blocks) == ("vocab", 1, 1)
+        assert streamed.blocks * streamed.block_columns >= 32768 > (streamed.blocks - 1) * streamed.block_columns
+        assert streamed.logits_bytes <= 64 * MIB
+        assert streamed.accumulator_bytes == 2048 * 64 * 4
 
     @pytest.mark.parametrize("name", ["tokens", "vocab", "student_dim", "teacher_dim", "memory_budget"])
     def test_sizes_below_one_are_refused(self, name: str) -> None:
@@ -187,7 +192,8 @@ import torch
 import kdkernels as kd
 from kdkernels import backends
 
-tokens, vocab, dim, budget, dtype, backend = *map(int, sys.argv[1:5]), getattr(torch, sys.argv[5]), sys.argv[6]
+tokens, vocab, dim, budget, dtype = *map(int, sys.argv[1:5]), getattr(torch, sys.argv[5])
+backend, strategy = sys.argv[6:]
 
 def resident(which):
     return int(re.search(which + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
@@ -199,7 +205,11 @@ def step(tokens, vocab):
     gc.collect()
     open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
     before = resident("VmRSS")
-    kd.linear_kd_loss(hidden, weight, teacher, teacher_weight, memory_budget=budget).backward()
+    if strategy == "eager":
+        log_q, log_p = ((rows @ head.mT).float().log_softmax(-1) for rows, head in ((hidden, weight), (teacher, teacher_weight)))
+        torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True).backward()
+    else:
+        kd.linear_kd_loss(hidden, weight, teacher, teacher_weight, strategy=strategy, memory_budget=budget).backward()
     return resident("VmHWM") - before - (hidden.nbytes + weight.nbytes)
 
 with backends.use(backend):
@@ -219,8 +229,8 @@ class TestMemory:
         vocab, dim, budget = 32768, 64, 64 * MIB
         peaks = {}
         for count_ in (1024, 4096):
-            peaks[count_], held = run_fresh(MEASURE, count_, vocab, dim, budget, dtype, kd.backend())
-            plan = kd.plan(count_, vocab, dim, dim, getattr(torch, dtype), memory_budget=budget)
+            peaks[count_], held = run_fresh(MEASURE, count_, vocab, dim, budget, dtype, kd.backend(), "tokens")
+            plan = kd.plan(count_, vocab, dim, dim, getattr(torch, dtype), memory_budget=budget, strategy="tokens")
             assert plan.logits_bytes <= budget
             assert peaks[count_] <= plan.scratch_bytes + 16 * MIB
             assert peaks[count_] >= plan.scratch_bytes - 16 * MIB, "the plan asks for more than is used"
@@ -229,8 +239,22 @@ class TestMemory:
 
     def test_the_reference_keeps_to_it_too(self) -> None:
         vocab, dim, budget = 32768, 64, 64 * MIB
-        peak, _ = run_fresh(MEASURE, 1024, vocab, dim, budget, "float32", "reference")
-        assert peak <= budget + 16 * MIB
+        for strategy in ("tokens", "vocab"):
+            peak, _ = run_fresh(MEASURE, 1024, vocab, dim, budget, "float32", "reference", strategy)
+            assert peak <= budget + 16 * MIB
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("strategy", ["tokens", "vocab", "eager"])
+    def test_the_planned_peak_is_within_a_tenth_of_the_measured_one(self, strategy: str, dtype: str) -> None:
+        tokens, vocab, dim = 2048, 40_000, 128
+        for budget in (64 * MIB, 256 * MIB)[: 1 if strategy == "eager" else 2]:
+            peak, _ = run_fresh(MEASURE, tokens, vocab, dim, budget, dtype, kd.backend(), strategy)
+            asked = "tokens" if strategy == "eager" else strategy
+            plan = kd.plan(tokens, vocab, dim, dim, getattr(torch, dtype), memory_budget=budget, strategy=asked)
+            own = plan.eager_scratch_bytes if strategy == "eager" else plan.scratch_bytes
+            inputs_and_gradients = plan.peak_bytes - plan.scratch_bytes
+            measured = peak + inputs_and_gradients
+            assert own + inputs_and_gradients == pytest.approx(measured, rel=0.1), f"own: {own / MIB:.0f} of {peak / MIB:.0f} MiB"
 
 
 class TestScratch:

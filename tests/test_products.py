@@ -63,7 +63,7 @@ def test_the_head_may_be_cut_into_any_blocks(kind: str, dtype: torch.dtype, monk
     case = replace(dressed(draw(tokens=(40,), vocab=301, dtype=dtype)), options=Options(ce_weight=0.5))
     whole = case.run()
     for rows in (300, 100, 7):
-        monkeypatch.setattr(products, "block_rows", lambda _, rows=rows: rows)
+        monkeypatch.setattr(products, "block_rows", lambda *_, rows=rows: rows)
         for how in RUNS:
             for name, value in case.run(**how).items():
                 tolerance = 4 * torch.finfo(dtype).eps * whole[name].abs().max().item()

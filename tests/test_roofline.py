@@ -18,12 +18,12 @@ import kdkernels as kd
 from benchmarks import roofline as published
 from benchmarks.roofline import Row, Trace, median_error, rows
 from kdkernels import roofline
+from kdkernels.compare import Predicted, compare
 from kdkernels.divergences import resolve
 from kdkernels.roofline import (
     DEVICES,
     EAGER_TRAFFIC,
     Pass,
-    compare,
     device,
     eager_passes,
     seconds,
@@ -31,7 +31,6 @@ from kdkernels.roofline import (
     total_bytes,
     total_flops,
     vocab_passes,
-    vocab_peak_bytes,
 )
 
 N, V, STUDENT, TEACHER = 512, 4096, 64, 96
@@ -219,18 +218,6 @@ class TestBytes:
         summed = 2 * (8 * V * STUDENT) - 2 * V * STUDENT + V * STUDENT * (4 + 2)
         assert two - one == heads + summed
 
-    def test_a_block_of_vocab(self) -> None:
-        tile, columns = 3 * N * 256 * 2, 256
-        peak = vocab_peak_bytes(*SIZES, torch.bfloat16, columns=columns)
-        assert vocab_peak_bytes(*SIZES, torch.bfloat16, columns=2 * columns) - peak == tile
-        assert peak - vocab_peak_bytes(*SIZES, torch.bfloat16, columns=columns, train_head=False) == V * STUDENT * 2
-
-    @pytest.mark.parametrize("budget", [1, 10**6, 10**7, 10**12])
-    def test_blocks_keep_to_the_budget(self, budget: int) -> None:
-        columns = roofline.block_columns(N, V, torch.bfloat16, budget)
-        assert 1 <= columns <= V
-        assert columns == roofline.BLOCK_COLUMNS or 3 * N * columns * 2 <= budget
-
 
 class TestSeconds:
     def test_of_a_product_and_of_a_copy(self) -> None:
@@ -322,17 +309,20 @@ class TestDevices:
 
 
 class TestCompare:
-    def ways(self, **more: Any) -> dict[str, roofline.Predicted]:
+    def ways(self, **more: Any) -> dict[str, Predicted]:
         options = {"on": H100, **more}
         return {way.name: way for way in compare(8192, 151_936, 896, 3584, torch.bfloat16, **options)}
 
-    def test_memory_of_eager_and_tokens_is_the_plans(self) -> None:
-        plan = kd.plan(8192, 151_936, 896, 3584, torch.bfloat16, device="cuda")
+    def test_every_figure_is_the_plans(self) -> None:
         ways = self.ways()
         assert list(ways) == ["eager", "tokens", "vocab"]
-        assert ways["eager"].peak_bytes == plan.eager_peak_bytes
-        assert ways["tokens"].peak_bytes == plan.peak_bytes
-        assert ways["tokens"].cut == f"{plan.chunks} chunks"
+        for strategy in ("tokens", "vocab"):
+            plan = kd.plan(8192, 151_936, 896, 3584, torch.bfloat16, device="H100", strategy=strategy)
+            way = ways[strategy]
+            assert (way.peak_bytes, way.seconds, way.flops) == (plan.peak_bytes, plan.seconds, plan.flops)
+            assert ways["eager"].peak_bytes == plan.eager_peak_bytes
+            assert ways["eager"].seconds == plan.eager_seconds
+        assert ways["vocab"].cut == f"{plan.blocks} blocks"
 
     def test_a_budget_bounds_both_strategies(self) -> None:
         little, much = self.ways(memory_budget=10**8), self.ways(memory_budget=2 * 10**9)

@@ -1,0 +1,93 @@
+"""Eager PyTorch and the library's strategies side by side, predicted: what ``python -m kdkernels plan`` prints."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kdkernels.plan import plan
+from kdkernels.roofline import Device
+
+VOCAB_NOTE = "its kernels are counted at the rate of library products"
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """One way to compute the step. peak_bytes: with inputs and returned gradients. seconds, flops: of loss and gradients.
+
+    cut: into how many pieces, in words. note: what to know about the figures, or nothing.
+    """
+
+    name: str
+    peak_bytes: int
+    seconds: float
+    flops: float
+    cut: str
+    note: str = ""
+
+
+def compare(
+    tokens: int,
+    vocab: int,
+    student_dim: int,
+    teacher_dim: int,
+    dtype: torch.dtype,
+    *,
+    on: Device,
+    divergence: str = "forward_kl",
+    memory_budget: int | None = None,
+    train_head: bool = True,
+) -> tuple[Predicted, ...]:
+    """Eager PyTorch and the library's strategies side by side, all of it predicted.
+
+    All figures are those of ``kd.plan``. Raises ValueError as it does, and for a dtype whose rate on the device is not known.
+    """
+    on.rate(dtype)
+    make = functools.partial(
+        plan,
+        *(tokens, vocab, student_dim, teacher_dim, dtype),
+        device=on.name,
+        divergence=divergence,
+        memory_budget=memory_budget,
+        train_head=train_head,
+    )
+    chunked, streamed = make(strategy="tokens"), make(strategy="vocab")
+    assert chunked.seconds is not None
+    assert streamed.seconds is not None
+    assert chunked.eager_seconds is not None
+    return (
+        Predicted("eager", chunked.eager_peak_bytes, chunked.eager_seconds, chunked.eager_flops, "whole"),
+        Predicted("tokens", chunked.peak_bytes, chunked.seconds, chunked.flops, _count(chunked.chunks, "chunk")),
+        Predicted("vocab", streamed.peak_bytes, streamed.seconds, streamed.flops, _count(streamed.blocks, "block"), VOCAB_NOTE),
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _size(count: float) -> str:
+    """Bytes in the unit that shows a few digits."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:,.2f} {unit}"
+    return f"{count:,.0f} B"
+
+
+def table(ways: Sequence[Predicted], on: Device) -> str:
+    """The comparison in plain text; the columns say that their figures are predicted."""
+    lines = [f"{'':8}{'peak memory, predicted':>24}{'time, predicted':>20}{'matrix Tflop, predicted':>25}  cut"]
+    notes = []
+    for way in ways:
+        time = f"{way.seconds * 1e3:,.2f} ms"
+        lines.append(f"{way.name:8}{_size(way.peak_bytes):>24}{time:>20}{way.flops / 1e12:>25,.3f}  {way.cut}")
+        if way.note:
+            notes.append(f"{way.name}: {way.note}.")
+        if 0 < on.memory < way.peak_bytes:
+            notes.append(f"{way.name}: more than the {_size(on.memory)} of {on.name}.")
+    source = "rates measured here" if on.measured else "the datasheet's rates"
+    lines += ["", f"Peak memory holds inputs and returned gradients. Time is a roofline from {source}: nothing was run.", *notes]
+    return "\n".join(lines)
