@@ -276,8 +276,10 @@ def linear_kd_loss(
         tensor, e.g. the token count of an accumulated step); "sum"; "none", shaped like labels, with the token weights in and 0 at
         dropped tokens.
     vocab_size: cut both heads to their first rows (padded vocabularies); the rest gets zero gradient.
-    strategy: "auto" or "tokens". memory_budget: bytes of scratch for logits (default 512 MiB on a CPU, where the scratch stays
-        allocated for the next call until ``kd.free_scratch()``).
+    strategy: "tokens" cuts the tokens and takes the fewest products; "vocab" cuts the vocabulary, multiplies twice or three times
+        for the logits and takes the least memory; "auto" is the one that ``kd.plan`` predicts to be faster.
+    memory_budget: bytes of scratch for logits (default 1 GiB; 512 MiB on a CPU, where the scratch stays allocated for the next call
+        until ``kd.free_scratch()``).
     return_metrics: also return a dict of detached 0-dim tensors, means over kept tokens, of the same pass: kd (D, without factors)
         and target_entropy, ce (if there are labels), student_entropy, agreement (of the most likely tokens of student and teacher),
         overlap (sum of min(q, softmax(z / T))), and tokens, how many were kept. Entropies in nats, at temperature T.

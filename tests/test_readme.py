@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kdkernels as kd
-from benchmarks import readme
+from benchmarks import readme, roofline
 from benchmarks.linear import RESULTS
 
 TEXT = readme.README.read_text()
@@ -53,3 +53,14 @@ def test_every_divergence_is_in_its_table() -> None:
 def test_the_files_it_links_exist() -> None:
     for link in re.findall(r"\]\((?!http)([^)]+)\)", TEXT):
         assert (Path(readme.README).parent / link).exists(), link
+
+
+def test_the_median_errors_of_the_roofline_are_what_its_command_prints() -> None:
+    found = roofline.rows()
+    shown = re.search(r"<!-- roofline -->(.*?)<!-- end -->", TEXT, re.DOTALL)
+    assert shown is not None
+    for eager, what in ((True, "eager rows"), (False, "rows of Liger's kernels")):
+        counted = [row for row in found if row.metric == "speed" and row.eager == eager and not row.reason]
+        assert (
+            f"{roofline.median_error(found, 'speed', eager=eager):.1%} for the {len(counted)} {what}".replace("%", " %") in shown[1]
+        )
