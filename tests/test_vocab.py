@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from kdkernels.plan import block_columns, column_bytes
 from kdkernels.vocab import merged, sums_of_one_sweep
 from tests.cases import NATIVE_DTYPES, Case, InsideOperators, draw, dressed, parameters, running, strided
 from tests.oracle import Options
-from tests.test_cost import UT, US, N, V, Products, count
+from tests.test_cost import US, UT, N, Products, V, count
 from tests.test_cost import case as counted_case
 
 ONE_SWEEP = [name for name in kd.divergences() if resolve(name).one_sweep]
@@ -506,7 +507,7 @@ class TestBlockColumns:
         run(case, strategy="vocab", memory_budget=budget(case, columns))
         width = block_columns(18, 150, column_bytes(dtype, dtype, torch.device("cpu")), budget(case, columns))
         edges = [*range(0, 150, width), 150]
-        assert seen == [(begin, end, (18, end - begin)) for begin, end in zip(edges[:-1], edges[1:], strict=True)]
+        assert seen == [(begin, end, (18, end - begin)) for begin, end in itertools.pairwise(edges)]
 
 
 def random_log_probabilities(points: int = 1000) -> tuple[Tensor, Tensor]:
@@ -549,7 +550,7 @@ AT = {name: column for column, name in enumerate(STATS_COLUMNS)}
 def statistics(x: Tensor, z: Tensor, labels: Tensor, weigh: str, edges: list[int]) -> Tensor:
     """By the reference over the blocks between the edges, merged."""
     parts = []
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in itertools.pairwise(edges):
         block = (x[:, begin:end], z[:, begin:end], None, None, labels - begin)
         part = reference.block_stats(*block, torch.tensor(0.7).double(), 2.0, [1.0, 0.0, 1.0, 0.0], weigh, True, True)
         part[:, [AT["argmax_x"], AT["argmax_z"]]] += begin
