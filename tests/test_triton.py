@@ -241,6 +241,15 @@ class TestTilesAndSplits:
         assert kernels == {"statistics_kernel", "sums_kernel", "gradient_kernel"}
 
 
+def test_a_teacher_that_nobody_looks_at_is_not_handed_to_the_kernels() -> None:
+    case = replace(draw(), labels=torch.arange(6), options=Options(kd_weight=0.0, ce_weight=1.0))
+    for metrics in (False, True):  # which are about the teacher
+        with as_on_a_gpu():
+            student, teacher = sweeps_of(step_of(case, "jsd", metrics=metrics))._operands(Matrix(16, 32, 16, 4, 1))
+        assert student is not None
+        assert (teacher is None) == (not metrics)
+
+
 class TestOperands:
     MATRIX = Matrix(16, 32, 16, 4, 1)
 
@@ -442,6 +451,19 @@ class TestRows:
         per_row = meter.loaded.total() - alone.loaded.total()
         assert per_row <= 3 * (4 + 4 + 8), "of a dropped row its weight, its label and t are read, and no logit"
 
+    @pytest.mark.parametrize("name", kd.divergences())
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    def test_a_bad_target_makes_the_whole_gradient_nan(self, bad: float, name: str) -> None:
+        """A slope that only compares would hide it."""
+        x, z = self.draw()
+        z[1, 140] = bad
+        arguments = list(row_arguments(x, z, torch.ones(5)))
+        arguments[7], arguments[-1] = name, [1.0, 0.0, 1.0, 0.0]
+        with as_on_a_gpu():
+            columns = rows.row_loss(*arguments, True, False)
+        assert columns[:, 0].isnan().tolist() == x.isnan().all(1).tolist() == [False, True, False, False, False]
+        assert not x[[0, 2, 3, 4]].isnan().any()
+
     def test_no_rows_are_no_launch(self) -> None:
         with as_on_a_gpu():
             columns = rows.row_loss(*row_arguments(torch.empty(0, 37), torch.empty(0, 37), torch.empty(0)), True, False)
@@ -470,12 +492,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 from benchmarks import static
+from kdkernels.backends.triton import vocabulary
 
 backend = make_backend(GPUTarget("cuda", 90, 32))
 make_step = static._step
 known = {}
 
-def keys(tokens, a, temperature, architecture="sm_90"):
+make_sweeps = vocabulary.FusedSweeps
+
+def keys(tokens, a, temperature, width=static.VOCAB, architecture="sm_90"):
+    # a block of columns may begin and end anywhere
+    vocabulary.FusedSweeps = lambda step, hidden, tile, buffer: make_sweeps(step, hidden, tile[:, :width], buffer)
     def step(name, dtype, metrics):
         made = make_step(name, dtype, metrics)
         terms = dataclasses.replace(made.terms, a=a, temperature=temperature, kd_scale=temperature**2)
@@ -494,13 +521,12 @@ def keys(tokens, a, temperature, architecture="sm_90"):
     return found
 
 first = keys(256, 0.3, 2.0)
-print(json.dumps([len(first), *(
-    sorted(keys(*other) ^ first) for other in ((257, 0.3, 2.0), (1, 0.3, 2.0), (16, 0.7, 3.5), (1000, 0.0, 16.0))
-)]))
+others = (257, 0.3, 2.0), (1, 0.3, 2.0), (16, 0.7, 3.5), (1000, 0.0, 16.0), (256, 0.3, 2.0, 1001)
+print(json.dumps([len(first), *(sorted(keys(*other) ^ first) for other in others)]))
 """
 
 
-def test_token_counts_t_and_temperatures_do_not_compile_again() -> None:
+def test_token_counts_blocks_t_and_temperatures_do_not_compile_again() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SPECIALISATIONS)],

@@ -28,6 +28,7 @@ from tests.test_cost import case as counted_case
 ONE_SWEEP = [name for name in kd.divergences() if resolve(name).one_sweep]
 TWO_SWEEPS = [name for name in kd.divergences() if not resolve(name).one_sweep]
 EVERYTHING = ("student_hidden", "student_weight", "student_bias")
+AT = {name: column for column, name in enumerate(STATS_COLUMNS)}
 every_backend = pytest.mark.parametrize("backend", parameters(("native", "reference")))
 
 
@@ -230,6 +231,18 @@ class TestSameAsTokens:
         assert found["student_weight"].isnan().all()
 
 
+@every_backend
+def test_agreement_is_of_places_in_the_row_and_not_in_a_block(backend: str) -> None:
+    case = draw(tokens=(4,), vocab=64)
+    student_bias, teacher_bias = torch.zeros(64), torch.zeros(64)
+    student_bias[3], teacher_bias[16 + 3] = 1e3, 1e3
+    case = replace(case, student_bias=student_bias, teacher_bias=teacher_bias)
+    with running(backend):
+        options = {"strategy": "vocab", "memory_budget": budget(case, 16), "return_metrics": True}
+        assert run(case, **options)["agreement"] == 0
+        assert run(replace(case, teacher_bias=student_bias), **options)["agreement"] == 1
+
+
 class TestFloat64:
     @pytest.mark.parametrize("name", kd.divergences())
     def test_it_keeps_its_digits(self, name: str) -> None:
@@ -270,6 +283,18 @@ class TestFloat16Range:
             assert grad.dtype == leaf.dtype
             off = (grad.double() - right).square().mean().sqrt() / right.square().mean().sqrt()
             assert off <= 2 * torch.finfo(torch.float16).eps, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_hidden_states_gradient_does_not_lose_digits_with_every_block(dtype: torch.dtype) -> None:
+    case = draw(tokens=(32,), vocab=300, spread=1.0, dtype=dtype)
+    exact = case.plain()["student_hidden"]
+    off = {}
+    for columns in (1, 300):
+        found = run(case, strategy="vocab", memory_budget=budget(case, columns))["student_hidden"]
+        off[columns] = ((found.double() - exact).square().mean() / exact.square().mean()).sqrt()
+    assert off[1] <= 1.2 * off[300]
+    assert off[1] <= torch.finfo(dtype).eps / 2
 
 
 SMALL = 16  # columns of a block: four blocks of V
@@ -328,6 +353,7 @@ class TestProducts:
         case = counted_case(labels=torch.zeros(N, dtype=torch.int64), options=Options(kd_weight=0.0, ce_weight=1.0))
         with running(backend):
             assert self.several(case) == 4 * US
+            assert self.several(replace(case, options=replace(case.options, divergence="jsd"))) == 4 * US
             assert count(case, strategy="vocab", memory_budget=budget(case, V)) == 3 * US
 
     @pytest.mark.parametrize("dropped_by", ["labels", "token_weight"])
@@ -540,11 +566,14 @@ class TestOneSweep:
         found, _ = as_linear(replace(divergence, one_sweep=side), lp, lq)
         assert not torch.allclose(found, value, rtol=1e-3)
 
+    @pytest.mark.parametrize("name", ONE_SWEEP)
+    def test_a_value_that_is_nan_makes_the_slope_nan(self, name: str) -> None:
+        stats = torch.zeros(2, len(STATS_COLUMNS), dtype=torch.float64)
+        stats[:, AT["mass"]], stats[0, AT["moment"]] = 1.0, torch.nan
+        assert sums_of_one_sweep(stats, resolve(name))[:, :2].isnan().tolist() == [[True, True], [False, False]]
+
     def test_both_kinds_exist(self) -> None:
         assert {resolve(name).one_sweep for name in kd.divergences()} == {"target", "student", ""}
-
-
-AT = {name: column for column, name in enumerate(STATS_COLUMNS)}
 
 
 def statistics(x: Tensor, z: Tensor, labels: Tensor, weigh: str, edges: list[int]) -> Tensor:
