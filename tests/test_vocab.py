@@ -45,7 +45,7 @@ def run(case: Case, learn: tuple[str, ...] = EVERYTHING, **more: Any) -> dict[st
     made = case.loss(leaves, **more)
     loss, metrics = made if isinstance(made, tuple) else (made, {})
     asked = [name for name in leaves if name in learn]
-    upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    upstream = torch.linspace(1.0, 2.0, loss.numel(), dtype=loss.dtype).view(loss.shape)
     grads = torch.autograd.grad(loss, [leaves[name] for name in asked], upstream)
     return {"loss": loss.detach(), **metrics, **dict(zip(asked, grads, strict=True))}
 
