@@ -155,7 +155,7 @@ class TestTilesAndSplits:
         with as_on_a_gpu(programs=16):
             assert_close(run(case), right)
 
-    @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "total_variation"])
+    @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
     def test_tiles_and_splits_that_are_banned_whole(self, name: str) -> None:
         case = replace(large(name), labels=None, options=Options(name, t=0.5))
         assert case.student_bias is not None
@@ -469,8 +469,8 @@ class TestRows:
             columns = rows.row_loss(*row_arguments(torch.empty(0, 37), torch.empty(0, 37), torch.empty(0)), True, False)
         assert columns.shape == (0, len(ROW_COLUMNS))
 
-    @pytest.mark.parametrize("row", [16, 256])
-    @pytest.mark.parametrize("name", kd.divergences())
+    @pytest.mark.parametrize("row", [32, 256])
+    @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
     def test_every_size_of_tile(self, name: str, row: int) -> None:
         x, z = self.draw()
         arguments = list(row_arguments(x.clone(), z, torch.linspace(-1, 2, 5), torch.arange(5) * 30))
