@@ -100,7 +100,7 @@ def row_loss_kernel(
         dx_row_ptr = dx_ptr + row * strides[2]
         for v0 in range(0, vocab, BLOCK_V):
             columns = v0 + tl.arange(0, BLOCK_V)
-            x, y, z = _tile(x_row_ptr, z_row_ptr, x_head, z_head, t, temperature, columns, vocab)
+            x, y, z = _tile(x_row_ptr, z_row_ptr, x_head, z_head, t, temperature, columns, end)
             dx = device.gradient(x, y, stats, slope, labels, weight, x_head, terms, columns, PAIR)
             tl.store(dx_row_ptr + columns[None, :], dx.to(dx_ptr.dtype.element_ty), mask=(columns < vocab)[None, :])
 
