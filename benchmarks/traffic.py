@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_leaves
 
 RESULTS = Path(__file__).parent / "results" / "traffic.json"
 
-Kind = Literal["kernel", "operator", "product", "product logits"]
+Kind = Literal["kernel", "kernel operands", "operator", "product", "product logits"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "linear", "matmul", "_int_mm", "_scaled_mm"}
@@ -57,11 +57,12 @@ class Meter:
     loaded, stored: bytes by the name of a Triton kernel ("copy_kernel") or an operator ("aten::mul"). kinds: both, by kind.
     """
 
-    def __init__(self, logits: Callable[[Tensor], bool]) -> None:
+    def __init__(self, logits: Callable[[Tensor], bool], operands: Sequence[Tensor]) -> None:
         self.loaded: Counter[str] = Counter()
         self.stored: Counter[str] = Counter()
         self.kinds: Counter[Kind] = Counter()
         self.logits = logits
+        self.operands = [(tensor.data_ptr(), tensor.data_ptr() + tensor.untyped_storage().nbytes()) for tensor in operands]
         self.kernel: str | None = None  # the Triton kernel that is running
 
     def load(self, name: str, kind: Kind, count: int) -> None:
@@ -78,22 +79,26 @@ class Meter:
 
 
 @contextlib.contextmanager
-def metered(operators: bool = False, logits: Callable[[Tensor], bool] = lambda tensor: False) -> Iterator[Meter]:
+def metered(
+    operators: bool = False, logits: Callable[[Tensor], bool] = lambda tensor: False, operands: Sequence[Tensor] = ()
+) -> Iterator[Meter]:
     """Counts the bytes that the Triton kernels run inside load and store; with ``operators``, those of torch's operators too.
 
-    logits says which operands and results of matrix products are logits: see :func:`rows_over`.
+    logits says which operands and results of matrix products are logits: see :func:`rows_over`. operands: hidden states and heads,
+    which kernels that multiply load; those bytes are a kind of their own.
     Raises RuntimeError where Triton's interpreter is off.
     """
-    meter = Meter(logits)
+    meter = Meter(logits, operands)
     with _kernels(meter), _Operators(meter) if operators else contextlib.nullcontext():
         yield meter
 
 
-def rows_over(vocab: int) -> Callable[[Tensor], bool]:
-    """Tells logits [tokens, vocab], transposed or not, from heads [vocab, hidden]: their elements run along the vocabulary."""
+def rows_over(*widths: int) -> Callable[[Tensor], bool]:
+    """Tells logits [tokens, width], transposed or not, from heads [width, hidden]: their elements run along the vocabulary, all of
+    it or a block."""
 
     def told(tensor: Tensor) -> bool:
-        return any(size == vocab and stride == 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return any(size in widths and stride == 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
     return told
 
@@ -101,14 +106,16 @@ def rows_over(vocab: int) -> Callable[[Tensor], bool]:
 # Triton's interpreter
 
 
-def _distinct(pointers: Any, mask: Any) -> int:
-    """How many different addresses the lanes under ``mask`` touch."""
+def _distinct(pointers: Any, mask: Any) -> tuple[int, int]:
+    """How many different addresses the lanes under ``mask`` touch, and the first of them."""
     import numpy as np
 
     touched = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].ravel()
-    if (touched[1:] > touched[:-1]).all():  # the usual block, without a sort
-        return int(touched.size)
-    return int(np.unique(touched).size)
+    if touched.size == 0:
+        return 0, 0
+    if not (touched[1:] > touched[:-1]).all():  # the usual block needs no sort
+        touched = np.unique(touched)
+    return int(touched.size), int(touched[0])
 
 
 @contextlib.contextmanager
@@ -125,8 +132,10 @@ def _kernels(meter: Meter) -> Iterator[None]:
     def count(pointers: Any, mask: Any, *actions: Callable[[str, Kind, int], None]) -> None:
         assert meter.kernel is not None
         element = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        found, first = _distinct(pointers, mask)
+        kind: Kind = "kernel operands" if any(begin <= first < end for begin, end in meter.operands) else "kernel"
         for action in actions:
-            action(meter.kernel, "kernel", element * _distinct(pointers, mask))
+            action(meter.kernel, kind, element * found)
 
     def metered_launch(self: Any, *arguments: Any, **keywords: Any) -> Any:
         meter.kernel = self.fn.__name__
@@ -210,9 +219,9 @@ class _Operators(TorchDispatchMode):
         if result is not NotImplemented:
             return result
         storages = {_storage(tensor) for tensor in _tensors((args, kwargs))}
-        if func is torch.ops.aten.mm.dtype and args[0].device.type == "cpu":
+        if func in (torch.ops.aten.mm.dtype, torch.ops.aten.mm.dtype_out) and args[0].device.type == "cpu":
             # 16-bit operands and a float32 result in one product: a GPU has it, a CPU does not.
-            result = torch.mm(args[0].to(args[2]), args[1].to(args[2]))
+            result = torch.mm(args[0].to(args[2]), args[1].to(args[2]), out=kwargs.get("out"))
         else:
             result = func(*args, **kwargs)
         self._count(func, args, kwargs, result, storages)
