@@ -6,7 +6,7 @@ TORCH := 2.13.0
 
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.py) kdkernels/divergences.py
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test bench static lint clean
 
 setup: .venv/.built
 
@@ -31,6 +31,10 @@ bench: setup
 	$(PY) -m pytest -o addopts= benchmarks --benchmark-only
 	$(PY) -m benchmarks.linear
 	$(PY) -m benchmarks.readme
+
+# Compiles every GPU kernel and counts the bytes of a loss: minutes, no GPU.
+static: setup
+	$(PY) -m benchmarks.static
 
 lint: setup
 	.venv/bin/ruff check .

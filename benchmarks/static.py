@@ -1,13 +1,15 @@
 """``make static``: every Triton kernel compiled for every architecture, without a GPU, and what the compiler made of it.
 
-    python -m benchmarks.static [--only ARCHITECTURE] [--all]
+    python -m benchmarks.static [--only ARCHITECTURE] [--dtype DTYPE] [--kernel KERNEL] [--all]
 
 The launches are recorded from the library's own launchers, with everything a loss can have switched on (biases, softcaps,
 temperature, cross-entropy), and compiled for sm_80, sm_90, sm_100 and gfx942 with the blocks of the table. Per kernel the worst of
 its divergences is printed (--all: each): registers of a thread, bytes spilled to memory, shared memory of a program, tensor-core
-instructions, and occupancy, the share of the multiprocessor's warps that fit. Then the bytes that the kernels move per token.
+instructions, and occupancy, the share of the multiprocessor's warps that fit. Then, for the whole report, the bytes that both
+strategies move per token, counted in Triton's interpreter (benchmarks/traffic.py), beside the least possible and beside Liger's.
 
-Exit status 1 if anything spills, a kernel that multiplies has no tensor-core instruction, or shared memory is above the limit.
+Exit status 1 if anything spills, a kernel that multiplies has no tensor-core instruction, shared memory is above the limit, or the
+bytes could not be counted; 2 if TRITON_INTERPRET=1 is set.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import io
 import multiprocessing
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +34,7 @@ from kdkernels.divergences import resolve
 from kdkernels.step import Model, Step, Terms
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KERNELS = ("row_loss", "statistics", "sums", "gradient")
 TOKENS, VOCAB, DIMS = 256, 4096, (512, 1024)
 
 
@@ -68,6 +72,11 @@ class Launch:
     kernel: Any
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Such as "row_loss"."""
+        return str(self.kernel.fn.__name__).removesuffix("_kernel")
 
 
 @dataclass(frozen=True)
@@ -260,7 +269,7 @@ def compiled(launch: Launch, architecture: str, dtype: str) -> Compiled:
     return Compiled(
         architecture,
         dtype,
-        kernel.fn.__name__.removesuffix("_kernel"),
+        launch.name,
         launch.label,
         registers,
         spilled,
@@ -270,13 +279,14 @@ def compiled(launch: Launch, architecture: str, dtype: str) -> Compiled:
     )
 
 
-def _job(job: tuple[str, str]) -> list[Compiled]:
+def _job(job: tuple[str, str, tuple[str, ...]]) -> list[Compiled]:
     from triton import knobs
 
-    architecture, dtype = job
+    architecture, dtype, kernels = job
     knobs.nvidia.dump_ptxas_log = True
     knobs.compilation.always_compile = True  # what the cache holds has no log
-    return [compiled(launch, architecture, dtype) for launch in launches(architecture, DTYPES[dtype])]
+    found = launches(architecture, DTYPES[dtype])
+    return [compiled(launch, architecture, dtype) for launch in found if launch.name in kernels]
 
 
 HEADER = ("architecture", "dtype", "kernel", "of", "registers", "spilled", "shared", "tensor-core", "occupancy")
@@ -306,21 +316,39 @@ def table(found: Sequence[Compiled], everything: bool) -> str:
     )
 
 
+def count_traffic() -> int:
+    """Prints the bytes of a loss per token, from a process of its own: kernels are either compiled in one or interpreted."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    return subprocess.run([sys.executable, "-m", "benchmarks.traffic", "--quick"], env=environment, check=False).returncode
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", choices=TARGETS, help="one architecture (default: all)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the models (default: all)")
+    parser.add_argument("--kernel", choices=KERNELS, help="one kernel (default: all)")
     parser.add_argument("--all", action="store_true", help="a line for every divergence, not only the worst of a kernel")
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("error: TRITON_INTERPRET=1 is set, so nothing would be compiled; unset it", file=sys.stderr)
         return 2
-    jobs = [(architecture, dtype) for architecture in TARGETS if arguments.only in (None, architecture) for dtype in DTYPES]
+    kernels = (arguments.kernel,) if arguments.kernel else KERNELS
+    jobs = [
+        (architecture, dtype, kernels)
+        for architecture in TARGETS
+        for dtype in DTYPES
+        if arguments.only in (None, architecture) and arguments.dtype in (None, dtype)
+    ]
     with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count() or 1)) as pool:
         found = [one for part in pool.imap(_job, jobs, chunksize=1) for one in part]
     print(table(found, arguments.all))
     faults = [fault for one in found for fault in one.faults()]
-    print(f"\n{len(found)} kernels compiled, {len(faults)} faults" + "".join(f"\n  {fault}" for fault in faults))
-    return 1 if faults else 0
+    print(f"\n{len(found)} kernels compiled, {len(faults)} faults" + "".join(f"\n  {fault}" for fault in faults), flush=True)
+    failed = 0
+    if (arguments.only, arguments.dtype, arguments.kernel) == (None, None, None):
+        print(flush=True)
+        failed = count_traffic()
+    return 1 if faults or failed else 0
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import TypedDict
 
 import torch
 
+from kdkernels import traffic
 from kdkernels.divergences import resolve
 from kdkernels.products import product_dtype
 
@@ -306,16 +307,17 @@ def tokens_passes(
 ) -> tuple[Pass, ...]:
     """Loss and gradients of the ``tokens`` strategy in ``chunks`` chunks of tokens, with one row kernel. Products: 3·Us + Ut.
 
-    Each chunk reads both heads for its logits and the student's again for dH. The row kernel sweeps x and z for the statistics, and
-    again for value, slope and gradient (in two sweeps where the value needs the log-sum-exps first), and writes dx; the products
-    read it back. With several chunks the head's gradient is summed in float32: read and written by each of them.
+    Each chunk reads both heads for its logits, which are kept in at least float32 as on a GPU, and the student's again for dH. The
+    row kernel's bytes are those of ``traffic.row_loss``; the products read dx back. With several chunks the head's gradient is
+    summed in float32: read and written by each of them.
     """
-    sweeps = 2 if resolve(divergence).one_sweep else 3
+    logit = max(4, dtype.itemsize)
+    swept = traffic.sweeps(divergence)
     passes: list[Pass] = []
     for rows, count in _even(tokens, chunks):
-        tile = rows * vocab * dtype.itemsize
-        one = [product(rows, student_dim, vocab, dtype), product(rows, teacher_dim, vocab, dtype)]
-        one += [Pass(0.0, (2 * sweeps + 1) * tile), product(rows, vocab, student_dim, dtype)]
+        one = [product(rows, dim, vocab, dtype, logit * rows * vocab) for dim in (student_dim, teacher_dim)]
+        row_kernel = traffic.row_loss(rows, vocab, (logit, logit), dtype.itemsize, sweeps=swept)
+        one += [Pass(0.0, row_kernel.total), product(rows, vocab, student_dim, dtype)]
         if train_head:
             one += [product(vocab, rows, student_dim, dtype, 8 * vocab * student_dim if chunks > 1 else None)]
         passes += _times(count, one)
@@ -339,17 +341,21 @@ def vocab_passes(
 
     The forward takes statistics only, Us + Ut with no logits in main memory: once, or twice for a divergence whose value needs the
     log-sum-exps first. The backward recomputes both tiles of a block, writes the gradient tile, and multiplies it: dH is summed in
-    float32, dW_b is written once. Products: 4·Us + 2·Ut with one sweep, 5·Us + 3·Ut with two. The statistics kernel is counted at
-    the rate of library products, which is the most it can reach.
+    float32, dW_b is written once. Products: 4·Us + 2·Ut with one sweep, 5·Us + 3·Ut with two.
+
+    Kernels that multiply are counted at the rate of library products, which is the most that they can reach, and their bytes
+    (``traffic.statistics``, ``sums`` and ``gradient``) as if they read every operand from main memory once in each launch: what
+    their other tiles read again is taken to come from the cache, as in library products.
     """
-    sweeps = 1 if resolve(divergence).one_sweep else 2
-    both = (tokens + vocab) * (student_dim + teacher_dim) * dtype.itemsize
-    statistics = STATISTICS * 4 * tokens
-    passes = [Pass(2.0 * tokens * vocab * (student_dim + teacher_dim), both + statistics, dtype)] * sweeps
+    of = traffic.Products(tokens, vocab, ((student_dim, dtype.itemsize), (teacher_dim, dtype.itemsize)))
+    whole = traffic.Cut.whole(tokens, vocab)
+    kernels = [traffic.statistics(of, whole), *([traffic.sums(of, whole)] if traffic.sweeps(divergence) == 2 else [])]
+    products = 2.0 * tokens * (student_dim + teacher_dim)
+    passes = [Pass(products * vocab, kernel.total, dtype) for kernel in kernels]
     for columns, count in _even(vocab, blocks):
-        tile = tokens * columns * dtype.itemsize
-        one = [product(tokens, student_dim, columns, dtype), product(tokens, teacher_dim, columns, dtype)]
-        one += [Pass(0.0, 3 * tile + statistics), product(tokens, columns, student_dim, dtype, 8 * tokens * student_dim)]
+        kernel = traffic.gradient(of, traffic.Cut.whole(tokens, columns), 0, columns, dtype.itemsize)
+        one = [Pass(products * columns, kernel.total, dtype)]
+        one += [product(tokens, columns, student_dim, dtype, 8 * tokens * student_dim)]
         if train_head:
             one += [product(columns, tokens, student_dim, dtype)]
         passes += _times(count, one)

@@ -205,12 +205,21 @@ class TestProducts:
 class TestBytes:
     def test_of_one_chunk(self) -> None:
         """By hand, in bfloat16: what each of the two heads and hidden states, both logit tiles and the gradients move."""
-        logits, head, hidden = 2 * N * V, 2 * V * STUDENT, 2 * N * STUDENT
+        logits, grad, head, hidden = 4 * N * V, 2 * N * V, 2 * V * STUDENT, 2 * N * STUDENT
         teacher = 2 * (N + V) * TEACHER
         forward = hidden + head + logits + teacher + logits
-        row_kernel = 2 * (2 * logits) + logits
-        backward = (logits + head + hidden) + (logits + hidden + head)
+        row_kernel = 2 * (2 * logits) + grad + N * (2 + 6) * 4  # weight, t; six columns
+        backward = (grad + head + hidden) + (grad + hidden + head)
         assert total_bytes(tokens_passes(*SIZES, torch.bfloat16)) == forward + row_kernel + backward
+
+    def test_of_one_block(self) -> None:
+        """By hand: statistics once, or twice for a divergence that needs them first; the gradient tile out once and in twice."""
+        operands, grad = 2 * (N + V) * (STUDENT + TEACHER), 2 * N * V
+        head, hidden = 2 * V * STUDENT, 2 * N * STUDENT
+        statistics, sums, gradient = 13 * 4 * N + 4, (8 + 5) * 4 * N + 4, 8 * 4 * N + 4
+        backward = (operands + gradient + grad) + (grad + head + 4 * hidden) + (grad + hidden + head) + 3 * hidden
+        for divergence, forward in (("forward_kl", operands + statistics), ("jsd", 2 * operands + statistics + sums)):
+            assert total_bytes(vocab_passes(*SIZES, torch.bfloat16, divergence=divergence)) == forward + backward
 
     def test_more_chunks_read_heads_again_and_sum_in_float32(self) -> None:
         one, two = (total_bytes(tokens_passes(*SIZES, torch.bfloat16, chunks=chunks)) for chunks in (1, 2))

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+import kdkernels as kd
 from benchmarks import traffic
 from benchmarks.traffic import Meter, metered, rows_over
+from kdkernels import traffic as closed
+from kdkernels.plan import block_columns
+from kdkernels.traffic import Cut, Traffic
+
+pytest.importorskip("triton")
+
+from benchmarks.interpreter import as_on_a_gpu
+from kdkernels.backends.triton.blocks import Matrix
+from kdkernels.backends.triton.vocabulary import shares
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -252,6 +265,167 @@ def test_an_operator_of_another_library_is_looked_into() -> None:
     assert meter.stored == {"aten::ones": 12 * 4, "aten::exp": 5 * 4, "aten::sub": 4 * 4, "kdkernels_traffic_test::closed": 7 * 4}
 
 
+# The closed forms
+
+BLOCKS, ROW = (16, 32, 16), 64
+MATRIX = Cut(*BLOCKS[:2])
+
+
+class Step(NamedTuple):
+    """A loss with gradients. student, teacher: hidden sizes; budget: bytes of scratch; biases: of both heads."""
+
+    tokens: int = 32
+    vocab: int = 128
+    student: int = 32
+    teacher: int = 48
+    dtype: torch.dtype = torch.float32
+    divergence: str = "forward_kl"
+    labels: bool = False
+    metrics: bool = False
+    biases: bool = False
+    budget: int = 2**20
+
+    @property
+    def logit(self) -> int:
+        return max(4, self.dtype.itemsize)
+
+    def run(self, strategy: str) -> Meter:
+        tensors = traffic._inputs(self.tokens, self.vocab, self.student, self.teacher, self.dtype)
+        hidden, head, teacher_hidden, teacher_head = tensors
+        heads: list[Any] = [head, teacher_head]
+        if self.biases:
+            heads = [kd.LMHead(weight, torch.zeros(self.vocab, dtype=self.dtype)) for weight in heads]
+        labels = torch.arange(self.tokens) % self.vocab if self.labels else None
+        with as_on_a_gpu(blocks=BLOCKS, row=ROW), metered(operands=tensors) as meter:
+            found = kd.linear_kd_loss(
+                *(hidden, heads[0], teacher_hidden, heads[1], labels),
+                divergence=self.divergence,
+                ce_weight=0.5 if self.labels else 0.0,
+                strategy=strategy,
+                memory_budget=self.budget,
+                return_metrics=self.metrics,
+            )
+            (found[0] if self.metrics else found).backward()
+        return meter
+
+    def tokens_traffic(self) -> dict[str, Traffic]:
+        """Chunks of rows add up to all rows, whatever their number."""
+        swept = closed.sweeps(self.divergence, metrics=self.metrics)
+        return {
+            "row_loss_kernel": closed.row_loss(
+                *(self.tokens, self.vocab, (self.logit, self.logit), self.dtype.itemsize),
+                sweeps=swept,
+                labels=self.labels,
+                biases=2 * self.biases,
+            )
+        }
+
+    def vocab_traffic(self) -> dict[str, Traffic]:
+        of = closed.Products(
+            *(self.tokens, self.vocab, tuple((dim, self.dtype.itemsize) for dim in (self.student, self.teacher))),
+            biases=2 * self.biases,
+        )
+        with as_on_a_gpu(blocks=BLOCKS, row=ROW):
+            splits = replace(MATRIX, splits=shares(self.tokens, self.vocab, Matrix(*BLOCKS, 4, 1))[1])
+            width = block_columns(self.tokens, self.vocab, self.dtype.itemsize, self.budget)
+        found = {"statistics_kernel": closed.statistics(of, splits, labels=self.labels)}
+        if closed.sweeps(self.divergence, metrics=self.metrics) == 2:
+            found["sums_kernel"] = closed.sums(of, splits)
+        gradients = [
+            closed.gradient(of, MATRIX, begin, min(begin + width, self.vocab), self.dtype.itemsize, labels=self.labels)
+            for begin in range(0, self.vocab, width)
+        ]
+        found["gradient_kernel"] = functools.reduce(operator.add, gradients)
+        return found
+
+
+STEPS = {
+    "two sweeps before the gradient": Step(divergence="jsd"),
+    "one sweep": Step(),
+    "one sweep, weighed by the student": Step(divergence="reverse_kl"),
+    "labels": Step(labels=True),
+    "labels and two sweeps": Step(divergence="jsd", labels=True),
+    "metrics want a second sweep": Step(metrics=True),
+    "metrics and labels": Step(divergence="reverse_kl", metrics=True, labels=True),
+    "16 bits": Step(dtype=torch.bfloat16, divergence="jsd"),
+    "16 bits, one sweep": Step(dtype=torch.bfloat16, labels=True),
+    "biases": Step(biases=True, divergence="jsd"),
+    "no size is a multiple of a block": Step(37, 101, 20, 28, labels=True, divergence="jsd"),
+    "rows that no descriptor takes": Step(19, 75, 13, 21),
+    "one token": Step(1, 45),
+    "several chunks and blocks": Step(50, 200, budget=50 * 48 * 4, labels=True),
+    "several chunks and blocks, 16 bits": Step(50, 200, budget=50 * 48 * 4, dtype=torch.bfloat16, divergence="reverse_kl"),
+}
+
+
+def assert_within(meter: Meter, found: dict[str, Traffic]) -> None:
+    """2 % is what is promised; nothing that is done now is off by a byte."""
+    assert set(meter.loaded) == set(found)
+    for kernel, form in found.items():
+        assert meter.loaded[kernel] == pytest.approx(form.loaded, rel=0.02), kernel
+        assert meter.stored[kernel] == pytest.approx(form.stored, rel=0.02), kernel
+    operands = sum(form.operands for form in found.values())
+    assert meter.kinds["kernel operands"] == pytest.approx(operands, rel=0.02)
+    assert meter.total() == pytest.approx(sum(form.total for form in found.values()), rel=0.001)
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_kernels_move_what_their_closed_forms_say(strategy: str, name: str) -> None:
+    step = STEPS[name]
+    assert_within(step.run(strategy), step.tokens_traffic() if strategy == "tokens" else step.vocab_traffic())
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_value_alone_takes_no_gradient_sweep(labels: bool) -> None:
+    step = Step(divergence="jsd", labels=labels)
+    with torch.no_grad(), mock.patch.object(Tensor, "backward"):
+        tokens, vocab = step.run("tokens"), step.run("vocab")
+    form = closed.row_loss(step.tokens, step.vocab, (4, 4), sweeps=2, labels=labels)
+    assert_within(tokens, {"row_loss_kernel": form})
+    found = step.vocab_traffic()
+    del found["gradient_kernel"]
+    assert_within(vocab, found)
+
+
+def test_a_loss_without_divergence_sweeps_once() -> None:
+    """Cross-entropy alone: the student stands for the teacher, in the row kernel as in the kernels that multiply."""
+    step = Step(labels=True, divergence="jsd")
+    with mock.patch("kdkernels.linear_kd_loss", functools.partial(kd.linear_kd_loss, kd_weight=0.0)):
+        tokens, vocab = step.run("tokens"), step.run("vocab")
+    assert closed.sweeps("jsd", kd=False) == 1
+    assert_within(tokens, {"row_loss_kernel": closed.row_loss(32, 128, (4, 4), 4, sweeps=1, labels=True)})
+    of = closed.Products(step.tokens, step.vocab, ((step.student, 4),))
+    splits = replace(MATRIX, splits=1)
+    kernels = {
+        "statistics_kernel": closed.statistics(of, splits, labels=True),
+        "gradient_kernel": closed.gradient(of, MATRIX, 0, 128, 4, labels=True),
+    }
+    assert_within(vocab, kernels)
+
+
+def test_an_extra_sweep_is_noticed() -> None:
+    """The bound means something: forward KL in two sweeps, as if running sums did not give its value."""
+    step = Step()
+    with mock.patch("kdkernels.backends.triton.rows.resolve", return_value=mock.Mock(one_sweep="")):
+        meter = step.run("tokens")
+    with pytest.raises(AssertionError):
+        assert_within(meter, step.tokens_traffic())
+
+
+def test_one_block_of_everything_loads_each_operand_once() -> None:
+    of = closed.Products(40, 300, ((16, 2), (24, 4)), biases=1)
+    whole = Cut.whole(40, 300)
+    once = (40 + 300) * (16 * 2 + 24 * 4)
+    for form in (closed.statistics(of, whole), closed.sums(of, whole), closed.gradient(of, whole, 0, 300, 2)):
+        assert form.operands == once
+    assert closed.gradient(of, whole, 0, 300, 2).stored == 40 * 300 * 2
+    assert closed.statistics(of, whole).loaded == once + 300 * 4 + 4
+
+
+# What others move
+
+
 def _liger(*arguments: Any) -> Meter:
     pytest.importorskip("liger_kernel", reason="pip install --no-deps liger-kernel==0.8.5")
     return traffic.liger_fused_linear_jsd(*arguments)
@@ -263,17 +437,18 @@ def test_ligers_bytes_are_those_of_its_source(dtype: torch.dtype) -> None:
     meter = _liger(tokens, vocab, student, teacher, dtype)
     logits, chunk = tokens * vocab, 4  # the power of 2 from tokens * student / vocab up
     # log q and log p in, losses and slopes out
-    assert meter.kinds == {"kernel": logits * 16} | {kind: meter.kinds[kind] for kind in traffic.KINDS[1:]}
+    assert (meter.kinds["kernel"], meter.kinds["kernel operands"]) == (logits * 16, 0)
     assert meter.loaded["_jsd_kernel"] == meter.stored["_jsd_kernel"] == logits * 8
     # x and z out in float32, dx in twice
     assert meter.kinds["product logits"] == logits * (8 + 2 * size)
     # every chunk: the student's head twice, the teacher's once, its dW in and out; hidden states three times, the teacher's once
     heads, hiddens = vocab * (4 * student + teacher), tokens * (3 * student + teacher)
-    assert meter.kinds["product"] == size * (heads * tokens // chunk + hiddens)
-    # 80 bytes for each logit, 6 more to round dx; gradients filled with zeros, dH copied into its place
+    # gradients filled with zeros, dH copied into its place
+    gradients = vocab * student + 3 * tokens * student
+    assert meter.kinds["product"] == size * (heads * tokens // chunk + hiddens + gradients)
+    # 80 bytes for each logit, 6 more to round dx
     passes = logits * (80 + (4 + size if size < 4 else 0))
-    gradients = size * (vocab * student + 3 * tokens * student)
-    few = meter.kinds["operator"] - passes - gradients
+    few = meter.kinds["operator"] - passes
     assert 0 <= few < 64 * tokens  # sums of rows, the loss
 
 
@@ -301,16 +476,66 @@ def test_without_liger_the_error_says_how_to_install_it(monkeypatch: pytest.Monk
         traffic.liger_fused_linear_jsd(4, 32, 4, 4, torch.float32)
 
 
-def test_the_command_writes_bytes_for_each_token_and_logit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A command that measures eager and something that is not there, at one small shape."""
     monkeypatch.setattr(
-        traffic, "MEASURED", {"eager JSD": traffic.eager_jsd, "missing": mock.Mock(side_effect=ImportError("no x"))}
+        traffic, "MEASURED", {"eager JSD": traffic.eager_jsd, traffic.LIGER: mock.Mock(side_effect=ImportError("no x"))}
     )
     monkeypatch.setattr(traffic, "SHAPES", ((8, 32, 4, 4),))
     monkeypatch.setattr(traffic, "RESULTS", tmp_path / "traffic.json")
-    monkeypatch.setattr(sys, "argv", ["traffic"])
-    assert traffic.main() == 0
-    cases = json.loads((tmp_path / "traffic.json").read_text())["cases"]
+    return tmp_path / "traffic.json"
+
+
+def test_the_command_writes_bytes_for_each_token_and_logit(small: Path) -> None:
+    assert traffic.main([]) == 0
+    cases = json.loads(small.read_text())["cases"]
     result = cases["eager JSD fp32 N=8 V=32 D=4,4"]
     assert result["bytes_per_logit"]["product logits"] == 16  # x, z, and dx twice
     assert result["bytes_per_token"]["operator"] == 32 * result["bytes_per_logit"]["operator"]
-    assert cases["missing bf16 N=8 V=32 D=4,4"] == {"failed": "no x"}
+    assert result["least_possible_bytes_per_logit"] == 4 * 7
+    assert cases[f"{traffic.LIGER} bf16 N=8 V=32 D=4,4"] == {"failed": "no x"}
+
+
+def test_a_quick_run_shows_what_is_recorded_where_liger_is_missing(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorded = traffic.summary(traffic.LIGER, torch.bfloat16, traffic.eager_jsd(8, 32, 4, 4, torch.bfloat16), 8, 32)
+    content = {"versions": {"liger-kernel": "0.8.5"}, "cases": {f"{traffic.LIGER} bf16 N=8 V=32 D=4,4": recorded}}
+    small.write_text(json.dumps(content))
+    assert traffic.main(["--quick"]) == 0
+    assert json.loads(small.read_text()) == content
+    shown = capsys.readouterr().out
+    assert f"{traffic.LIGER} (recorded, liger-kernel 0.8.5)" in shown
+    assert f"{traffic.LIGER}: not measured" in shown  # fp32 is not recorded
+    assert "not measured here: no x" in shown
+    assert "eager JSD (measured)" in shown
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ours_is_close_to_the_least_possible(dtype: torch.dtype) -> None:
+    """JSD takes one sweep of the logits more than a divergence whose value needs no log-sum-exps first, and each sweep reads."""
+    tokens, vocab, size = 64, 1024, dtype.itemsize
+    logits = tokens * vocab
+    chunked, streamed = (traffic.ours(strategy, tokens, vocab, 32, 48, dtype) for strategy in ("tokens", "vocab"))
+    # x and z out in float32, dx in twice; the row kernel sweeps both three times
+    assert chunked.kinds["product logits"] == logits * (8 + 2 * size)
+    assert chunked.kinds["kernel"] == pytest.approx(logits * (3 * 8 + size), rel=0.01)
+    assert chunked.kinds["kernel operands"] == 0
+    assert streamed.kinds["product logits"] == logits * 2 * size
+    assert streamed.stored["gradient_kernel"] == logits * size
+    assert streamed.kinds["kernel operands"] > 0
+    for meter, name in ((chunked, "kdkernels tokens"), (streamed, "kdkernels vocab")):
+        assert meter.total(*traffic.LOGIT_TRAFFIC) >= logits * traffic.least_possible(name, dtype)
+    # The columns of rows, weights and losses: a few numbers for each token.
+    assert chunked.kinds["operator"] < 128 * tokens
+
+
+def test_the_recorded_results_are_of_the_same_shapes_and_definitions() -> None:
+    """benchmarks/results/traffic.json is made again whenever what is measured changes."""
+    results = json.loads(traffic.RESULTS.read_text())
+    assert set(results["cases"]) == {
+        traffic._case(name, dtype, shape) for name in traffic.MEASURED for dtype in traffic.DTYPES for shape in traffic.SHAPES
+    }
+    for case, found in results["cases"].items():
+        assert set(found["bytes_per_token"]) == set(traffic.KINDS), case
+        assert found["logit_traffic_bytes_per_token"] > 0
+    assert results["meanings"] == traffic.MEANINGS

@@ -191,6 +191,14 @@ def gradient_kernel(
     tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=(rows < tokens)[:, None] & (columns < end)[None, :])
 
 
+def shares(tokens: int, vocab: int, matrix: blocks.Matrix) -> tuple[int, int]:
+    """Columns of a split of the vocabulary, and how many splits: enough for PROGRAMS programs."""
+    tiles = triton.cdiv(vocab, matrix.block_v)
+    wanted = min(tiles, triton.cdiv(PROGRAMS, triton.cdiv(tokens, matrix.block_n)))
+    share = triton.cdiv(tiles, wanted) * matrix.block_v
+    return share, triton.cdiv(vocab, share)
+
+
 class FusedSweeps:
     """The sweeps of ``vocab.Sweeps`` with the products inside the kernels."""
 
@@ -233,10 +241,7 @@ class FusedSweeps:
     def _over_splits(self, kernel: Any, matrix: blocks.Matrix, columns: int, arguments: Any, **constants: Any) -> Tensor:
         """Partial results [splits, count, columns] of a kernel that goes over the vocabulary in splits."""
         count, vocab = self.step.count, self.step.vocab
-        tiles = triton.cdiv(vocab, matrix.block_v)
-        wanted = min(tiles, triton.cdiv(PROGRAMS, triton.cdiv(count, matrix.block_n)))
-        share = triton.cdiv(tiles, wanted) * matrix.block_v
-        splits = triton.cdiv(vocab, share)
+        share, splits = shares(count, vocab, matrix)
         parts = self.t.new_empty((splits, count, columns))
 
         def grid(chosen: blocks.Matrix) -> tuple[int, int]:

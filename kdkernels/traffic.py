@@ -1,0 +1,132 @@
+"""Bytes that the GPU's kernels load and store, in closed form. tests/test_traffic.py holds them to a count in Triton's interpreter.
+
+All of it is as the programs issue it: a second load of the same address counts again, and so does every program's own copy. For
+logits that is what main memory delivers, since a vocabulary's row is larger than what a processor keeps. Of the operands of the
+kernels that multiply most comes from the last-level cache instead: each block of tokens goes over the heads, each tile of the
+vocabulary over the hidden states. What memory has to deliver at least is the same form with one block that holds everything
+(:meth:`Cut.whole`); that is what the roofline counts.
+
+Rows here are those that count: of rows of weight 0 the row kernel loads less.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from kdkernels.backends.operators import ROW_COLUMNS, STATS_COLUMNS, SUMS_COLUMNS
+from kdkernels.divergences import resolve
+
+FLOAT, LABEL = 4, 8  # bytes of a statistic, weight, bias or t; of a label
+# Columns of the statistics that a kernel reads: none of the moments for the sums, none of the teacher's for the gradient.
+SUMS_READ, GRADIENT_READ = 8, 6
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes loaded and stored. operands: how many of those loaded are of hidden states and heads."""
+
+    loaded: int
+    stored: int
+    operands: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.loaded + self.stored
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.loaded + other.loaded, self.stored + other.stored, self.operands + other.operands)
+
+
+def sweeps(divergence: str, *, kd: bool = True, metrics: bool = False) -> int:
+    """How often the logits are gone over before the gradient: once where running sums give the value, or there is none."""
+    return 1 if not metrics and (not kd or resolve(divergence).one_sweep) else 2
+
+
+def row_loss(
+    rows: int,
+    vocab: int,
+    logit_bytes: tuple[int, int],
+    grad_bytes: int = 0,
+    *,
+    sweeps: int,
+    labels: bool = False,
+    biases: int = 0,
+) -> Traffic:
+    """row_loss_kernel. logit_bytes: of an entry of x and of z; grad_bytes: of dx, 0 for none. biases: how many models have one.
+
+    Each sweep, and that of the gradient, loads x, z and the biases again.
+    """
+    passes = sweeps + (grad_bytes > 0)
+    entries = passes * vocab * (sum(logit_bytes) + biases * FLOAT)
+    row = 2 * FLOAT + (LABEL if labels else 0)  # weight, t, label
+    return Traffic(rows * (entries + row), rows * (len(ROW_COLUMNS) * FLOAT + vocab * grad_bytes))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a kernel that multiplies cuts the logits [tokens, vocab]: block_n x block_v a tile, ``splits`` of the vocabulary."""
+
+    block_n: int
+    block_v: int
+    splits: int = 1
+
+    @classmethod
+    def whole(cls, tokens: int, vocab: int) -> Cut:
+        """One tile: every operand is loaded once."""
+        return cls(tokens, vocab)
+
+
+@dataclass(frozen=True)
+class Products:
+    """The two products inside a kernel: hidden [tokens, dim] and head [vocab, dim] of each model, and bytes of their entries.
+
+    models: (dim, bytes) of student and teacher; the student alone where the loss does not look at the teacher. biases: how many
+    of the models have one.
+    """
+
+    tokens: int
+    vocab: int
+    models: tuple[tuple[int, int], ...]
+    biases: int = 0
+
+    def token_blocks(self, cut: Cut) -> int:
+        return math.ceil(self.tokens / cut.block_n)
+
+    def operands(self, cut: Cut, tiles: int, columns: int) -> int:
+        """Bytes of hidden states, again for each of ``tiles``, and of ``columns`` of the heads, for each block of tokens."""
+        return (self.tokens * tiles + columns * self.token_blocks(cut)) * sum(dim * size for dim, size in self.models)
+
+    def bias_bytes(self, cut: Cut, columns: int) -> int:
+        return self.token_blocks(cut) * columns * self.biases * FLOAT
+
+    def over_splits(self, cut: Cut, row_read: int, row_written: int) -> Traffic:
+        """A kernel that goes over the whole vocabulary, each split reading and writing so many bytes of each row, and t."""
+        operands = self.operands(cut, math.ceil(self.vocab / cut.block_v), self.vocab)
+        scalars = self.token_blocks(cut) * cut.splits * FLOAT
+        others = self.bias_bytes(cut, self.vocab) + scalars + self.tokens * cut.splits * row_read
+        return Traffic(operands + others, self.tokens * cut.splits * row_written, operands)
+
+
+def statistics(of: Products, cut: Cut, *, labels: bool = False) -> Traffic:
+    """statistics_kernel: writes [splits, tokens, STATS_COLUMNS]."""
+    return of.over_splits(cut, LABEL if labels else 0, len(STATS_COLUMNS) * FLOAT)
+
+
+def sums(of: Products, cut: Cut) -> Traffic:
+    """sums_kernel: reads the statistics, writes [splits, tokens, SUMS_COLUMNS]."""
+    return of.over_splits(cut, SUMS_READ * FLOAT, len(SUMS_COLUMNS) * FLOAT)
+
+
+def gradient(of: Products, cut: Cut, begin: int, end: int, grad_bytes: int, *, labels: bool = False) -> Traffic:
+    """gradient_kernel over the columns ``begin`` to ``end``: writes their gradient [tokens, end - begin].
+
+    Its last tile multiplies columns that lie behind the end, as far as there are any. Each tile reads statistics, slope sum and
+    weight of its rows.
+    """
+    tiles = math.ceil((end - begin) / cut.block_v)
+    columns = min(of.vocab, begin + tiles * cut.block_v) - begin
+    operands = of.operands(cut, tiles, columns)
+    row = (GRADIENT_READ + 2) * FLOAT + (LABEL if labels else 0)
+    others = of.bias_bytes(cut, columns) + tiles * (of.tokens * row + of.token_blocks(cut) * FLOAT)
+    return Traffic(operands + others, of.tokens * (end - begin) * grad_bytes, operands)
