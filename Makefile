@@ -25,7 +25,7 @@ demo: setup
 	$(PY) -m kdkernels demo
 
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 4
 
 bench: setup
 	$(PY) -m pytest -o addopts= benchmarks --benchmark-only

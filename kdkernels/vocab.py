@@ -52,7 +52,7 @@ def merged(parts: Tensor, weigh: str) -> Tensor:
         factor = u.exp().masked_fill(empty, 0.0)
         moment = factor * (moment + (mass * (u - v)).masked_fill(empty, 0.0))
         mass = factor * mass
-    whole[:, _AT["mass"]], whole[:, _AT["moment"]] = mass.sum(0), moment.masked_fill(mass == 0, 0.0).sum(0)
+    whole[:, _AT["mass"]], whole[:, _AT["moment"]] = mass.sum(0), moment.sum(0)
     return whole
 
 

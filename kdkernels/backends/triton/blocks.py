@@ -67,9 +67,9 @@ TABLE: dict[tuple[str, int], Entry] = {
 def entry(device: torch.device, dtype: torch.dtype) -> Entry:
     """The table's blocks for products of ``dtype`` on ``device``."""
     name = architecture(device)
-    kind, number = name.rstrip("0123456789abcdef"), name
+    kind = name.rstrip("0123456789abcdef")
     known = sorted((listed for listed, size in TABLE if size == dtype.itemsize and listed.startswith(kind)), key=_generation)
-    older = [listed for listed in known if _generation(listed) <= _generation(number)]
+    older = [listed for listed in known if _generation(listed) <= _generation(name)]
     return TABLE[(older or known)[-1 if older else 0], dtype.itemsize]
 
 

@@ -65,10 +65,13 @@ def described(device: torch.device) -> bool:
 def operands(hidden: Tensor, weight: Tensor, matrix: Matrix, device: torch.device) -> tuple[Any, ...]:
     """Both operands of logits = hidden weightᵀ as vocabulary._product takes them.
 
-    A descriptor wants 16-byte rows; others go by pointers.
+    A descriptor wants 16-byte rows that lie apart; others go by pointers.
     """
     width = hidden.shape[1]
-    aligned = all(side.data_ptr() % 16 == 0 and side.stride(0) * side.element_size() % 16 == 0 for side in (hidden, weight))
+    aligned = all(
+        side.data_ptr() % 16 == 0 and side.stride(0) >= width and side.stride(0) * side.element_size() % 16 == 0
+        for side in (hidden, weight)
+    )
     if not (described(device) and aligned and hidden.stride(1) == weight.stride(1) == 1):
         hidden, weight = (side if side.stride(1) == 1 else side.contiguous() for side in (hidden, weight))
         return hidden, weight, hidden.stride(0), weight.stride(0), width
