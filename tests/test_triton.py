@@ -275,6 +275,11 @@ class TestOperands:
             *_, hidden_stride, weight_stride, width = launch.operands(one, other, self.MATRIX, CPU)
             assert (hidden_stride, weight_stride, width) == (16, 16, 8)
 
+    def test_rows_that_lie_on_one_another_go_by_pointers(self) -> None:
+        hidden, weight = self.both(16)
+        *_, hidden_stride, weight_stride, _ = launch.operands(hidden, weight[:1].expand(7, 16), self.MATRIX, CPU)
+        assert (hidden_stride, weight_stride) == (16, 0)
+
     def test_a_transposed_head_is_copied(self) -> None:
         hidden, weight = self.both(8)
         given = launch.operands(hidden, weight.t().contiguous().t(), self.MATRIX, CPU)
