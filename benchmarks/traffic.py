@@ -483,14 +483,14 @@ HEADINGS = (*LOGIT_TRAFFIC, "logit traffic", "least possible", "product", "kerne
 
 def _heading(dtype: str, shape: Shape) -> str:
     title = f"bytes a token, N={shape[0]} V={shape[1]} D={shape[2]},{shape[3]} {dtype}"
-    return f"{title:52}" + "".join(f"{heading:>16}" for heading in HEADINGS)
+    return f"{title:58}" + "".join(f"{heading:>16}" for heading in HEADINGS)
 
 
 def _line(name: str, result: dict[str, Any]) -> str:
     of_token = result["bytes_per_token"]
     numbers = [*(of_token[kind] for kind in LOGIT_TRAFFIC), result["logit_traffic_bytes_per_token"]]
     numbers += [result["least_possible_bytes_per_token"], of_token["product"], of_token["kernel operands"]]
-    return f"  {name:50}" + "".join(f"{number:>16,.0f}" for number in numbers)
+    return f"  {name:56}" + "".join(f"{number:>16,.0f}" for number in numbers)
 
 
 NOTE = """JSD, loss and both gradients. All measured, but for "least possible", which is a formula: of logit traffic, for vocab
