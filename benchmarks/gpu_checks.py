@@ -68,8 +68,8 @@ SETTINGS = {
 SPREADS = (1.0, 10.0, 30.0)
 QUICK = ("plain", "both, odd widths", "vocabulary smaller than a block", "several chunks", "dressed, t < 1", "banned tokens")
 TOY = {
-    "dressed, t < 1": Setting((5,), 37, dressed=True, t=0.4, temperature=2.0),
-    "banned tokens": Setting((2, 2), 45, (7, 9), banned=True),
+    "dressed, t < 1": Setting((5,), 37, dressed=True, t=0.4, temperature=2.0, draws=3),
+    "banned tokens": Setting((2, 2), 45, (7, 9), banned=True, draws=3),
     "vocabulary smaller than a block": Setting((3,), 3, draws=4),
 }
 # Through the interpreter: one divergence that has its value in one sweep, and one that needs the log-sum-exps first.
