@@ -169,8 +169,10 @@ class TestPlan:
         drawn.run(memory_budget=memory_budget)
         plan = kd.plan(200, 500, STUDENT, TEACHER, memory_budget=memory_budget, divergence=name)
         assert ran[0] == plan.strategy
-        # One chunk is the fewest products; a row at a time reads both heads for each.
-        assert plan.strategy == {1: "vocab", 2_000: "vocab", 10**7: "tokens"}.get(memory_budget, plan.strategy)
+
+    def test_heads_read_for_few_rows_each_cost_more_than_multiplying_twice(self) -> None:
+        chosen = {mib: kd.plan(1024, 32_000, 512, 1024, memory_budget=mib * MIB).strategy for mib in (1, 64, 512)}
+        assert chosen == {1: "vocab", 64: "tokens", 512: "tokens"}
 
     def test_one_chunk_is_never_streamed(self) -> None:
         for tokens_ in (1, 7, 100):
