@@ -227,6 +227,8 @@ def _described(value: Any, path: tuple[int, ...], plain: bool, constants: dict[A
         if value % 16 == 0 and not plain:
             aligned[path] = [["tt.divisibility", 16]]
         return "i32"
+    if len(path) > 1:
+        raise ValueError(f"argument {path}: a descriptor inside a tuple, where Triton's launcher does not look for them")
     shape = ", ".join(map(str, value.block_shape))
     return f"tensordesc<{POINTERS[value.base.dtype].removeprefix('*')}[{shape}]>"
 

@@ -245,7 +245,7 @@ def test_a_teacher_that_nobody_looks_at_is_not_handed_to_the_kernels() -> None:
     case = replace(draw(), labels=torch.arange(6), options=Options(kd_weight=0.0, ce_weight=1.0))
     for metrics in (False, True):  # which are about the teacher
         with as_on_a_gpu():
-            student, teacher = sweeps_of(step_of(case, "jsd", metrics=metrics))._operands(Matrix(16, 32, 16, 4, 1))
+            *_, student, teacher = sweeps_of(step_of(case, "jsd", metrics=metrics))._operands(Matrix(16, 32, 16, 4, 1))
         assert student is not None
         assert (teacher is None) == (not metrics)
 
@@ -260,7 +260,7 @@ class TestOperands:
     def test_rows_of_16_bytes_go_by_descriptors_and_others_by_pointers(self, dtype: torch.dtype, aligned: int) -> None:
         for width in range(1, 33):
             hidden, weight = self.both(width, dtype)
-            *given, hidden_stride, weight_stride, d = launch.operands(hidden, weight, self.MATRIX, CPU)
+            *given, (hidden_stride, weight_stride, d) = launch.operands(hidden, weight, self.MATRIX, CPU)
             described = [type(part).__name__ == "TensorDescriptor" for part in given]
             assert described == [width % aligned == 0] * 2
             assert (hidden_stride, weight_stride) == ((None, None) if all(described) else (width, width))
@@ -272,12 +272,12 @@ class TestOperands:
     def test_a_view_that_begins_off_16_bytes_goes_by_pointers(self) -> None:
         hidden, weight = self.both(16)
         for one, other in ((hidden[:, 1:9], weight[:, 0:8]), (hidden[:, 0:8], weight[:, 1:9])):
-            *_, hidden_stride, weight_stride, width = launch.operands(one, other, self.MATRIX, CPU)
+            *_, (hidden_stride, weight_stride, width) = launch.operands(one, other, self.MATRIX, CPU)
             assert (hidden_stride, weight_stride, width) == (16, 16, 8)
 
     def test_rows_that_lie_on_one_another_go_by_pointers(self) -> None:
         hidden, weight = self.both(16)
-        *_, hidden_stride, weight_stride, _ = launch.operands(hidden, weight[:1].expand(7, 16), self.MATRIX, CPU)
+        *_, (hidden_stride, weight_stride, _) = launch.operands(hidden, weight[:1].expand(7, 16), self.MATRIX, CPU)
         assert (hidden_stride, weight_stride) == (16, 0)
 
     def test_a_transposed_head_is_copied(self) -> None:
@@ -293,7 +293,7 @@ class TestOperands:
         given = launch.operands(hidden, weight, self.MATRIX, CPU)
         assert given[0] is hidden
         assert given[1] is weight
-        assert given[2:] == (16, 16, 16)
+        assert given[2] == (16, 16, 16)
 
     @pytest.mark.parametrize("dims", [DIMS, (23, 39), (23, 40), (1, 3)])
     @pytest.mark.parametrize("dtype", NATIVE_DTYPES)

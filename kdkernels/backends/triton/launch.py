@@ -63,7 +63,7 @@ def described(device: torch.device) -> bool:
 
 
 def operands(hidden: Tensor, weight: Tensor, matrix: Matrix, device: torch.device) -> tuple[Any, ...]:
-    """Both operands of logits = hidden weightᵀ as vocabulary._product takes them.
+    """Both operands of logits = hidden weightᵀ and their layout, as vocabulary._product takes them.
 
     A descriptor wants 16-byte rows that lie apart; others go by pointers.
     """
@@ -74,9 +74,9 @@ def operands(hidden: Tensor, weight: Tensor, matrix: Matrix, device: torch.devic
     )
     if not (described(device) and aligned and hidden.stride(1) == weight.stride(1) == 1):
         hidden, weight = (side if side.stride(1) == 1 else side.contiguous() for side in (hidden, weight))
-        return hidden, weight, hidden.stride(0), weight.stride(0), width
+        return hidden, weight, (hidden.stride(0), weight.stride(0), width)
     descriptors = [
         TensorDescriptor.from_tensor(side, [rows, matrix.block_d])
         for side, rows in ((hidden, matrix.block_n), (weight, matrix.block_v))
     ]
-    return *descriptors, None, None, width
+    return *descriptors, (None, None, width)

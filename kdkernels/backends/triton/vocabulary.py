@@ -29,13 +29,14 @@ PROGRAMS = 1024
 
 @triton.jit
 def _product(
-    operands, n0, v0, tokens, vocab, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr
-):
+    hidden, weight, layout, n0, v0, tokens, vocab, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
     """hidden[n0 :] weight[v0 :]ᵀ, a tile [BLOCK_N, BLOCK_V] in float32; 0 outside.
 
-    operands: hidden [tokens, D] and weight [vocab, D], as descriptors (strides None) or as pointers with their row strides; D.
+    hidden: [tokens, D], weight: [vocab, D], as descriptors or pointers. layout: their row strides (None for descriptors), and D.
     """
-    hidden, weight, hidden_stride, weight_stride, width = operands
+    hidden_stride, weight_stride, width = layout
     logits = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     if hidden_stride is None:
         for d0 in range(0, width, BLOCK_D):
@@ -56,16 +57,16 @@ def _product(
 
 @triton.jit
 def _tile(
-    student, teacher, n0, v0, tokens, vocab, t, temperature, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    student_hidden, student_weight, teacher_hidden, teacher_weight, student, teacher, n0, v0, tokens, vocab, t, temperature,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x, y and z [BLOCK_N, BLOCK_V] over the temperature. student, teacher: (operands, head); a teacher of None is the student."""
+    """x, y and z [BLOCK_N, BLOCK_V] over the temperature. student, teacher: (layout, head); a teacher of None is the student."""
     columns = v0 + tl.arange(0, BLOCK_V)
-    x = _product(student[0], n0, v0, tokens, vocab, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
+    x = _product(student_hidden, student_weight, student[0], n0, v0, tokens, vocab, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
     x = device.after_head(x, student[1], temperature, columns, columns < vocab)
     if teacher is None:
         return x, x, x
-    z = _product(teacher[0], n0, v0, tokens, vocab, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
+    z = _product(teacher_hidden, teacher_weight, teacher[0], n0, v0, tokens, vocab, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
     z = device.after_head(z, teacher[1], temperature, columns, columns < vocab)
     return x, device.mixed(x, z, t), z
 
@@ -90,6 +91,10 @@ def _write(ptr, split, rows, tokens, found, COLUMNS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "share"])
 def statistics_kernel(
+    student_hidden,
+    student_weight,
+    teacher_hidden,
+    teacher_weight,
     student,
     teacher,
     parts_ptr,  # [splits, tokens, STATS_COLUMNS]
@@ -116,7 +121,10 @@ def statistics_kernel(
         labels = tl.load(labels_ptr + rows, mask=rows < tokens, other=-1)
     state = device.no_statistics(BLOCK_N)
     for v0 in range(split * share, min(split * share + share, vocab), BLOCK_V):
-        x, y, z = _tile(student, teacher, n0, v0, tokens, vocab, t, temperature, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
+        x, y, z = _tile(
+            student_hidden, student_weight, teacher_hidden, teacher_weight, student, teacher,
+            n0, v0, tokens, vocab, t, temperature, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION,
+        )  # fmt: skip
         columns = v0 + tl.arange(0, BLOCK_V)
         state = device.add_statistics(state, x, y, z, labels, v0, columns, temperature, WEIGH, CE, METRICS)
     _write(parts_ptr, split, rows, tokens, device.finished(state, temperature, CE), 13)
@@ -124,6 +132,10 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "share"])
 def sums_kernel(
+    student_hidden,
+    student_weight,
+    teacher_hidden,
+    teacher_weight,
     student,
     teacher,
     parts_ptr,  # [splits, tokens, SUMS_COLUMNS]
@@ -148,13 +160,20 @@ def sums_kernel(
     stats = _read(stats_ptr, rows, tokens, 13, 8)
     state = device.no_sums(BLOCK_N)
     for v0 in range(split * share, min(split * share + share, vocab), BLOCK_V):
-        x, y, z = _tile(student, teacher, n0, v0, tokens, vocab, t, temperature, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
+        x, y, z = _tile(
+            student_hidden, student_weight, teacher_hidden, teacher_weight, student, teacher,
+            n0, v0, tokens, vocab, t, temperature, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION,
+        )  # fmt: skip
         state = device.add_sums(state, x, y, z, stats, a, PAIR, METRICS)
     _write(parts_ptr, split, rows, tokens, state, 5)
 
 
 @triton.jit(do_not_specialize=["tokens", "begin", "end"])
 def gradient_kernel(
+    student_hidden,
+    student_weight,
+    teacher_hidden,
+    teacher_weight,
     student,
     teacher,
     dx_ptr,  # [tokens, at least end - begin]
@@ -179,7 +198,10 @@ def gradient_kernel(
     rows = n0 + tl.arange(0, BLOCK_N)
     columns = v0 + tl.arange(0, BLOCK_V)
     t = tl.load(t_ptr)
-    x, y, _ = _tile(student, teacher, n0, v0, tokens, vocab, t, terms[1], BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
+    x, y, _ = _tile(
+            student_hidden, student_weight, teacher_hidden, teacher_weight, student, teacher,
+            n0, v0, tokens, vocab, t, terms[1], BLOCK_N, BLOCK_V, BLOCK_D, PRECISION,
+        )  # fmt: skip
     labels = None
     if labels_ptr is not None:
         labels = tl.load(labels_ptr + rows, mask=rows < tokens, other=-1)
@@ -220,12 +242,16 @@ class FusedSweeps:
         self.pair = launch.pair_function(step.terms.divergence)
 
     def _operands(self, matrix: blocks.Matrix) -> list[Any]:
-        """Student and teacher (None where the loss does not look at it) as the kernels take them."""
-        found: list[Any] = []
-        for hidden, weight, bias, scale, softcap in self.models:
-            operands = launch.operands(hidden, weight, matrix, self.step.device)
-            found.append((operands, launch.head_arguments(bias, scale, softcap)))
-        return found if len(found) == 2 else [*found, None]
+        """Hidden states and weight of student and teacher, then (layout, head) of both; None for a teacher that is not looked at.
+
+        Triton's launcher looks for descriptors among the arguments themselves, and not inside tuples.
+        """
+        operands: list[Any] = [None] * 4
+        models: list[Any] = [None] * 2
+        for at, (hidden, weight, bias, scale, softcap) in enumerate(self.models):
+            *operands[2 * at : 2 * at + 2], layout = launch.operands(hidden, weight, matrix, self.step.device)
+            models[at] = layout, launch.head_arguments(bias, scale, softcap)
+        return [*operands, *models]
 
     def _run(self, kernel: Any, matrix: blocks.Matrix, grid: Any, arguments: tuple[Any, ...], **constants: Any) -> None:
         """grid: from a Matrix. Starts the kernel with the table's blocks, or with those that a search finds to be faster."""
