@@ -150,10 +150,11 @@ def _passes(strategy: str, size: Size, on: roofline.Device) -> tuple[roofline.Pa
 
 def choose(strategy: str, size: Size) -> str:
     """The strategy that "auto" stands for: the one predicted to be faster, from rates that are the same in every run."""
-    if strategy != "auto" or size.tokens == 0:
-        return "tokens" if strategy == "auto" else strategy
+    if strategy != "auto":
+        return strategy
     on = roofline.nominal(size.device)
-    if product_dtype(size.dtype, size.device) not in on.rates:
+    # One chunk is the fewest products, and no head is read twice.
+    if size.tokens <= _cut("tokens", size)[0] or product_dtype(size.dtype, size.device) not in on.rates:
         return "tokens"
     return min(("tokens", "vocab"), key=lambda name: roofline.seconds(_passes(name, size, on), on))
 

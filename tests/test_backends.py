@@ -24,7 +24,7 @@ SPREADS = (1.0, 10.0, 30.0)
 Shape = tuple[tuple[int, ...], int, int]
 SHAPES: tuple[Shape, ...] = (((12,), 1003, 2), ((2, 3), 2600, 1), ((1,), 1003, 16), ((5,), 3, 6), ((2,), 1, 2), ((), 37, 8))
 # For kernels in the interpreter, with tiles of 16 tokens, 32 or 64 columns and 16 of the hidden size.
-INTERPRETED_SHAPES: tuple[Shape, ...] = (((6,), 101, 2), ((2, 9), 45, 1), ((1,), 131, 3), ((5,), 3, 6), ((2,), 1, 1), ((), 29, 3))
+INTERPRETED_SHAPES: tuple[Shape, ...] = (((6,), 101, 4), ((2, 3), 150, 3), ((1,), 131, 16), ((5,), 3, 6), ((2,), 1, 2), ((), 37, 8))
 
 
 def shapes(variant: str) -> tuple[Shape, ...]:
@@ -32,10 +32,11 @@ def shapes(variant: str) -> tuple[Shape, ...]:
 
 
 def settings(variant: str) -> list[tuple[float, float, Shape]]:
-    """t, temperature, shape: all of the first two at the first shape, and one of them at each other shape."""
+    """t, temperature, shape: all of the first two at the first shape (in the interpreter most), one of them at each other shape."""
     mixed = itertools.cycle(((1.0, 1.0), (0.4, 2.0), (0.4, 1.0), (1.0, 2.0), (0.0, 1.0)))
-    full = itertools.product((0.0, 0.4, 1.0), (1.0, 2.0), shapes(variant)[:1])
-    return [*full, *((*next(mixed), shape) for shape in shapes(variant)[1:])]
+    first, *others = shapes(variant)
+    full = [(t, temperature, first) for t in (0.0, 0.4, 1.0) for temperature in (1.0, 2.0)]
+    return [*(full[1:5] if variant.startswith("triton") else full), *((*next(mixed), shape) for shape in others)]
 
 
 def yardsticks(exact: list[Result], eager: list[Result], t: float, dtype: torch.dtype) -> tuple[list[Result], list[Result]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import gradients
+from kdkernels import gradients, ops
 from kdkernels.plan import chunk_rows
 from kdkernels.products import HeadProducts
 from tests.cases import Case, InsideOperators, draw
@@ -94,7 +94,7 @@ class TestProducts:
 
     @pytest.mark.parametrize("memory_budget", [None, 500, 1])
     def test_chunks_add_none(self, memory_budget: int | None) -> None:
-        assert count(case(), memory_budget=memory_budget) == 3 * US + UT
+        assert count(case(), memory_budget=memory_budget, strategy="tokens") == 3 * US + UT
 
     def test_a_frozen_heads_gradient_is_never_touched(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def touched(*_: Any) -> None:
@@ -142,7 +142,7 @@ class TestPlan:
         assert rows * chunks - count_ < max(16, rows), "the last chunk is not a stub"
 
     def test_sizes_add_up(self) -> None:
-        plan = kd.plan(2048, 32768, 64, 96, torch.bfloat16, memory_budget=64 * MIB)
+        plan = kd.plan(2048, 32768, 64, 96, torch.bfloat16, memory_budget=64 * MIB, strategy="tokens")
         assert plan.logits_bytes <= 64 * MIB
         assert plan.accumulator_bytes == 32768 * 64 * 4
         assert plan.scratch_bytes >= plan.logits_bytes + plan.accumulator_bytes
@@ -156,6 +156,27 @@ class TestPlan:
         assert streamed.blocks * streamed.block_columns >= 32768 > (streamed.blocks - 1) * streamed.block_columns
         assert streamed.logits_bytes <= 64 * MIB
         assert streamed.accumulator_bytes == 2048 * 64 * 4
+
+    @pytest.mark.parametrize("memory_budget", [1, 2_000, 20_000, 200_000, 10**7])
+    @pytest.mark.parametrize("name", ["forward_kl", "jsd"])
+    def test_auto_runs_what_the_plan_says(self, name: str, memory_budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        ran: list[str] = []
+        for strategy, run in dict(ops._STRATEGIES).items():
+            monkeypatch.setitem(
+                ops._STRATEGIES, strategy, lambda *step, strategy=strategy, run=run: ran.append(strategy) or run(*step)
+            )
+        drawn = draw(tokens=(200,), vocab=500, dims=(STUDENT, TEACHER), options=Options(name))
+        drawn.run(memory_budget=memory_budget)
+        plan = kd.plan(200, 500, STUDENT, TEACHER, memory_budget=memory_budget, divergence=name)
+        assert ran[0] == plan.strategy
+
+    def test_heads_read_for_few_rows_each_cost_more_than_multiplying_twice(self) -> None:
+        chosen = {mib: kd.plan(1024, 32_000, 512, 1024, memory_budget=mib * MIB).strategy for mib in (1, 64, 512)}
+        assert chosen == {1: "vocab", 64: "tokens", 512: "tokens"}
+
+    def test_one_chunk_is_never_streamed(self) -> None:
+        for tokens_ in (1, 7, 100):
+            assert kd.plan(tokens_, V, STUDENT, TEACHER).strategy == "tokens"
 
     @pytest.mark.parametrize("name", ["tokens", "vocab", "student_dim", "teacher_dim", "memory_budget"])
     def test_sizes_below_one_are_refused(self, name: str) -> None:

@@ -32,7 +32,10 @@ def select(device: torch.device, *dtypes: torch.dtype) -> str:
 
 @functools.cache
 def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:
+        return False
 
 
 def usable() -> tuple[str, ...]:
