@@ -116,5 +116,6 @@ def linear_okd_loss(
     )
     computed = (product_dtype(dtype, models.device) for dtype in models.dtypes)
     sum_dtype = accumulate_dtype(torch.promote_types(*computed))
-    (student, teacher), metrics = reduced(loss, torch.ops.kdkernels.linear_okd, differentiable, (0, 0, 0, 1, 1, 1), sum_dtype, others)
+    owners = (0, 0, 0, 1, 1, 1)
+    (student, teacher), metrics = reduced(loss, torch.ops.kdkernels.linear_okd, differentiable, owners, sum_dtype, others)
     return OKDLoss(student, teacher, metrics if loss.return_metrics else None)
