@@ -3,7 +3,7 @@
 An operator takes its differentiable arguments first, then a token_weight for each of its losses, grad_scale and lift, and ends
 with ``needs`` (which of the differentiable ones need a gradient) and ``metrics``; it returns its losses, a gradient for each
 differentiable argument, and metrics. ``owners`` says which loss each differentiable argument belongs to; the first of each is a
-hidden state.
+hidden state. ``apply`` takes one token_weight for all losses: torch.compile traces no function that takes a tensor twice.
 
 A summed loss has its gradients made in the forward, and the backward only scales them. A loss per token learns its upstream
 gradient in the backward, so it computes there again, with that gradient as token weights.
@@ -51,8 +51,8 @@ class SummedLoss(torch.autograd.Function):
     ) -> Any:
         count, inputs = _losses(owners), len(owners)
         ctx.owners, ctx.needs = owners, [bool(need) for need in ctx.needs_input_grad[_OWN : _OWN + inputs]]
-        weighted, rest = arguments[: inputs + count], arguments[inputs + count :]
-        made = operator(*weighted, factor, lift, *rest, ctx.needs, metrics)
+        weights = [arguments[inputs]] * count
+        made = operator(*arguments[:inputs], *weights, factor, lift, *arguments[inputs + 1 :], ctx.needs, metrics)
         losses, grads, summary = made[:count], made[count:-1], made[-1]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(lift, *grads)
@@ -82,8 +82,8 @@ class LossPerToken(torch.autograd.Function):
         ctx: Any, operator: Any, owners: tuple[int, ...], metrics: bool, factor: Tensor, lift: Tensor | None, *arguments: Any
     ) -> Any:
         count, inputs = _losses(owners), len(owners)
-        weighted, rest = arguments[: inputs + count], arguments[inputs + count :]
-        made = operator(*weighted, factor, None, *rest, [False] * inputs, metrics)
+        weights = [arguments[inputs]] * count
+        made = operator(*arguments[:inputs], *weights, factor, None, *arguments[inputs + 1 :], [False] * inputs, metrics)
         losses, summary = made[:count], made[-1]
         ctx.operator, ctx.owners = operator, owners
         ctx.tensors = [isinstance(argument, Tensor) for argument in arguments]
@@ -106,10 +106,10 @@ class LossPerToken(torch.autograd.Function):
         present = next((one for one in upstream[:count] if one is not None), None)
         if present is None:
             return (None,) * (_OWN + len(arguments))
-        weights = []
-        for one, token_weight in zip(upstream[:count], arguments[inputs : inputs + count], strict=True):
+        token_weight, weights = arguments[inputs], []
+        for one in upstream[:count]:
             one = torch.zeros_like(present) if one is None else one
             weights.append(one if token_weight is None else token_weight * one)
-        made = ctx.operator(*arguments[:inputs], *weights, factor, None, *arguments[inputs + count :], needs, False)
+        made = ctx.operator(*arguments[:inputs], *weights, factor, None, *arguments[inputs + 1 :], needs, False)
         grads = [grad if need else None for grad, need in zip(made[count:-1], needs, strict=True)]
         return (*[None] * _OWN, *grads, *[None] * (len(arguments) - inputs))

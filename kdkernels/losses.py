@@ -50,9 +50,8 @@ def reduced(
     small = any(argument is not None and argument.dtype == torch.float16 for argument in differentiable)
     lift = (1.0 / factor).clamp(1.0, 1024.0) if small and loss.reduction == "mean" else None
     function = LossPerToken if loss.reduction == "none" else SummedLoss
-    weights = [loss.token_weight] * (owners[-1] + 1)
     *values, summary = function.apply(  # type: ignore[no-untyped-call]
-        *(operator, owners, loss.return_metrics, factor, lift), *differentiable, *weights, *others
+        *(operator, owners, loss.return_metrics, factor, lift), *differentiable, loss.token_weight, *others
     )
     if loss.reduction == "none":
         values = [value.reshape(loss.shape) for value in values]

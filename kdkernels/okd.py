@@ -16,7 +16,6 @@ from kdkernels.backends.operators import accumulate_dtype
 from kdkernels.checks import LMHead, checked, linear_of, number, rows_of
 from kdkernels.divergences import Divergence
 from kdkernels.losses import reduced, terms_of
-from kdkernels.products import product_dtype
 
 
 class OKDLoss(tuple[Any, ...]):
@@ -71,7 +70,7 @@ def linear_okd_loss(
         teacher = teacher_alpha T² KL(q, p) + (1 - teacher_alpha) CE(c, softmax(z)),    q constant.
 
     ``student`` gives gradients to the student's hidden states and head, ``teacher`` to the teacher's hidden states, and to its head
-    where that requires them (in OKD it is frozen). Add the two for one backward, or call each by itself.
+    where that requires them (in OKD it is frozen). Add the two for one backward; of two backwards the first needs retain_graph.
 
     teacher_alpha: number in [0, 1]; 1 leaves the teacher without an anchor in the data. The paper does not say what it took; 0.5 is
         this library's. labels may be None only where no term looks at them: teacher_alpha 1 and ce_weight 0.
@@ -114,8 +113,7 @@ def linear_okd_loss(
         for hidden, head in ((student_hidden, models.student), (teacher_hidden, models.teacher))
         for part in (rows_of(hidden), head.weight, head.bias)
     )
-    computed = (product_dtype(dtype, models.device) for dtype in models.dtypes)
-    sum_dtype = accumulate_dtype(torch.promote_types(*computed))
+    sum_dtype = accumulate_dtype(torch.promote_types(*models.dtypes))
     owners = (0, 0, 0, 1, 1, 1)
     (student, teacher), metrics = reduced(loss, torch.ops.kdkernels.linear_okd, differentiable, owners, sum_dtype, others)
     return OKDLoss(student, teacher, metrics if loss.return_metrics else None)

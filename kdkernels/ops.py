@@ -101,8 +101,7 @@ def _fake_linear_kd(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _fake_linear_okd(*arguments: Any) -> tuple[Tensor, ...]:
     hidden, dtypes, needs, metrics = arguments[0], arguments[21:23], *arguments[-2:]
-    computed = torch.promote_types(*(product_dtype(dtype, hidden.device) for dtype in dtypes))
-    losses = hidden.new_empty(hidden.shape[0], dtype=accumulate_dtype(computed))
+    losses = hidden.new_empty(hidden.shape[0], dtype=accumulate_dtype(torch.promote_types(*dtypes)))
     grads = _absent_or_like(losses, arguments[:6], needs)
     return losses, torch.empty_like(losses), *grads, losses.new_empty(len(METRICS) if metrics else 0)
 

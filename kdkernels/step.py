@@ -207,7 +207,7 @@ def prepare_both(
     token_weights, terms, needs: the student's, then the teacher's.
     """
     device = student[0].device
-    sum_dtype = accumulate_dtype(torch.promote_types(*(product_dtype(dtype, device) for dtype in dtypes)))
+    sum_dtype = accumulate_dtype(torch.promote_types(*dtypes))
     learners = [_model(inputs, dtype, vocab, sum_dtype) for inputs, dtype in zip((student, teacher), dtypes, strict=True)]
     weights = [_weights(weight, student[0].shape[0], sum_dtype, device) for weight in token_weights]
     given = [weight for weight in token_weights if weight is not None]
