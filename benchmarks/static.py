@@ -181,7 +181,7 @@ def launches(architecture: str, dtype: torch.dtype) -> list[Launch]:
     """Every kernel with every divergence, with and without metrics where that matters to it."""
     from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS
     from kdkernels.backends.triton import rows
-    from kdkernels.backends.triton.vocabulary import FusedSweeps
+    from kdkernels.backends.triton.vocabulary import LearnerSweeps
 
     row_loss: Callable[..., Any] = rows.row_loss
     with recorded(architecture) as (found, label):
@@ -194,7 +194,7 @@ def launches(architecture: str, dtype: torch.dtype) -> list[Launch]:
                     *(x, z, step.student.bias, step.teacher.bias, step.labels, step.weights, step.t),
                     *(*step.terms.loss, step.terms.head, True, metrics),
                 )
-                sweeps = FusedSweeps(step, (step.student.hidden, step.teacher.hidden), x, torch.empty(0))
+                sweeps = LearnerSweeps(step, (step.student.hidden, step.teacher.hidden), x, torch.empty(0))
                 stats, sums = torch.zeros(TOKENS, len(STATS_COLUMNS)), torch.zeros(TOKENS, len(SUMS_COLUMNS))
                 if metrics or not step.terms.resolved().one_sweep:
                     sweeps.sums(stats)
@@ -204,7 +204,7 @@ def launches(architecture: str, dtype: torch.dtype) -> list[Launch]:
         for weigh, metrics in (("", False), ("target", False), ("student", False), ("", True)):
             label(f"weighed by the {weigh}" if weigh else "metrics" if metrics else "two sweeps")
             step = _step("jsd", dtype, metrics)
-            FusedSweeps(step, (step.student.hidden, step.teacher.hidden), x, torch.empty(0)).statistics(weigh, True)
+            LearnerSweeps(step, (step.student.hidden, step.teacher.hidden), x, torch.empty(0)).statistics(weigh, True)
     return found
 
 

@@ -1,6 +1,7 @@
 """Distillation losses for language models with large vocabularies, without the logits."""
 
 from kdkernels.backends import backend
+from kdkernels.checks import LMHead
 from kdkernels.divergences import (
     Divergence,
     divergences,
@@ -11,7 +12,8 @@ from kdkernels.divergences import (
     skew_reverse_kl,
     total_variation,
 )
-from kdkernels.losses import LinearKDLoss, LMHead, kd_loss, linear_kd_loss
+from kdkernels.losses import LinearKDLoss, kd_loss, linear_kd_loss
+from kdkernels.okd import OKDLoss, linear_okd_loss
 from kdkernels.plan import Plan, plan
 from kdkernels.scratch import free_scratch
 from kdkernels.taid import TAIDSchedule
@@ -22,6 +24,7 @@ __all__ = [
     "Divergence",
     "LMHead",
     "LinearKDLoss",
+    "OKDLoss",
     "Plan",
     "TAIDSchedule",
     "backend",
@@ -31,6 +34,7 @@ __all__ = [
     "jsd",
     "kd_loss",
     "linear_kd_loss",
+    "linear_okd_loss",
     "plan",
     "reverse_kl",
     "skew_forward_kl",

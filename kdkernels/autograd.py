@@ -1,7 +1,9 @@
 """The backward passes of the library operators of ops.py.
 
-An operator takes its differentiable arguments first, then token_weight, grad_scale and lift, and ends with ``needs`` (which of the
-differentiable ones need a gradient) and ``metrics``; it returns losses, a gradient for each differentiable argument, and metrics.
+An operator takes its differentiable arguments first, then a token_weight for each of its losses, grad_scale and lift, and ends
+with ``needs`` (which of the differentiable ones need a gradient) and ``metrics``; it returns its losses, a gradient for each
+differentiable argument, and metrics. ``owners`` says which loss each differentiable argument belongs to; the first of each is a
+hidden state. ``apply`` takes one token_weight for all losses: torch.compile traces no function that takes a tensor twice.
 
 A summed loss has its gradients made in the forward, and the backward only scales them. A loss per token learns its upstream
 gradient in the backward, so it computes there again, with that gradient as token weights.
@@ -31,53 +33,83 @@ def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
     return grad.mul_(scale)
 
 
+def _losses(owners: tuple[int, ...]) -> int:
+    return owners[-1] + 1
+
+
+def _is_hidden(owners: tuple[int, ...], at: int) -> bool:
+    return at == 0 or owners[at] != owners[at - 1]
+
+
 class SummedLoss(torch.autograd.Function):
-    """(sum of losses times ``factor``, metrics); the first gradient, that of single tokens, is made ``lift`` times as large."""
+    """(each sum of losses times ``factor``, metrics); gradients of hidden states, which are of single tokens, are made ``lift``
+    times as large."""
 
     @staticmethod
     def forward(
-        ctx: Any, operator: Any, differentiable: int, metrics: bool, factor: Tensor, lift: Tensor | None, *arguments: Any
+        ctx: Any, operator: Any, owners: tuple[int, ...], metrics: bool, factor: Tensor, lift: Tensor | None, *arguments: Any
     ) -> Any:
-        ctx.needs = [bool(need) for need in ctx.needs_input_grad[_OWN : _OWN + differentiable]]
-        weighted, rest = arguments[: differentiable + 1], arguments[differentiable + 1 :]
-        losses, *grads, summary = operator(*weighted, factor, lift, *rest, ctx.needs, metrics)
+        count, inputs = _losses(owners), len(owners)
+        ctx.owners, ctx.needs = owners, [bool(need) for need in ctx.needs_input_grad[_OWN : _OWN + inputs]]
+        weights = [arguments[inputs]] * count
+        made = operator(*arguments[:inputs], *weights, factor, lift, *arguments[inputs + 1 :], ctx.needs, metrics)
+        losses, grads, summary = made[:count], made[count:-1], made[-1]
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(lift, *grads)
         ctx.mark_non_differentiable(summary)
-        return (losses.sum(dtype=torch.float64) * factor).to(losses.dtype), summary
+        return *((loss.sum(dtype=torch.float64) * factor).to(loss.dtype) for loss in losses), summary
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Any) -> Any:
+    def backward(ctx: Any, *upstream: Any) -> Any:
         lift, *grads = ctx.saved_tensors
-        scales = [upstream if lift is None else upstream / lift, *[upstream] * (len(grads) - 1)]
-        scaled = [_scaled(*pair) if need else None for *pair, need in zip(grads, scales, ctx.needs, strict=True)]
+        scaled: list[Tensor | None] = []
+        for at, (grad, need, owner) in enumerate(zip(grads, ctx.needs, ctx.owners, strict=True)):
+            scale = upstream[owner]
+            if not need or scale is None:
+                scaled.append(None)
+            else:
+                lifted = lift is not None and _is_hidden(ctx.owners, at)
+                scaled.append(_scaled(grad, scale / lift if lifted else scale))
         return (*[None] * _OWN, *scaled, *[None] * (len(ctx.needs_input_grad) - _OWN - len(scaled)))
 
 
 class LossPerToken(torch.autograd.Function):
-    """(loss of each token, metrics); ``factor`` is 1 and ``lift`` None here."""
+    """(losses of each token, metrics); ``factor`` is 1 and ``lift`` None here."""
 
     @staticmethod
     def forward(
-        ctx: Any, operator: Any, differentiable: int, metrics: bool, factor: Tensor, lift: Tensor | None, *arguments: Any
+        ctx: Any, operator: Any, owners: tuple[int, ...], metrics: bool, factor: Tensor, lift: Tensor | None, *arguments: Any
     ) -> Any:
-        weighted, rest = arguments[: differentiable + 1], arguments[differentiable + 1 :]
-        losses, *_, summary = operator(*weighted, factor, None, *rest, [False] * differentiable, metrics)
-        ctx.operator, ctx.differentiable = operator, differentiable
+        count, inputs = _losses(owners), len(owners)
+        weights = [arguments[inputs]] * count
+        made = operator(*arguments[:inputs], *weights, factor, None, *arguments[inputs + 1 :], [False] * inputs, metrics)
+        losses, summary = made[:count], made[-1]
+        ctx.operator, ctx.owners = operator, owners
         ctx.tensors = [isinstance(argument, Tensor) for argument in arguments]
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(factor, *[argument for argument in arguments if isinstance(argument, Tensor)])
         ctx.others = [argument for argument in arguments if not isinstance(argument, Tensor)]
         ctx.mark_non_differentiable(summary)
-        return losses, summary
+        return *losses, summary
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Any) -> Any:
+    def backward(ctx: Any, *upstream: Any) -> Any:
         (factor, *saved), others = ctx.saved_tensors, list(ctx.others)
         arguments = [saved.pop(0) if tensor else others.pop(0) for tensor in ctx.tensors]
-        inputs, (token_weight, *rest) = arguments[: ctx.differentiable], arguments[ctx.differentiable :]
-        weight = upstream if token_weight is None else token_weight * upstream
-        needs = [bool(need) for need in ctx.needs_input_grad[_OWN : _OWN + ctx.differentiable]]
-        _, *grads, _ = ctx.operator(*inputs, weight, factor, None, *rest, needs, False)
-        made = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-        return (*[None] * _OWN, *made, *[None] * (len(arguments) - len(made)))
+        count, inputs = _losses(ctx.owners), len(ctx.owners)
+        needs = [
+            bool(need) and upstream[owner] is not None
+            for need, owner in zip(ctx.needs_input_grad[_OWN : _OWN + inputs], ctx.owners, strict=True)
+        ]
+        present = next((one for one in upstream[:count] if one is not None), None)
+        if present is None:
+            return (None,) * (_OWN + len(arguments))
+        token_weight, weights = arguments[inputs], []
+        for one in upstream[:count]:
+            one = torch.zeros_like(present) if one is None else one
+            weights.append(one if token_weight is None else token_weight * one)
+        made = ctx.operator(*arguments[:inputs], *weights, factor, None, *arguments[inputs + 1 :], needs, False)
+        grads = [grad if need else None for grad, need in zip(made[count:-1], needs, strict=True)]
+        return (*[None] * _OWN, *grads, *[None] * (len(arguments) - inputs))

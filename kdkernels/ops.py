@@ -15,16 +15,24 @@ from kdkernels import logits, tokens, vocab
 from kdkernels.backends.operators import accumulate_dtype, library
 from kdkernels.plan import choose
 from kdkernels.products import product_dtype
-from kdkernels.step import METRICS, Step, Terms, prepare, summary
+from kdkernels.step import METRICS, Inputs, Outcome, Step, Terms, prepare, prepare_both, summary
 
+_HEADS = (
+    "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, ",
+    "Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, ",
+)
 _TERMS = "str divergence, float a, float temperature, float kd_scale, float ce_scale, float[] head"
 
 library.define(
-    "linear_kd(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
-    "Tensor? token_weight, Tensor grad_scale, Tensor? lift, "
-    "Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, Tensor? labels, "
+    f"linear_kd({_HEADS[0]}Tensor? token_weight, Tensor grad_scale, Tensor? lift, {_HEADS[1]}Tensor? labels, "
     f"Tensor t, {_TERMS}, int ignore_index, int vocab, ScalarType student_dtype, ScalarType teacher_dtype, "
     "str strategy, int memory_budget, bool[] needs, bool metrics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+library.define(
+    f"linear_okd({_HEADS[0]}{_HEADS[1]}Tensor? token_weight, Tensor? teacher_token_weight, Tensor grad_scale, Tensor? lift, "
+    f"Tensor? labels, {_TERMS}, float teacher_kd_scale, float teacher_ce_scale, int ignore_index, int vocab, "
+    "ScalarType student_dtype, ScalarType teacher_dtype, str strategy, int memory_budget, bool[] needs, bool metrics) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
     "logits_kd(Tensor student_logits, Tensor? token_weight, Tensor grad_scale, Tensor? lift, "
@@ -36,30 +44,66 @@ library.define(
 _STRATEGIES = {"tokens": tokens.run, "vocab": vocab.run}
 
 
+def _run(strategy: str, steps: tuple[Step, ...], inputs: tuple[Inputs, ...]) -> tuple[list[Outcome], Tensor]:
+    """Outcomes of the learners, and the first one's metrics (empty if not wanted)."""
+    step = steps[0]
+    done = _STRATEGIES[choose(strategy, step.size)](steps, inputs)
+    means = summary(done[0].metric_sums, step.count, step.sum_dtype) if step.metrics else done[0].losses.new_empty(0)
+    return done, means
+
+
 def linear_kd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors, terms = arguments[:11], Terms(*arguments[11:17])
+    student, (token_weight, grad_scale, lift), teacher, (labels, t) = (
+        arguments[begin:end] for begin, end in ((0, 3), (3, 6), (6, 9), (9, 11))
+    )
     ignore_index, vocab_size, student_dtype, teacher_dtype, strategy, budget, needs, metrics = arguments[17:]
     # The products' dtypes are decided already; an ambient autocast must not change them.
-    with torch.autocast(tensors[0].device.type, enabled=False):
-        make: Callable[..., Step] = prepare
-        step = make(*tensors, terms, ignore_index, vocab_size, (student_dtype, teacher_dtype), tuple(needs), metrics, budget)
-        done = _STRATEGIES[choose(strategy, step.size)](step, *tensors[:3])
-        means = summary(done.metric_sums, step.count, step.sum_dtype) if metrics else done.losses.new_empty(0)
+    with torch.autocast(student[0].device.type, enabled=False):
+        step = prepare(
+            *(student, teacher, token_weight, grad_scale, lift, labels, t, Terms(*arguments[11:17])),
+            *(ignore_index, vocab_size, (student_dtype, teacher_dtype), tuple(needs), metrics, budget),
+        )
+        (done,), means = _run(strategy, (step,), (student,))
     return done.losses, *done.grads, means
 
 
-def _fake_linear_kd(
-    student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    compute, needs, metrics = rest[-6], rest[-2], rest[-1]
-    losses = student_hidden.new_empty(
-        student_hidden.shape[0], dtype=accumulate_dtype(product_dtype(compute, student_hidden.device))
+def linear_okd(*arguments: Any) -> tuple[Tensor, ...]:
+    student, teacher, weights, (grad_scale, lift, labels) = (
+        arguments[begin:end] for begin, end in ((0, 3), (3, 6), (6, 8), (8, 11))
     )
-    grads = [
-        losses.new_empty(0) if not need or source is None else source.new_empty(source.shape)
-        for source, need in zip((student_hidden, student_weight, student_bias), needs, strict=True)
+    terms = Terms(*arguments[11:17])
+    teacher_kd, teacher_ce, ignore_index, vocab_size, student_dtype, teacher_dtype, strategy, budget, needs, metrics = arguments[
+        17:
     ]
-    return losses, grads[0], grads[1], grads[2], losses.new_empty(len(METRICS) if metrics else 0)
+    # KL(q || p) for the teacher is forward KL with the student as its constant target.
+    swapped = Terms("forward_kl", 0.0, terms.temperature, teacher_kd, teacher_ce, [*terms.head[2:], *terms.head[:2]])
+    with torch.autocast(student[0].device.type, enabled=False):
+        steps = prepare_both(
+            *(student, teacher, weights, grad_scale, lift, labels, (terms, swapped)),
+            *(ignore_index, vocab_size, (student_dtype, teacher_dtype), tuple(needs), metrics, budget),
+        )
+        (one, other), means = _run(strategy, steps, (student, teacher))
+    return one.losses, other.losses, *one.grads, *other.grads, means
+
+
+def _absent_or_like(losses: Tensor, sources: tuple[Tensor | None, ...], needs: list[bool]) -> list[Tensor]:
+    return [
+        losses.new_empty(0) if not need or source is None else source.new_empty(source.shape)
+        for source, need in zip(sources, needs, strict=True)
+    ]
+
+
+def _fake_linear_kd(*arguments: Any) -> tuple[Tensor, ...]:
+    hidden, compute, needs, metrics = arguments[0], arguments[19], *arguments[-2:]
+    losses = hidden.new_empty(hidden.shape[0], dtype=accumulate_dtype(product_dtype(compute, hidden.device)))
+    return losses, *_absent_or_like(losses, arguments[:3], needs), losses.new_empty(len(METRICS) if metrics else 0)
+
+
+def _fake_linear_okd(*arguments: Any) -> tuple[Tensor, ...]:
+    hidden, dtypes, needs, metrics = arguments[0], arguments[21:23], *arguments[-2:]
+    losses = hidden.new_empty(hidden.shape[0], dtype=accumulate_dtype(torch.promote_types(*dtypes)))
+    grads = _absent_or_like(losses, arguments[:6], needs)
+    return losses, torch.empty_like(losses), *grads, losses.new_empty(len(METRICS) if metrics else 0)
 
 
 def logits_kd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,6 +119,7 @@ def _fake_logits_kd(student_logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor,
     return losses, grad, losses.new_empty(len(METRICS) if metrics else 0)
 
 
-for _operator, _fake in ((linear_kd, _fake_linear_kd), (logits_kd, _fake_logits_kd)):
+_FAKES = {linear_kd: _fake_linear_kd, linear_okd: _fake_linear_okd, logits_kd: _fake_logits_kd}
+for _operator, _fake in _FAKES.items():
     library.impl(_operator.__name__, _operator, "CompositeExplicitAutograd")
     torch.library.register_fake(f"kdkernels::{_operator.__name__}", _fake, lib=library)

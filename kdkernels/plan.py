@@ -86,23 +86,24 @@ def _backend(device: torch.device, *dtypes: torch.dtype) -> str:
     return backends.select(device, *dtypes)
 
 
-def logit_bytes(student: torch.dtype, teacher: torch.dtype, device: torch.device) -> int:
-    """Scratch bytes per token and vocabulary entry of a chunk: both models' logits, the student's gradient where it does not lie
-    over them, and the reference backend's temporaries."""
-    both = logits_dtype(student, device).itemsize + logits_dtype(teacher, device).itemsize
-    if logits_dtype(student, device) != product_dtype(student, device):
-        both += product_dtype(student, device).itemsize
+def logit_bytes(student: torch.dtype, teacher: torch.dtype, device: torch.device, learners: int = 1) -> int:
+    """Scratch bytes per token and vocabulary entry of a chunk: both models' logits, the gradient of each learner where it does not
+    lie over them, with two learners a copy of the student's logits, and the reference backend's temporaries."""
+    both = logits_dtype(student, device).itemsize * learners + logits_dtype(teacher, device).itemsize
+    for dtype in (student, teacher)[:learners]:
+        if logits_dtype(dtype, device) != product_dtype(dtype, device):
+            both += product_dtype(dtype, device).itemsize
     if _backend(device, student, teacher) == "reference":
         both += LIVE_COPIES * accumulate_dtype(student).itemsize
     return both
 
 
-def column_bytes(student: torch.dtype, teacher: torch.dtype, device: torch.device) -> int:
-    """Scratch bytes per token and column of a vocabulary block: as for a chunk, or the gradient alone where the kernels multiply
+def column_bytes(student: torch.dtype, teacher: torch.dtype, device: torch.device, learners: int = 1) -> int:
+    """Scratch bytes per token and column of a vocabulary block: as for a chunk, or one gradient alone where the kernels multiply
     themselves."""
     if _backend(device, student, teacher) == "triton":
-        return product_dtype(student, device).itemsize
-    return logit_bytes(student, teacher, device)
+        return max(product_dtype(dtype, device).itemsize for dtype in (student, teacher)[:learners])
+    return logit_bytes(student, teacher, device, learners)
 
 
 def _share(total: int, most: int, tiles: tuple[int, ...]) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +36,10 @@ class Terms:
     def resolved(self) -> Divergence:
         default = resolve(self.divergence)
         return Divergence(self.divergence, default.pair, self.a, default.one_sweep)
+
+
+# Hidden states, weight and bias of a model as they came.
+Inputs = tuple[Tensor, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -125,23 +128,26 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a strategy makes of a step: ROW_COLUMNS summed and the loss of each row, and three gradients (empty if not needed)."""
+    """What a strategy makes of a learner: the loss of each row, ROW_COLUMNS summed, and three gradients (empty if not needed)."""
 
     losses: Tensor
     metric_sums: Tensor
     grads: tuple[Tensor, Tensor, Tensor]
 
 
+def _model(inputs: Inputs, dtype: torch.dtype, vocab: int, sum_dtype: torch.dtype) -> Model:
+    hidden, weight, bias = inputs
+    device = hidden.device
+    cut = None if bias is None else bias[:vocab].to(sum_dtype).contiguous()
+    return Model(hidden, weight[:vocab], cut, product_dtype(dtype, device), logits_dtype(dtype, device))
+
+
 def prepare(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
+    student: Inputs,
+    teacher: Inputs,
     token_weight: Tensor | None,
     grad_scale: Tensor,
     lift: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
     labels: Tensor | None,
     t: Tensor,
     terms: Terms,
@@ -153,25 +159,20 @@ def prepare(
     budget: int,
 ) -> Step:
     """lift: a factor on top of grad_scale that only the gradient of the hidden states keeps."""
-    tokens, device = student_hidden.shape[0], student_hidden.device
+    tokens, device = student[0].shape[0], student[0].device
     sum_dtype = accumulate_dtype(product_dtype(dtypes[0], device))
-
-    def model(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Model:
-        cut = None if bias is None else bias[:vocab].to(sum_dtype).contiguous()
-        return Model(hidden, weight[:vocab], cut, product_dtype(dtype, device), logits_dtype(dtype, device))
-
     # Where the loss does not look at the teacher, the student stands in for it.
     alone = terms.kd_scale == 0.0 and not metrics
-    student = model(student_hidden, student_weight, student_bias, dtypes[0])
-    teacher = student if alone else model(teacher_hidden, teacher_weight, teacher_bias, dtypes[1])
+    learner = _model(student, dtypes[0], vocab, sum_dtype)
+    constant = learner if alone else _model(teacher, dtypes[1], vocab, sum_dtype)
     if alone:
         terms = Terms(*terms.loss, terms.head[:2] * 2)
     rows = kept_rows(labels, token_weight, ignore_index, vocab)
     return Step(
-        student=student,
-        teacher=teacher,
+        student=learner,
+        teacher=constant,
         labels=labels,
-        weights=torch.ones(tokens, dtype=sum_dtype, device=device) if token_weight is None else token_weight.to(sum_dtype),
+        weights=_weights(token_weight, tokens, sum_dtype, device),
         scale=grad_scale if lift is None else grad_scale * lift,
         t=t,
         terms=terms,
@@ -181,9 +182,69 @@ def prepare(
         metrics=metrics,
         alone=alone,
         lift=lift,
-        backend=backends.select(device, student.logits, teacher.logits),
+        backend=backends.select(device, learner.logits, constant.logits),
         budget=budget,
     )
+
+
+def prepare_both(
+    student: Inputs,
+    teacher: Inputs,
+    token_weights: tuple[Tensor | None, Tensor | None],
+    grad_scale: Tensor,
+    lift: Tensor | None,
+    labels: Tensor | None,
+    terms: tuple[Terms, Terms],
+    ignore_index: int,
+    vocab: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    needs: tuple[bool, ...],
+    metrics: bool,
+    budget: int,
+) -> tuple[Step, Step]:
+    """The student's step and the teacher's, which is the same with the roles swapped: each holds the other's logits constant.
+
+    token_weights, terms, needs: the student's, then the teacher's.
+    """
+    device = student[0].device
+    sum_dtype = accumulate_dtype(torch.promote_types(*dtypes))
+    learners = [_model(inputs, dtype, vocab, sum_dtype) for inputs, dtype in zip((student, teacher), dtypes, strict=True)]
+    weights = [_weights(weight, student[0].shape[0], sum_dtype, device) for weight in token_weights]
+    given = [weight for weight in token_weights if weight is not None]
+    # A token counts if it does for either.
+    either = given[0].abs() + given[1].abs() if len(given) == 2 else None
+    rows = kept_rows(labels, either, ignore_index, vocab)
+    one = Step(
+        student=learners[0],
+        teacher=learners[1],
+        labels=labels,
+        weights=weights[0],
+        scale=grad_scale if lift is None else grad_scale * lift,
+        t=torch.ones((), dtype=sum_dtype, device=device),
+        terms=terms[0],
+        rows=rows,
+        count=student[0].shape[0] if rows is None else rows.shape[0],
+        needs=(needs[0], needs[1], needs[2]),
+        metrics=metrics,
+        alone=False,
+        lift=lift,
+        backend=backends.select(device, *(model.logits for model in learners)),
+        budget=budget,
+    )
+    other = replace(
+        one,
+        student=learners[1],
+        teacher=learners[0],
+        weights=weights[1],
+        terms=terms[1],
+        needs=(needs[3], needs[4], needs[5]),
+        metrics=False,
+    )
+    return one, other
+
+
+def _weights(token_weight: Tensor | None, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(tokens, dtype=dtype, device=device) if token_weight is None else token_weight.to(dtype)
 
 
 def kept_rows(labels: Tensor | None, weight: Tensor | None, ignore_index: int, vocab: int) -> Tensor | None:
@@ -228,9 +289,6 @@ def weighted(columns: Tensor, terms: Terms) -> Tensor:
 def summary(sums: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """The metrics of METRICS from ROW_COLUMNS summed: means over the kept tokens, and their number."""
     return torch.cat([sums / max(count, 1), sums.new_tensor([count])]).to(dtype)
-
-
-Strategy = Callable[[Step], Outcome]
 
 
 def empty_sums(device: torch.device) -> Any:

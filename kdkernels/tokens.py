@@ -1,8 +1,8 @@
 """The ``tokens`` strategy: a chunk of tokens at full vocabulary width at a time.
 
-For each chunk both logit tiles come from two library products into a reused scratch, one row operation overwrites the student's
-tile by its gradient, and two more products carry that to the hidden states and the head. These are the fewest products there
-are, 3 Us + Ut (U = 2 N V D), for every divergence.
+For each chunk both logit tiles come from two library products into a reused scratch, one row operation overwrites a learner's tile
+by its gradient, and two more products carry that to the hidden states and the head. These are the fewest products there are,
+3 Us + Ut (U = 2 N V D) for a student alone, for every divergence, and Ut or 2 Ut more for a teacher that learns too.
 """
 
 from __future__ import annotations
@@ -15,45 +15,78 @@ from kdkernels.gradients import Gradients
 from kdkernels.plan import chunk_rows, logit_bytes
 from kdkernels.products import HeadProducts, block_size
 from kdkernels.scratch import borrowed
-from kdkernels.step import Outcome, Step, empty_sums, weighted
+from kdkernels.step import Inputs, Outcome, Step, empty_sums, weighted
 
 
-def run(step: Step, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Outcome:
-    """hidden, weight, bias: the student's, not cut to the vocabulary, which the gradients are shaped like."""
-    tokens, vocab, count = hidden.shape[0], step.vocab, step.count
-    per_logit = logit_bytes(step.student.dtype, step.teacher.dtype, step.device)
+class _Learner:
+    """One model's loss and gradients, as they are added up over the chunks."""
+
+    def __init__(self, step: Step, inputs: Inputs, chunks: int) -> None:
+        self.step = step
+        self.grads = Gradients(step, *inputs, weight_parts=chunks)
+        self.losses = torch.zeros(inputs[0].shape[0], dtype=step.sum_dtype, device=step.device)
+        self.metric_sums = empty_sums(step.device)
+        self.row_loss = backends.operators(step.backend).row_loss
+
+    def add(
+        self,
+        own: Tensor,
+        other: Tensor,
+        out: Tensor | None,
+        head: HeadProducts,
+        hidden: Tensor,
+        index: slice | Tensor,
+        buffer: Tensor,
+        first: bool,
+    ) -> None:
+        """own, other: logits [C, V] of this model and of its constant target; own is overwritten unless there is an ``out``."""
+        step = self.step
+        weights = step.weights[index]
+        columns = self.row_loss(
+            *(own, other, step.student.bias, step.teacher.bias, step.labels_at(index)),
+            *(weights * step.scale, step.t, *step.terms.loss, step.terms.head),
+            *(any(step.needs), step.metrics, out),
+        )
+        self.losses[index] = weights * weighted(columns, step.terms)
+        if step.metrics:
+            self.metric_sums += columns.sum(0, dtype=torch.float64)
+        self.grads.add_rows(head, own if out is None else out, hidden, index, buffer, first)
+
+
+def run(steps: tuple[Step, ...], inputs: tuple[Inputs, ...]) -> list[Outcome]:
+    """steps: the student's, and that of a teacher that learns too, with the roles swapped. inputs: hidden states, weight and bias
+    of each learner, not cut to the vocabulary, which its gradients are shaped like."""
+    step, both = steps[0], len(steps) == 2
+    tokens, vocab, count = inputs[0][0].shape[0], step.vocab, step.count
+    per_logit = logit_bytes(step.student.dtype, step.teacher.dtype, step.device, learners=len(steps))
     size = chunk_rows(count, vocab, per_logit, step.budget)
-    row_loss = backends.operators(step.backend).row_loss
     # Kept rows may all fit one chunk where all rows would not; the plan, which does not know them, counts the latter.
-    grads = Gradients(step, hidden, weight, bias, weight_parts=-(-tokens // chunk_rows(tokens, vocab, per_logit, step.budget)))
-    losses = torch.zeros(tokens, dtype=step.sum_dtype, device=step.device)
-    metric_sums = empty_sums(step.device)
-    block = max(block_size(vocab, model.weight.shape[1], step.device) for model in (step.student, step.teacher))
+    chunks = -(-tokens // chunk_rows(tokens, vocab, per_logit, step.budget))
+    learners = [_Learner(*pair, chunks) for pair in zip(steps, inputs, strict=True)]
+    models = (step.student,) if step.alone else (step.student, step.teacher)
+    block = max(block_size(vocab, model.weight.shape[1], step.device) for model in models)
+    tiles = {"x": step.student.logits}
+    if not step.alone:
+        tiles["z"] = step.teacher.logits
+    if both:  # the student's logits for the learner that comes after it, when its gradient lies over them
+        tiles["x again"] = step.student.logits
     # A gradient in the products' dtype lies over the logits where those have that dtype, beside them otherwise.
-    apart = step.student.dtype != step.student.logits
-    tiles = [step.student.logits, *([] if step.alone else [step.teacher.logits]), *([step.student.dtype] if apart else [])]
-    shapes = [((1, block), torch.float32), *(((size, vocab), dtype) for dtype in tiles)]
+    tiles |= {
+        name: model.dtype for name, model in zip(("dx", "dz"), models[: len(steps)], strict=False) if model.dtype != model.logits
+    }
+    shapes = [((1, block), torch.float32), *(((size, vocab), dtype) for dtype in tiles.values())]
     with borrowed(shapes, step.budget + 4 * block, step.device) as (blocks, *scratch):
         buffer = blocks[0]
-        student = HeadProducts(step.student.weight, step.student.dtype, buffer)
-        teacher = student if step.alone else HeadProducts(step.teacher.weight, step.teacher.dtype, buffer)
+        heads = [HeadProducts(model.weight, model.dtype, buffer) for model in models]
         for begin in range(0, count, size):
             index = step.index(begin, min(begin + size, count))
-            chunk = step.student.rows(index)
-            x, *others = (tile[: len(chunk)] for tile in scratch)
-            out = others.pop() if apart else None
-            z = x if step.alone else others[0]
-            student.logits(chunk, x)
-            if not step.alone:
-                teacher.logits(step.teacher.rows(index), z)
-            chunk_weights = step.weights[index]
-            columns = row_loss(
-                *(x, z, step.student.bias, step.teacher.bias, step.labels_at(index)),
-                *(chunk_weights * step.scale, step.t, *step.terms.loss, step.terms.head),
-                *(any(step.needs), step.metrics, out),
-            )
-            losses[index] = chunk_weights * weighted(columns, step.terms)
-            if step.metrics:
-                metric_sums += columns.sum(0, dtype=torch.float64)
-            grads.add_rows(student, x if out is None else out, chunk, index, buffer, first=begin == 0)
-    return Outcome(losses, metric_sums, grads.finished())
+            hidden = [model.rows(index) for model in models]
+            tile = {name: rows[: len(hidden[0])] for name, rows in zip(tiles, scratch, strict=True)}
+            for head, rows, name in zip(heads, hidden, ("x", "z"), strict=False):
+                head.logits(rows, tile[name])
+            if both:
+                tile["x again"].copy_(tile["x"])
+            pairs = ("x", "x" if step.alone else "z", "dx"), ("z", "x again", "dz")
+            for learner, (own, other, out), head, rows in zip(learners, pairs, heads, hidden, strict=False):
+                learner.add(tile[own], tile[other], tile.get(out), head, rows, index, buffer, begin == 0)
+    return [Outcome(learner.losses, learner.metric_sums, learner.grads.finished()) for learner in learners]

@@ -147,3 +147,45 @@ def with_gradients(
     loss = mean(per_token, labels, token_weight, options)
     grads: Any = torch.autograd.grad(loss, list(inputs.values()))
     return {"losses": per_token.detach(), "loss": loss.detach(), **dict(zip(inputs, grads, strict=True))}
+
+
+def teacher_losses(
+    x: Tensor, z: Tensor, labels: Tensor | None, token_weight: Tensor | None, options: Options, alpha: float
+) -> Tensor:
+    """OKD: alpha T² KL(q, p) + (1 - alpha) CE of the teacher, with the student's q constant; weights and shape as in ``losses``."""
+    keep = kept(x.shape[:-1], labels, token_weight, options.ignore_index)
+    x, z = x[keep].detach(), z[keep]
+    lq, lp = torch.log_softmax(x / options.temperature, -1), torch.log_softmax(z / options.temperature, -1)
+    banned = (lp == -torch.inf) | (lq == -torch.inf)
+    difference = lq.masked_fill(banned, 0.0) - lp.masked_fill(banned, 0.0)
+    square = options.temperature**2 if options.square_temperature else 1.0
+    loss = alpha * square * (lq.exp() * difference).sum(-1)
+    if alpha < 1 and labels is not None:
+        loss = loss + (1 - alpha) * cross_entropy(z, labels[keep])
+    if token_weight is not None:
+        loss = loss * token_weight[keep].to(loss.dtype)
+    return torch.zeros(keep.shape, dtype=loss.dtype).masked_scatter(keep, loss)
+
+
+def online(
+    logits: Callable[..., tuple[Tensor, Tensor]],
+    leaves: dict[str, Tensor],
+    dtype: torch.dtype,
+    labels: Tensor | None,
+    token_weight: Tensor | None,
+    options: Options,
+    alpha: float,
+) -> dict[str, dict[str, Tensor]]:
+    """OKD for "student" and "teacher", whose leaves start with these names: losses of the tokens, their mean, and its gradients."""
+    inputs = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in leaves.items()}
+    x, z = logits(**inputs)
+    found = {}
+    for learner, per_token in {
+        "student": losses(x, z.detach(), labels, token_weight, options),
+        "teacher": teacher_losses(x, z, labels, token_weight, options, alpha),
+    }.items():
+        loss = mean(per_token, labels, token_weight, options)
+        own = {name: leaf for name, leaf in inputs.items() if name.startswith(learner)}
+        grads: Any = torch.autograd.grad(loss, list(own.values()), retain_graph=True)
+        found[learner] = {"losses": per_token.detach(), "loss": loss.detach(), **dict(zip(own, grads, strict=True))}
+    return found

@@ -22,15 +22,19 @@ LABELS = torch.arange(TOKENS)
 X, Z = (logits.float() for logits in CASE.logits())
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any product or row operation here is a failure, and not one of the expected kind."""
+def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any product or row operation is a failure, and not one of the expected kind."""
 
     def work(*_: Any, **__: Any) -> None:
         raise AssertionError("work was done before the input was checked")
 
     monkeypatch.setattr(HeadProducts, "logits", work)
     monkeypatch.setattr(backends, "operators", work)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid_work(monkeypatch)
 
 
 def linear(**changed: Any) -> Any:

@@ -9,7 +9,7 @@ A program holds one tile of both models' logits [BLOCK_N tokens, BLOCK_V columns
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -221,8 +221,8 @@ def shares(tokens: int, vocab: int, matrix: blocks.Matrix) -> tuple[int, int]:
     return share, triton.cdiv(vocab, share)
 
 
-class FusedSweeps:
-    """The sweeps of ``vocab.Sweeps`` with the products inside the kernels."""
+class LearnerSweeps:
+    """The sweeps of one learner with the products inside the kernels."""
 
     def __init__(self, step: Step, hidden: tuple[Tensor, Tensor], tile: Tensor, buffer: Tensor) -> None:
         """hidden: both models' counted rows, in their products' dtype. tile: scratch [count, Vb] of the student's."""
@@ -309,3 +309,28 @@ class FusedSweeps:
                 PAIR=self.pair,
             )
             yield block, HeadProducts(student.weight[block], student.dtype, self.buffer), tile
+
+
+class FusedSweeps:
+    """The sweeps of ``vocab.Sweeps``; each learner goes over the vocabulary by itself."""
+
+    def __init__(self, steps: Sequence[Step], hidden: tuple[Tensor, Tensor], tile: Tensor, buffer: Tensor) -> None:
+        """hidden: both models' counted rows, in their products' dtype. tile: scratch [count, Vb] of the widest learner's."""
+        count, width = tile.shape
+        self.learners = []
+        for step, rows in zip(steps, (hidden, hidden[::-1]), strict=False):
+            dtype = step.student.dtype
+            own = tile.view(torch.uint8).flatten()[: count * width * dtype.itemsize].view(dtype).view(count, width)
+            self.learners.append(LearnerSweeps(step, rows, own, buffer))
+
+    def statistics(self, wanted: Sequence[tuple[str, bool]]) -> list[Tensor]:
+        return [one.statistics(*asked) for one, asked in zip(self.learners, wanted, strict=True)]
+
+    def sums(self, stats: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [None if rows is None else one.sums(rows) for one, rows in zip(self.learners, stats, strict=True)]
+
+    def gradients(self, stats: Sequence[Tensor], sums: Sequence[Tensor]) -> Iterator[tuple[int, slice, HeadProducts, Tensor]]:
+        for at, (one, *of_rows) in enumerate(zip(self.learners, stats, sums, strict=True)):
+            if any(one.step.needs):
+                for made in one.gradients(*of_rows):
+                    yield at, *made

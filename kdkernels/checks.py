@@ -1,0 +1,274 @@
+"""What the public losses accept: every check, before any work. An error names the argument, what came and what is accepted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels.divergences import Divergence, resolve
+from kdkernels.plan import STRATEGIES, default_budget
+
+REDUCTIONS = ("mean", "sum", "none")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class LMHead:
+    """An output head: logits = softcap * tanh(logit_scale * (H Wᵀ + bias) / softcap), without the tanh where softcap is None.
+
+    weight: (V, D). bias: (V,) or None. logit_scale: a positive factor (Cohere, Granite). softcap: a positive bound (Gemma 2).
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+def number(name: str, value: Any, accepted: str, low: float = -math.inf, *, above: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {accepted}, got {type(value).__name__}")
+    # not math.isfinite: a compiled graph may hold the number as a symbol
+    if not -math.inf < value < math.inf or value < low or (above and value == low):
+        raise ValueError(f"{name} is {accepted}, got {value}")
+    return float(value)
+
+
+def tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a tensor, got {type(value).__name__}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} is on {value.device}, the student on {device}; both must be on one device")
+    return value
+
+
+def float_tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor:
+    found = tensor(name, value, device)
+    if found.dtype not in FLOATS:
+        raise TypeError(f"{name} is {found.dtype}; accepted: {', '.join(map(str, FLOATS))}")
+    return found
+
+
+def head_of(name: str, value: Any, hidden: Tensor, hidden_name: str) -> LMHead:
+    """The head, checked against the hidden states that it multiplies."""
+    if not isinstance(value, (LMHead, Tensor)):
+        raise TypeError(f"{name} is an LMHead or a (V, D) tensor, got {type(value).__name__}")
+    head = value if isinstance(value, LMHead) else LMHead(value)
+    weight = float_tensor(f"{name}.weight", head.weight, hidden.device)
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"{name}.weight is (V, D) with at least one row and column, got shape {tuple(weight.shape)}")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{hidden_name} has shape {tuple(hidden.shape)}, but {name}.weight is {tuple(weight.shape)}: "
+            f"the last dimension of {hidden_name} must be D = {weight.shape[1]}"
+        )
+    if head.bias is not None:
+        bias = float_tensor(f"{name}.bias", head.bias, hidden.device)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{name}.bias is ({weight.shape[0]},) like the rows of its weight, got {tuple(bias.shape)}")
+    number(f"{name}.logit_scale", head.logit_scale, "a positive number", 0.0, above=True)
+    if head.softcap is not None:
+        number(f"{name}.softcap", head.softcap, "a positive number or None", 0.0, above=True)
+    return head
+
+
+def compute_dtype(hidden: Tensor, weight: Tensor, names: str) -> torch.dtype:
+    """The dtype of a model's products: autocast's where it is on (float64 it leaves alone), else the tensors' own."""
+    device_type = hidden.device.type
+    if hidden.dtype != torch.float64 and weight.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    if hidden.dtype != weight.dtype:
+        raise TypeError(f"{names} are {hidden.dtype} and {weight.dtype}; outside torch.autocast they must have one dtype")
+    return hidden.dtype
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The checked options of a loss that do not depend on where its logits come from."""
+
+    divergence: Divergence
+    t: Tensor
+    temperature: float
+    kd_scale: float
+    ce_weight: float
+    labels: Tensor | None
+    token_weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    normalizer: float | Tensor | None
+    return_metrics: bool
+    shape: torch.Size
+
+
+def checked(
+    leading: Tensor,
+    name: str,
+    labels: Any,
+    *,
+    divergence: Any,
+    t: Any,
+    temperature: Any,
+    square_temperature: bool,
+    kd_weight: Any,
+    ce_weight: Any,
+    token_weight: Any,
+    ignore_index: Any,
+    reduction: Any,
+    normalizer: Any,
+    return_metrics: bool,
+) -> Loss:
+    """``leading``: the student's tensor, whose dimensions before the last are those of the tokens; ``name``: its name."""
+    shape, device = leading.shape[:-1], leading.device
+    chosen = resolve(divergence)
+    if isinstance(t, Tensor):
+        if t.dim() != 0 or not t.is_floating_point():
+            raise ValueError(f"t is a number in [0, 1] or a 0-dim float tensor, got shape {tuple(t.shape)}, {t.dtype}")
+        t = t.detach()
+    else:
+        if number("t", t, "a number in [0, 1] or a 0-dim float tensor", 0.0) > 1.0:
+            raise ValueError(f"t is a number in [0, 1] or a 0-dim float tensor, got {t}")
+    temperature = number("temperature", temperature, "a positive number", 0.0, above=True)
+    kd_weight = number("kd_weight", kd_weight, "a number of at least 0", 0.0)
+    ce_weight = number("ce_weight", ce_weight, "a number of at least 0", 0.0)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index is an integer, got {type(ignore_index).__name__}")
+    if labels is not None:
+        tensor("labels", labels, device)
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"labels is {labels.dtype}; accepted: integers such as torch.int64")
+        if labels.shape != shape:
+            raise ValueError(f"labels has shape {tuple(labels.shape)}; {name} {tuple(leading.shape)} needs {tuple(shape)}")
+    elif ce_weight != 0.0:
+        raise ValueError(f"labels is None, but ce_weight={ce_weight} asks for the cross-entropy on them")
+    if token_weight is not None:
+        float_tensor("token_weight", token_weight, device)
+        if token_weight.shape != shape:
+            raise ValueError(
+                f"token_weight has shape {tuple(token_weight.shape)}; {name} {tuple(leading.shape)} needs {tuple(shape)}"
+            )
+        if token_weight.requires_grad:
+            raise ValueError("token_weight is held constant, but requires grad; pass token_weight.detach()")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction {reduction!r} is not known; accepted: {', '.join(REDUCTIONS)}")
+    if normalizer is not None:
+        if reduction != "mean":
+            raise ValueError(f"normalizer divides the sum of reduction='mean'; reduction is {reduction!r}")
+        accepted = "a positive number or a 0-dim tensor"
+        if not isinstance(normalizer, Tensor):
+            normalizer = number("normalizer", normalizer, accepted, 0.0, above=True)
+        elif normalizer.dim() != 0:
+            raise ValueError(f"normalizer is {accepted}, got shape {tuple(normalizer.shape)}")
+    kd_scale = kd_weight * (temperature**2 if square_temperature else 1.0)
+    return Loss(
+        divergence=chosen,
+        t=t if isinstance(t, Tensor) else torch.full((), t, dtype=torch.float64, device=device),
+        temperature=temperature,
+        kd_scale=kd_scale,
+        ce_weight=ce_weight,
+        labels=None if labels is None else labels.reshape(-1).to(torch.int64),
+        token_weight=None if token_weight is None else token_weight.reshape(-1),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        normalizer=normalizer,
+        return_metrics=bool(return_metrics),
+        shape=shape,
+    )
+
+
+def kept_weight(loss: Loss, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Sum of the token weights over kept tokens."""
+    if loss.labels is None:
+        kept = torch.full((), float(tokens), dtype=dtype, device=device)
+        return kept if loss.token_weight is None else loss.token_weight.sum(dtype=dtype)
+    counted = loss.labels != loss.ignore_index
+    if loss.token_weight is None:
+        return counted.sum().to(dtype)
+    return loss.token_weight.to(dtype).where(counted, 0.0).sum()
+
+
+def vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:
+    if vocab_size is None:
+        if student != teacher:
+            raise ValueError(
+                f"student_head has {student} rows and teacher_head {teacher}; if the larger is padded, pass vocab_size= the number "
+                "of tokens that both know"
+            )
+        return student
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise TypeError(f"vocab_size is an integer, got {type(vocab_size).__name__}")
+    if not 1 <= vocab_size <= min(student, teacher):
+        raise ValueError(f"vocab_size={vocab_size}; accepted: 1 to {min(student, teacher)}, the rows that both heads have")
+    return vocab_size
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Hidden states and heads that fit each other; vocab: what both heads are cut to; dtypes: what the models' products run in."""
+
+    student_hidden: Tensor
+    student: LMHead
+    teacher_hidden: Tensor
+    teacher: LMHead
+    vocab: int
+    dtypes: tuple[torch.dtype, torch.dtype]
+    strategy: str
+    budget: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.student_hidden.device
+
+    @property
+    def head(self) -> list[float]:
+        """What both heads do to their logits, as the operators take it."""
+        return [self.student.logit_scale, self.student.softcap or 0.0, self.teacher.logit_scale, self.teacher.softcap or 0.0]
+
+
+def rows_of(hidden: Tensor) -> Tensor:
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def linear_of(
+    student_hidden: Any,
+    student_head: Any,
+    teacher_hidden: Any,
+    teacher_head: Any,
+    vocab_size: int | None,
+    strategy: Any,
+    memory_budget: Any,
+    constant_target: str | None,
+) -> Linear:
+    """constant_target: the loss that holds the teacher constant; None where the teacher learns too."""
+    float_tensor("student_hidden", student_hidden)
+    device = student_hidden.device
+    float_tensor("teacher_hidden", teacher_hidden, device)
+    if constant_target is not None and teacher_hidden.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"teacher_hidden requires grad, but the target of {constant_target} is constant: run the teacher under "
+            "torch.no_grad(), or train it along with linear_okd_loss"
+        )
+    student = head_of("student_head", student_head, student_hidden, "student_hidden")
+    teacher = head_of("teacher_head", teacher_head, teacher_hidden, "teacher_hidden")
+    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
+        raise ValueError(
+            f"student_hidden {tuple(student_hidden.shape)} and teacher_hidden {tuple(teacher_hidden.shape)} must agree in all "
+            "dimensions but the last"
+        )
+    vocab = vocabulary(student.weight.shape[0], teacher.weight.shape[0], vocab_size)
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy {strategy!r} is not known; accepted: {', '.join(STRATEGIES)}")
+    if memory_budget is not None:
+        if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
+            raise TypeError(f"memory_budget is a number of bytes, got {type(memory_budget).__name__}")
+        if memory_budget < 1:
+            raise ValueError(f"memory_budget is a positive number of bytes, got {memory_budget}")
+    dtypes = (
+        compute_dtype(student_hidden, student.weight, "student_hidden and student_head"),
+        compute_dtype(teacher_hidden, teacher.weight, "teacher_hidden and teacher_head"),
+    )
+    budget = default_budget(device) if memory_budget is None else memory_budget
+    return Linear(student_hidden, student, teacher_hidden, teacher, vocab, dtypes, strategy, budget)

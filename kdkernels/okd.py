@@ -1,0 +1,119 @@
+"""Online knowledge distillation (OKD, arXiv 2409.12512): the teacher's LoRA modules train along with the student.
+
+Both losses and both models' gradients come from one pass over the same logits. Each loss holds the other model's distribution
+constant, so the teacher's is the student's with the roles swapped: there is no second set of formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels.backends.operators import accumulate_dtype
+from kdkernels.checks import LMHead, checked, linear_of, number, rows_of
+from kdkernels.divergences import Divergence
+from kdkernels.losses import reduced, terms_of
+
+
+class OKDLoss(tuple[Any, ...]):
+    """(student, teacher) losses, with metrics as a third where they were asked for."""
+
+    def __new__(cls, student: Tensor, teacher: Tensor, metrics: dict[str, Tensor] | None = None) -> OKDLoss:
+        return super().__new__(cls, (student, teacher) if metrics is None else (student, teacher, metrics))
+
+    @property
+    def student(self) -> Tensor:
+        """For all student parameters."""
+        return self[0]  # type: ignore[no-any-return]
+
+    @property
+    def teacher(self) -> Tensor:
+        """For the teacher's trained modules."""
+        return self[1]  # type: ignore[no-any-return]
+
+    @property
+    def metrics(self) -> dict[str, Tensor] | None:
+        """As ``linear_kd_loss`` returns them; None where they were not asked for."""
+        return self[2] if len(self) == 3 else None
+
+
+def linear_okd_loss(
+    student_hidden: Tensor,
+    student_head: LMHead | Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: LMHead | Tensor,
+    labels: Tensor | None,
+    *,
+    divergence: Divergence | str = "forward_kl",
+    teacher_alpha: float = 0.5,
+    temperature: float = 1.0,
+    square_temperature: bool = True,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    strategy: str = "auto",
+    memory_budget: int | None = None,
+    return_metrics: bool = False,
+) -> OKDLoss:
+    """Losses of a student and of the teacher that adapts to it (OKD, arXiv 2409.12512), from hidden states and heads.
+
+    Per token, with p = softmax(z / T), q = softmax(x / T) and label c:
+
+        student = kd_weight T² D(p, q) + ce_weight CE(c, softmax(x)),    p constant;
+        teacher = teacher_alpha T² KL(q, p) + (1 - teacher_alpha) CE(c, softmax(z)),    q constant.
+
+    ``student`` gives gradients to the student's hidden states and head, ``teacher`` to the teacher's hidden states, and to its head
+    where that requires them (in OKD it is frozen). Add the two for one backward; of two backwards the first needs retain_graph.
+
+    teacher_alpha: number in [0, 1]; 1 leaves the teacher without an anchor in the data. The paper does not say what it took; 0.5 is
+        this library's. labels may be None only where no term looks at them: teacher_alpha 1 and ce_weight 0.
+    The other arguments, metrics (of the student's loss), dtypes and errors are those of ``linear_kd_loss``; token weights,
+    reduction and normalizer apply to both losses.
+    """
+    models = linear_of(
+        *(student_hidden, student_head, teacher_hidden, teacher_head, vocab_size, strategy, memory_budget), constant_target=None
+    )
+    accepted = "a number in [0, 1]"
+    if number("teacher_alpha", teacher_alpha, accepted, 0.0) > 1.0:
+        raise ValueError(f"teacher_alpha is {accepted}, got {teacher_alpha}")
+    if labels is None and teacher_alpha < 1.0:
+        raise ValueError(f"labels is None, but teacher_alpha={teacher_alpha} asks for the teacher's cross-entropy on them")
+    loss = checked(
+        student_hidden,
+        "student_hidden",
+        labels,
+        divergence=divergence,
+        t=1.0,
+        temperature=temperature,
+        square_temperature=square_temperature,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        token_weight=token_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        normalizer=normalizer,
+        return_metrics=return_metrics,
+    )
+    square = math.pow(temperature, 2) if square_temperature else 1.0
+    others = (
+        loss.labels,
+        *terms_of(loss, models.head),
+        *(teacher_alpha * square, 1.0 - teacher_alpha),
+        *(loss.ignore_index, models.vocab, *models.dtypes, models.strategy, models.budget),
+    )
+    differentiable = tuple(
+        part
+        for hidden, head in ((student_hidden, models.student), (teacher_hidden, models.teacher))
+        for part in (rows_of(hidden), head.weight, head.bias)
+    )
+    sum_dtype = accumulate_dtype(torch.promote_types(*models.dtypes))
+    owners = (0, 0, 0, 1, 1, 1)
+    (student, teacher), metrics = reduced(loss, torch.ops.kdkernels.linear_okd, differentiable, owners, sum_dtype, others)
+    return OKDLoss(student, teacher, metrics if loss.return_metrics else None)
