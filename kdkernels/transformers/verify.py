@@ -109,33 +109,39 @@ def _same_numbers(found: Tensor, g: Tensor, allowed: Tensor) -> bool:
 def _after_cause(logits: Tensor, g: Tensor, scale: float, softcap: float | None, eps: float) -> str:
     """What the model does to the head's output g; logits and g (tokens, V) in float64."""
     rounding = 16 * eps
+    digits = 6 if eps < 1e-5 else 3
+
+    def show(number: float | None) -> str:
+        return "none" if number is None else f"{number:.{digits}g}"
+
     small = g.abs() < 10 * SMALLEST  # below any softcap
     offset = logits[small].mean()  # keeps a bias out of the ratio
     slope = float(((logits - offset) * g)[small].sum() / (g * g)[small].sum())
     affine = _ratio(logits, g)
     bias = (logits - affine * g).mean(0)
+    given = f"the head given has logit_scale={show(scale)}, softcap {show(softcap)}"
     if _fits(logits, affine * g, rounding * (affine * g).abs()):
-        missing = "no softcap" if softcap is not None else "another logit scale"
-        return f"{missing}: the model multiplies the head's output by {affine:.6g}, the head given has logit_scale={scale:.6g}" + (
-            f" and softcap={softcap:g}" if softcap is not None else ""
-        )
-    if _fits(logits, affine * g + bias, rounding * ((affine * g).abs() + bias.abs() + (affine * g).abs().amax(0))):
-        more = "" if abs(affine - scale) <= rounding * abs(scale) else f", after multiplying by {affine:.6g} instead of {scale:.6g}"
-        return f"a bias: the model adds a constant to each vocabulary entry (largest {float(bias.abs().max()):.6g}){more}"
+        what = "another logit scale" if softcap is None else "no softcap"
+        return f"{what}: the model multiplies the head's output by {show(affine)}; {given}"
+    line = affine * g + bias
+    if _fits(logits, line, rounding * (line.abs() + bias.abs() + (affine * g).abs().amax(0))):
+        times = "" if abs(affine - scale) <= rounding * abs(scale) else f", after multiplying by {show(affine)}; {given}"
+        return f"a bias: the model adds a constant to each vocabulary entry (largest {show(float(bias.abs().max()))}){times}"
     cap = _softcap(logits, g, slope)
-    if _fits(logits, _capped(g, slope, cap), 0.01 * _capped(g, slope, cap).abs() + rounding):
-        given = "none" if softcap is None else f"{softcap:.6g}"
-        return f"a softcap: the logits are {cap:.6g} tanh(a g / {cap:.6g}) with a = {slope:.6g}; the head given has softcap {given}, logit_scale={scale:.6g}"
+    curve = _capped(g, slope, cap)
+    if _fits(logits, curve, 0.01 * curve.abs() + rounding):
+        return f"a softcap: the logits are c tanh(a g / c) with c = {show(cap)}, a = {show(slope)}; {given}"
     expected = _capped(g, scale, softcap)
     if _same_numbers(logits, expected, rounding * expected.abs()):
         return "another order: the model permutes the logits after its head"
     return "unknown: what the model does to the head's output is neither a scale, nor a softcap, nor a bias, nor another order"
 
 
-def _head_cause(output: Tensor, product: Tensor, hidden: Tensor, base: Any, allowed: Tensor) -> str:
-    """Why the head's output (tokens, V) is not the product H Wᵀ + b; hidden: (tokens, D) as it enters. All in float64."""
+def _head_cause(output: Tensor, product: Tensor, hidden: Tensor, base: Any, weight: Tensor, allowed: Tensor) -> str:
+    """Why the head's output (tokens, V) is not the product H Wᵀ + b, both in float64; hidden: (tokens, D) as it enters."""
     if output.shape != product.shape:
         return f"another height: the head makes {output.shape[-1]} logits, the weight has {product.shape[-1]} rows"
+    allowed = allowed.amax().expand_as(allowed)  # an explanation may leave what the worst token leaves
     ratio = _ratio(output, product)
     if _fits(output, ratio * product, allowed):
         return f"a scale: the head multiplies its output, or the hidden states inside it, by {ratio:.6g}"
@@ -145,8 +151,11 @@ def _head_cause(output: Tensor, product: Tensor, hidden: Tensor, base: Any, allo
     if _same_numbers(output, product, allowed):
         return "another order: the rows of the weight are permuted"
     embeddings = base.get_input_embeddings().weight
-    if embeddings.shape == (product.shape[-1], hidden.shape[-1]) and _fits(output, hidden @ embeddings.double().mT, allowed):
-        return "tied weights: the head multiplies by the input embeddings, the weight given is another"
+    if embeddings.shape == (product.shape[-1], hidden.shape[-1]):
+        if torch.equal(embeddings, weight):
+            return "tied weights: the weight given is that of the input embeddings, the head multiplies by another"
+        if _fits(output, _product(hidden, LMHead(embeddings)), allowed):
+            return "tied weights: the head multiplies by the input embeddings, the weight given is another"
     softcap = _softcap(output, product, 1.0)
     if _fits(output, _capped(product, 1.0, softcap), allowed + 0.01 * output.abs()) and softcap < 1e5:
         return f"a softcap: the head itself caps its output at {softcap:.6g}"
@@ -215,15 +224,13 @@ def _verify(model: Any, base: Any, read: OutputHead, head: LMHead, inputs: dict[
     eps = max(torch.finfo(tensor.dtype).eps for tensor in (seen["hidden"], seen["output"], head.weight, logits))
 
     hidden = _rows(read.extend(seen["hidden"]))
-    weight, bias = head.weight, head.bias
-    if hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"the head given has D = {weight.shape[1]}, hidden states that enter the model's have {hidden.shape[-1]}")
-    product = hidden.double() @ weight.double().mT + (0.0 if bias is None else bias.double())
-    eager = torch.nn.functional.linear(hidden.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+    if hidden.shape[-1] != head.weight.shape[1]:
+        raise ValueError(f"the head given has D = {head.weight.shape[1]}, hidden states that enter the model's have {hidden.shape[-1]}")
+    product, eager = _product(hidden, head), _eager(hidden, head)
     output, allowed = _rows(seen["output"]).double(), _allowed(product, eager, eps)
     if output.shape != product.shape or not _fits(output, product, allowed):
-        entering = _rows(seen["hidden"]).double()
-        _refuse(base, "the head differs", _head_cause(output, product, entering, base, allowed), output, product)
+        cause = _head_cause(output, product, _rows(seen["hidden"]), base, head.weight, allowed)
+        _refuse(base, "the head differs", cause, output, product)
 
     scaled = run(replace).double()
     levels = _rows(seen["levels"]).double()[:, : scaled.shape[-1]]  # some models cut padded rows off
@@ -236,11 +243,25 @@ def _verify(model: Any, base: Any, read: OutputHead, head: LMHead, inputs: dict[
 
     # As a whole: the head on what hidden_states returns. The parts agree, so this can only differ where the model does not see
     # the same hidden states twice.
-    product = _rows(hidden_states(model, inputs)).double() @ weight.double().mT + (0.0 if bias is None else bias.double())
-    exact, eager = (_capped(g, head.logit_scale, head.softcap)[:, : logits.shape[-1]] for g in (product, eager))
+    hidden = _rows(hidden_states(model, inputs))
+    exact, eager = (
+        _capped(g, head.logit_scale, head.softcap)[:, : logits.shape[-1]] for g in (_product(hidden, head), _eager(hidden, head))
+    )
     if not _fits(logits.double(), exact, _allowed(exact, eager, eps)):
         cause = "unknown: two forwards on the same tokens give different hidden states"
         _refuse(base, "the whole differs", cause, logits.double(), exact)
+
+
+def _product(hidden: Tensor, head: LMHead) -> Tensor:
+    """H Wᵀ + b in float64: (tokens, D) -> (tokens, V). By parts of the weight, whose copy in float64 is large."""
+    product = torch.cat([hidden.double() @ rows.double().mT for rows in head.weight.split(8192)], -1)
+    return product if head.bias is None else product + head.bias.double()
+
+
+def _eager(hidden: Tensor, head: LMHead) -> Tensor:
+    """The same in the head's dtype."""
+    dtype = head.weight.dtype
+    return nn.functional.linear(hidden.to(dtype), head.weight, None if head.bias is None else head.bias.to(dtype))
 
 
 def _rows(tensor: Tensor) -> Tensor:
