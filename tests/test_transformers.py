@@ -99,13 +99,16 @@ def config(name: str, **more: Any) -> Any:
     return made
 
 
-def build(name: str, cls: Any = None, seed: int = 0, **more: Any) -> Any:
+def model_class(name: str) -> Any:
     family = MODELS[name][0]
+    return getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")
+
+
+def build(name: str, cls: Any = None, seed: int = 0, **more: Any) -> Any:
+    """cls: a class of the user's own in place of the model's."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = (cls or getattr(transformers, f"{family}{'LMHead' if family == 'GPT2' else 'ForCausal'}{'Model' if family == 'GPT2' else 'LM'}"))(
-            config(name, **more)
-        )
+        model = (cls or model_class(name))(config(name, **more))
         for key, parameter in model.named_parameters():
             if key.endswith("bias"):  # zero at first, which would hide a bias that is lost
                 nn.init.normal_(parameter)
@@ -326,13 +329,19 @@ def test_a_forward_that_does_not_call_its_head_is_refused() -> None:
         def forward(self, **inputs: Any) -> Any:
             return self.model(**inputs)
 
-    with pytest.raises(RuntimeError, match="called its output head .Linear. 0 times"):
+    with pytest.raises(RuntimeError, match=r"called its output head .Linear. 0 times"):
         hidden_states(build("llama", Fused), batch())
     with pytest.raises(ValueError, match="did not call its output head"):
         verify_lm_head(build("llama", Fused))
 
 
 # wrappers
+
+
+def run_apart(code: str) -> None:
+    """In a process of its own."""
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, env=found)
 
 
 def test_compiled_models_are_compiled_once_for_hidden_states_and_once_for_logits() -> None:
@@ -383,8 +392,7 @@ dist.destroy_process_group()
 
 
 def test_distributed_data_parallel_reduces_every_gradient(tmp_path: Any) -> None:
-    code = DISTRIBUTED.replace("{file}", str(tmp_path / "store"))
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    run_apart(DISTRIBUTED.replace("{file}", str(tmp_path / "store")))
 
 
 def test_data_parallel_is_refused(llama: Any) -> None:
@@ -526,10 +534,8 @@ def test_heads_that_are_not_linear_are_refused() -> None:
 
 def doctored(name: str, change: Any) -> Any:
     """A model whose logits are changed after all that its source does."""
-    family = MODELS[name][0]
-    base = getattr(transformers, f"{family}ForCausalLM")
 
-    class Doctored(base):  # type: ignore[valid-type,misc]
+    class Doctored(model_class(name)):  # type: ignore[valid-type,misc]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = super().forward(*args, **kwargs)
             output.logits = change(output.logits)
@@ -663,4 +669,4 @@ def test_verification_changes_nothing(right: bool) -> None:
 
 def test_the_library_does_not_import_transformers() -> None:
     code = "import sys, kdkernels; assert not {'transformers', 'peft', 'kdkernels.transformers'} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    run_apart(code)

@@ -127,7 +127,8 @@ def read_head(model: Any, *, own_forward: bool = False) -> OutputHead:
 
     Raises ValueError where the head is not H Wᵀ + b with low-rank updates, or where its weight is not here.
     """
-    module, updates = output_module(model), ()
+    module: Any = output_module(model)
+    updates: tuple[LowRank, ...] = ()
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):  # PEFT trains a copy of the head
         active = [] if module.disable_adapters else list(module.active_adapters)
         module = module.modules_to_save[active[0]] if active else module.original_module
@@ -161,7 +162,9 @@ def _updates(layer: Any) -> tuple[LowRank, ...]:
     if layer.disable_adapters or layer.merged:
         return ()
     if lora is None or type(layer) is not lora.Linear:
-        raise ValueError(f"the output head carries an adapter of type {name}; accepted: LoRA (peft.LoraConfig), or none, or merge it")
+        raise ValueError(
+            f"the output head carries an adapter of type {name}; accepted: LoRA (peft.LoraConfig), or none, or merge it"
+        )
     active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     for adapter in active:
         if (variant := layer.lora_variant.get(adapter)) is not None:
@@ -181,7 +184,9 @@ def _number(base: Any, text: Any, name: str) -> float | None:
         value = getattr(holder, name, None)
         if value is not None:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"{name} of {type(base).__name__} is a number in the models known here, got {type(value).__name__}")
+                raise ValueError(
+                    f"{name} of {type(base).__name__} is a number in the models known here, got {type(value).__name__}"
+                )
             return float(value)
     return None
 
@@ -204,7 +209,7 @@ def _scale(base: Any, text: Any, kinds: tuple[str, ...]) -> float:
 
 
 def after_head(model: Any) -> tuple[float, float | None]:
-    """(logit_scale, softcap): what the model does to the output of its head. model: may be wrapped. Raises ValueError as lm_head."""
+    """(logit_scale, softcap): what the model, which may be wrapped, does to the output of its head. Raises ValueError as lm_head."""
     base = unwrapped(model)
     config = getattr(base, "config", None)
     if config is None:

@@ -55,7 +55,8 @@ def keeping(head: nn.Module) -> Iterator[list[Tensor]]:
     attribute = vars(head).get("forward")
     if attribute is not keeper:  # else one is at work already, further out
         keeper.forward = head.forward
-    keeper.kept = kept = []
+    kept: list[Tensor] = []
+    keeper.kept = kept
     vars(head)["forward"] = keeper
     try:
         yield kept

@@ -176,7 +176,9 @@ def _allowed(exact: Tensor, eager: Tensor, eps: float) -> Tensor:
 
 def _refuse(base: Any, where: str, cause: str, found: Tensor, expected: Tensor) -> None:
     error = f"{float((found - expected).abs().max()):.3g}" if found.shape == expected.shape else "not comparable"
-    raise ValueError(f"the head given does not make the logits of {type(base).__name__}; {where}: {cause} (largest difference {error})")
+    raise ValueError(
+        f"the head given does not make the logits of {type(base).__name__}; {where}: {cause} (largest difference {error})"
+    )
 
 
 def verify_lm_head(model: Any, head: LMHead | None = None, batch: Any = None) -> None:
@@ -202,14 +204,15 @@ def verify_lm_head(model: Any, head: LMHead | None = None, batch: Any = None) ->
 
 
 def _verify(model: Any, base: Any, read: OutputHead, head: LMHead, inputs: dict[str, Any]) -> None:
-    module, seen = output_module(model), {}
+    module = output_module(model)
+    seen: dict[str, Tensor] = {}
 
     def observe(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         seen["hidden"], seen["output"] = args[0], output
 
     def replace(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        seen["levels"] = _levels(output)
-        return seen["levels"]
+        levels = seen["levels"] = _levels(output)
+        return levels
 
     def run(hook: Any) -> Tensor:
         handle = module.register_forward_hook(hook)
@@ -225,7 +228,9 @@ def _verify(model: Any, base: Any, read: OutputHead, head: LMHead, inputs: dict[
 
     hidden = _rows(read.extend(seen["hidden"]))
     if hidden.shape[-1] != head.weight.shape[1]:
-        raise ValueError(f"the head given has D = {head.weight.shape[1]}, hidden states that enter the model's have {hidden.shape[-1]}")
+        raise ValueError(
+            f"the head given has D = {head.weight.shape[1]}, hidden states that enter the model's have {hidden.shape[-1]}"
+        )
     product, eager = _product(hidden, head), _eager(hidden, head)
     output, allowed = _rows(seen["output"]).double(), _allowed(product, eager, eps)
     if output.shape != product.shape or not _fits(output, product, allowed):
