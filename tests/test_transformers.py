@@ -338,10 +338,15 @@ def test_a_forward_that_does_not_call_its_head_is_refused() -> None:
 # wrappers
 
 
-def run_apart(code: str) -> None:
-    """In a process of its own."""
+def run_apart(code: str, *arguments: list[str]) -> None:
+    """In processes of their own, one for each list of arguments."""
     found = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, env=found)
+    started = [subprocess.Popen([sys.executable, "-c", code, *given], env=found) for given in arguments or [[]]]
+    try:
+        assert [process.wait(timeout=300) for process in started] == [0] * len(started)
+    finally:
+        for process in started:
+            process.kill()
 
 
 def test_compiled_models_are_compiled_once_for_hidden_states_and_once_for_logits() -> None:
@@ -372,27 +377,39 @@ def test_gradients_through_a_compiled_model() -> None:
 
 
 DISTRIBUTED = """
-import copy, torch, torch.distributed as dist
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tests.test_transformers import *
 
-dist.init_process_group("gloo", init_method="file://{file}", rank=0, world_size=1)
-for find in (False, True):
-    model = build("llama_tied" if find else "phi")
-    wrapped = DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=find)
+rank, kind, name = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method="file://" + sys.argv[4], rank=rank, world_size=2)
+model, wrapped = build(name), build(name)
+if kind == "fsdp":
+    for layer in wrapped.model.layers:
+        fully_shard(layer)
+    fully_shard(wrapped)
+else:
+    wrapped = DistributedDataParallel(wrapped, find_unused_parameters=kind == "find unused")
     assert lm_head(wrapped).weight is wrapped.module.lm_head.weight
-    for _ in range(2):  # the second step is refused where the first left a parameter unreduced
-        expected = gradients(model, fused_loss(model, batch()))
-        found = gradients(wrapped, fused_loss(wrapped, batch()))
-        assert list(expected) == [name.removeprefix("module.") for name in found]
-        assert all(torch.equal(a, b) for a, b in zip(expected.values(), found.values()))
-    verify_lm_head(wrapped)
+each = [gradients(model, fused_loss(model, batch(seed))) for seed in (0, 1)]
+for _ in range(2):  # DDP refuses the second step where the first left a parameter unreduced
+    found = gradients(wrapped, fused_loss(wrapped, batch(rank)))
+    assert [name.removeprefix("module.") for name in found] == list(each[0])
+    for gradient, *both in zip(found.values(), *(gradients.values() for gradients in each)):
+        gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        torch.testing.assert_close(gradient, sum(both) / 2)
+verify_lm_head(wrapped)
 dist.destroy_process_group()
 """
 
 
-def test_distributed_data_parallel_reduces_every_gradient(tmp_path: Any) -> None:
-    run_apart(DISTRIBUTED.replace("{file}", str(tmp_path / "store")))
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("ddp", "phi"), ("find unused", "llama_tied"), ("fsdp", "phi"), ("fsdp", "llama_tied")],
+)
+def test_gradients_are_the_mean_over_processes(kind: str, name: str, tmp_path: Any) -> None:
+    run_apart(DISTRIBUTED, *([str(rank), kind, name, str(tmp_path / "store")] for rank in (0, 1)))
 
 
 def test_data_parallel_is_refused(llama: Any) -> None:

@@ -39,17 +39,17 @@ def unwrapped(model: Any) -> Any:
             raise TypeError(f"model is a causal language model of transformers, got {type(model).__name__}")
         if isinstance(model, nn.DataParallel):
             raise TypeError("model is wrapped in DataParallel, whose replicas keep no hidden states; use DistributedDataParallel")
-        for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
-            if name in model._modules:
-                model = model._modules[name]
-                break
+        inner: Any = model._modules
+        held = [name for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module") if name in inner]
+        if held:
+            model = inner[held[0]]
+        elif hasattr(model, "get_base_model"):
+            peft: Any = model
+            model = peft.get_base_model()
+        elif "module" in inner and not hasattr(model, "get_output_embeddings"):
+            model = inner["module"]
         else:
-            if hasattr(model, "get_base_model"):
-                model = model.get_base_model()
-            elif "module" in model._modules and not hasattr(model, "get_output_embeddings"):
-                model = model._modules["module"]
-            else:
-                return model
+            return model
 
 
 def output_module(model: Any) -> nn.Module:
@@ -96,16 +96,15 @@ class OutputHead:
 
     def weight(self) -> Tensor:
         """(V, D), the model's own Parameter; with updates a new (V, D + r) tensor."""
-        weight = self.linear.weight
-        if not self.updates:
-            return weight
-        return torch.cat([weight, *(_parameter(update.up, "weight").to(weight.dtype) for update in self.updates)], 1)
+        parts = [_whole(module, "weight") for module in (self.linear, *(update.up for update in self.updates))]
+        weight, *more = (part for part in parts if part is not None)
+        return torch.cat([weight, *(part.to(weight.dtype) for part in more)], 1) if more else weight
 
     def bias(self) -> Tensor | None:
         """(V,), the model's own Parameter where no update has a bias too."""
-        bias: Tensor | None = self.linear.bias
+        bias = _whole(self.linear, "bias")
         for update in self.updates:
-            if (more := getattr(update.up, "bias", None)) is not None:
+            if (more := _whole(update.up, "bias")) is not None:
                 more = (more * update.scale).to(self.linear.weight.dtype)
                 bias = more if bias is None else bias + more
         return bias
@@ -117,15 +116,40 @@ class OutputHead:
         return torch.cat([hidden, *(update.columns(hidden) for update in self.updates)], -1)
 
 
-def _parameter(module: nn.Module, name: str) -> Tensor:
-    parameter: Any = getattr(module, name)
+def _whole(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter of ``module``, gathered where FSDP2 has sharded it. Raises ValueError where it is not here."""
+    parameter: Any = getattr(module, name, None)
+    if parameter is None:
+        return None
+    if parameter.device.type == "meta":
+        raise ValueError(f"the output head's {name} is on the meta device (offloaded, or not loaded yet): bring it to its device")
+    if parameter.dtype not in FLOATS:
+        raise ValueError(f"the output head's {name} is quantised ({parameter.dtype}); accepted: {', '.join(map(str, FLOATS))}")
+    if hasattr(parameter, "full_tensor"):
+        return _gathered(parameter)
+    if parameter.dim() != (2 if name == "weight" else 1):
+        raise ValueError(
+            f"the output head's {name} has shape {tuple(parameter.shape)}, a shard of FSDP: compute the loss inside "
+            "FSDP.summon_full_params, use fully_shard (FSDP2), or leave the head out of the sharding"
+        )
     return parameter  # type: ignore[no-any-return]
+
+
+def _gathered(parameter: Any) -> Tensor:
+    """A DTensor, whole. Its gradient is the mean over the mesh, as FSDP and DistributedDataParallel take it."""
+    from torch.distributed.tensor import Partial  # absent from builds of torch without distributed
+
+    mesh = parameter.device_mesh
+    whole: Tensor = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / mesh.size())
+    return whole
 
 
 def read_head(model: Any, *, own_forward: bool = False) -> OutputHead:
     """The output head of a model that may be wrapped. own_forward: take a subclass of Linear that computes something else too.
 
-    Raises ValueError where the head is not H Wᵀ + b with low-rank updates, or where its weight is not here.
+    Raises ValueError where the head is not H Wᵀ + b with low-rank updates.
     """
     module: Any = output_module(model)
     updates: tuple[LowRank, ...] = ()
@@ -141,16 +165,6 @@ def read_head(model: Any, *, own_forward: bool = False) -> OutputHead:
         raise ValueError(
             f"the output head is a {name}, which computes its output in its own way; if that is H Wᵀ + b all the same, make a "
             "kd.LMHead by hand and check it with verify_lm_head(model, head=...)"
-        )
-    weight = module.weight
-    if weight.device.type == "meta":
-        raise ValueError("the output head's weight is on the meta device (offloaded, or not loaded yet): bring it to the device")
-    if weight.dtype not in FLOATS:
-        raise ValueError(f"the output head's weight is quantised ({weight.dtype}); accepted: {', '.join(map(str, FLOATS))}")
-    if hasattr(weight, "full_tensor") or weight.dim() != 2 or weight.shape[1] != module.in_features:
-        raise ValueError(
-            f"the output head's weight is sharded ({type(weight).__name__} of shape {tuple(weight.shape)}); gather it around the "
-            "loss (FSDP.summon_full_params), or leave the head out of the sharding"
         )
     return OutputHead(module, updates)
 
@@ -209,7 +223,7 @@ def _scale(base: Any, text: Any, kinds: tuple[str, ...]) -> float:
 
 
 def after_head(model: Any) -> tuple[float, float | None]:
-    """(logit_scale, softcap): what the model, which may be wrapped, does to the output of its head. Raises ValueError as lm_head."""
+    """(logit_scale, softcap): what the model, which may be wrapped, does to its head's output. Raises ValueError as lm_head."""
     base = unwrapped(model)
     config = getattr(base, "config", None)
     if config is None:
@@ -223,18 +237,20 @@ def after_head(model: Any) -> tuple[float, float | None]:
 def lm_head(model: Any) -> LMHead:
     """The output head of a causal language model, to go with ``hidden_states`` of the same model.
 
-    model: a causal language model of transformers, also inside DistributedDataParallel, PEFT or torch.compile.
+    model: a causal language model of transformers, also inside DistributedDataParallel, FSDP, PEFT or torch.compile.
 
     Weight (V, D) and bias (V,) are the very Parameters of the model, tied to the embeddings or not, so that gradients go to them.
     Padded rows are kept; ``vocab_size=`` of the loss cuts them.
 
     With a LoRA of PEFT on the head, whose r columns ``hidden_states`` adds to its result, the weight is [W, B] (V, D + r): a copy
-    of the head, made anew by each call, whose gradient is as large, of which B's r columns are kept. Call it in each step, as A and
-    B move. A merged or disabled adapter costs nothing.
+    of the head, made anew by each call, whose gradient is as large, of which a frozen W throws all but B's r columns away. Call it
+    in each step, as B moves. A merged or disabled adapter costs nothing.
 
-    Raises ValueError where the head is none that can be written so: adapters other than LoRA, DoRA, quantised or sharded weights, a
-    head that is not a torch.nn.Linear, or a logit scale in a model type whose use of it is not known. What a model of another
-    source does besides is found by ``verify_lm_head``.
+    Weights that fully_shard (FSDP2) has sharded are gathered, for each call and by all ranks; gradients go back to the shards.
+
+    Raises ValueError where the head is none that can be written so: adapters other than LoRA, DoRA, quantised weights, shards of
+    FSDP1 outside summon_full_params, a head that is not a torch.nn.Linear, or a logit scale in a model type whose use of it is not
+    known. What a model of another source does besides is found by ``verify_lm_head``.
     """
     head = read_head(model)
     scale, softcap = after_head(model)
