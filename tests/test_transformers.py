@@ -73,6 +73,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2", {}),
     "mpt": ("Mpt", {"d_model": WIDTH, "n_heads": 2, "n_layers": 2, "logit_scale": 0.5}),
     "mamba": ("Mamba", {"state_size": 4}),
+    "starcoder2": ("Starcoder2", {}),
+    "stablelm": ("StableLm", {}),
+    "bloom": ("Bloom", {"n_head": 2, "n_layer": 2}),
+    "biogpt": ("BioGpt", {}),
+    "modernbert_decoder": ("ModernBertDecoder", {"global_attn_every_n_layers": 2}),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {"n_group": 1, "topk_group": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, **LATENT},
+    ),
+    "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}),
+    "glm4": ("Glm4", {}),
+    "rwkv": ("Rwkv", {"attention_hidden_size": WIDTH}),
 }
 HEADS = {
     "gemma2": {"softcap": 5.0},
@@ -198,7 +210,7 @@ def test_head_of_hidden_states_is_the_models_logits(name: str) -> None:
     assert (head.logit_scale, head.softcap) == (expected["logit_scale"], expected["softcap"])
     assert head.weight is model.get_output_embeddings().weight
     assert head.bias is getattr(model.get_output_embeddings(), "bias", None)
-    assert (head.bias is not None) == (name in ("phi", "gptj"))
+    assert (head.bias is not None) == (name in ("phi", "gptj", "modernbert_decoder"))
     assert vars(model.get_output_embeddings()).get("forward") is None
 
 
@@ -252,6 +264,54 @@ def test_hidden_states_make_no_logits(name: str) -> None:
         hidden_states(model, {**inputs, "labels": inputs["input_ids"]})
     assert made.of_logits == 0
     assert made.entries < logits
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_autocast_casts_no_head_for_hidden_states(name: str) -> None:
+    vocab, inputs = 509, batch(vocab=509)
+    model = build(name, vocab_size=vocab)
+    casts: list[Any] = []
+
+    class Casts(InsideOperators):
+        def after(self, name: str, made: Any) -> None:
+            if name == "aten::_to_copy" and made.shape == (vocab, WIDTH):
+                casts.append(made.dtype)
+
+    with torch.autocast("cpu", torch.bfloat16), Casts():
+        hidden = hidden_states(model, inputs)
+        assert not casts
+        expected = model(**inputs).logits
+        assert casts == [torch.bfloat16]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits_by(lm_head(model), hidden)
+    torch.testing.assert_close(found, expected, atol=2e-2 * expected.abs().max().item(), rtol=2e-2)
+
+
+def test_a_head_that_accelerate_has_hooked() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = build("llama")
+    expected = hidden_states(model, batch())
+    hooks.add_hook_to_module(model.lm_head, hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    forward = vars(model.lm_head)["forward"]
+    assert torch.equal(hidden_states(model, batch()), expected)
+    assert vars(model.lm_head)["forward"] is forward
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden_states(model, batch())
+    verify_lm_head(model)
+
+
+def test_weights_that_are_not_here_are_refused() -> None:
+    with torch.device("meta"):
+        model = model_class("llama")(config("llama"))
+    with pytest.raises(ValueError, match="meta device"):
+        lm_head(model)
+    model = build("llama")
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match=r"quantised .torch.float8_e4m3fn"):
+        lm_head(model)
+    model.lm_head.weight = nn.Parameter(torch.zeros(5))
+    with pytest.raises(ValueError, match=r"shape .5,., a shard"):
+        lm_head(model)
 
 
 def test_labels_are_not_given_to_the_model(llama: Any) -> None:
@@ -380,36 +440,40 @@ DISTRIBUTED = """
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from kdkernels.transformers.heads import unwrapped
 from tests.test_transformers import *
 
-rank, kind, name = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", init_method="file://" + sys.argv[4], rank=rank, world_size=2)
-model, wrapped = build(name), build(name)
-if kind == "fsdp":
-    for layer in wrapped.model.layers:
-        fully_shard(layer)
-    fully_shard(wrapped)
-else:
-    wrapped = DistributedDataParallel(wrapped, find_unused_parameters=kind == "find unused")
-    assert lm_head(wrapped).weight is wrapped.module.lm_head.weight
-each = [gradients(model, fused_loss(model, batch(seed))) for seed in (0, 1)]
-for _ in range(2):  # DDP refuses the second step where the first left a parameter unreduced
-    found = gradients(wrapped, fused_loss(wrapped, batch(rank)))
-    assert [name.removeprefix("module.") for name in found] == list(each[0])
-    for gradient, *both in zip(found.values(), *(gradients.values() for gradients in each)):
-        gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-        torch.testing.assert_close(gradient, sum(both) / 2)
-verify_lm_head(wrapped)
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+
+
+def check(kind, model, wrapped):
+    if kind == "fsdp":
+        for layer in unwrapped(wrapped).model.layers:
+            fully_shard(layer)
+        fully_shard(wrapped)
+    else:
+        wrapped = DistributedDataParallel(wrapped, find_unused_parameters=kind == "find unused")
+    each = [gradients(model, fused_loss(model, batch(seed))) for seed in (0, 1)]
+    for _ in range(2):  # DDP refuses the second step where the first left a parameter unreduced
+        found = gradients(wrapped, fused_loss(wrapped, batch(rank)))
+        assert [name.removeprefix("module.") for name in found] == list(each[0])
+        for gradient, *both in zip(found.values(), *(gradients.values() for gradients in each)):
+            gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+            torch.testing.assert_close(gradient, sum(both) / 2)
+    verify_lm_head(wrapped)
+
+
+for kind in ("ddp", "find unused", "fsdp"):
+    for name in ("phi", "llama_tied"):
+        check(kind, build(name), build(name))
+    check(kind, *(adapted(build("llama"), target_modules=["q_proj", "lm_head"]) for _ in range(2)))
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [("ddp", "phi"), ("find unused", "llama_tied"), ("fsdp", "phi"), ("fsdp", "llama_tied")],
-)
-def test_gradients_are_the_mean_over_processes(kind: str, name: str, tmp_path: Any) -> None:
-    run_apart(DISTRIBUTED, *([str(rank), kind, name, str(tmp_path / "store")] for rank in (0, 1)))
+def test_gradients_under_ddp_and_fsdp_are_the_mean_over_processes(tmp_path: Any) -> None:
+    run_apart(DISTRIBUTED, *([str(rank), str(tmp_path / "store")] for rank in (0, 1)))
 
 
 def test_data_parallel_is_refused(llama: Any) -> None:
@@ -602,6 +666,10 @@ def test_verification_of_a_softcap_that_is_not_there() -> None:
     model.config.final_logit_softcapping = 7.0
     with pytest.raises(ValueError, match=r"a softcap: .* c = 7.* softcap 5"):
         verify_lm_head(model, head)
+
+
+def test_padded_rows_may_be_cut_off_by_the_model() -> None:
+    verify_lm_head(doctored("gemma2", lambda x: x[..., : VOCAB - 5]))
 
 
 @pytest.mark.parametrize(

@@ -78,8 +78,9 @@ class LowRank:
 
     def columns(self, hidden: Tensor) -> Tensor:
         """scale dropout(H) Aᵀ: (..., r), in the dtype of hidden (..., D), as PEFT computes it."""
-        weight: Any = self.down.weight
-        low: Tensor = self.down(self.dropout(hidden.to(weight.dtype)))
+        weight = _whole(self.down, "weight")
+        assert weight is not None
+        low = nn.functional.linear(self.dropout(hidden.to(weight.dtype)), weight)
         return (low * self.scale).to(hidden.dtype)
 
 
