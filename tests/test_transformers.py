@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import kdkernels as kd
+from benchmarks.readme import README
 from tests import oracle
 from tests.cases import InsideOperators, root_mean_square
 from tests.oracle import Options
@@ -734,6 +736,15 @@ def test_verification_sees_hidden_states_that_are_not_the_same_twice() -> None:
 def test_verification_changes_nothing(right: bool) -> None:
     model = build("llama", attention_dropout=0.5).train()
     model.model.layers[0].eval()  # modes are each module's own
+
+    def run(module: Any, *_: Any) -> None:
+        torch.rand(3)
+        module.max_seq_len_cached += 1  # as RoPE does that depends on the length
+        module.original_inv_freq.add_(1)
+        module.new = True
+        module.register_buffer("inv_freq", module.inv_freq.clone(), persistent=False)
+
+    model.model.rotary_emb.register_forward_hook(run)
     model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
     grad, random = model.lm_head.weight.grad, torch.get_rng_state()
     before = {name: {**vars(module), **module._buffers} for name, module in model.named_modules()}
@@ -755,3 +766,24 @@ def test_verification_changes_nothing(right: bool) -> None:
 def test_the_library_does_not_import_transformers() -> None:
     code = "import sys, kdkernels; assert not {'transformers', 'peft', 'kdkernels.transformers'} & sys.modules.keys()"
     run_apart(code)
+
+
+def test_the_readme_counts_the_families() -> None:
+    assert (
+        " ".join(README.read_text().split()).count(f"go through {len({family for family, _ in MODELS.values()})} model families")
+        == 1
+    )
+
+
+def test_the_step_that_the_readme_shows_is_that_of_the_models_own_logits() -> None:
+    block = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[2]
+    student, teacher = build("gemma2"), build("llama", seed=1)
+    inputs = batch()
+    scope = {"student": student, "teacher": teacher, "batch": {**inputs, "labels": inputs["input_ids"]}}
+    exec(block, scope)
+    targets = labels(inputs)
+    x, z = student(**inputs, use_cache=False).logits, teacher(**inputs, use_cache=False).logits
+    expected = oracle.mean(oracle.losses(x, z, targets, None, Options()), targets, None, Options())
+    torch.testing.assert_close(scope["loss"], expected)
+    assert all(p.grad is not None for p in student.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
