@@ -53,7 +53,7 @@ def _multiply(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | Non
 
 @contextmanager
 def as_on_a_gpu(
-    backend: str = "triton", blocks: tuple[int, int, int] = (16, 32, 16), row: int = 64, programs: int = 2
+    backend: str = "triton", blocks: tuple[int, int, int] = (16, 32, 16), row: int = 128, programs: int = 2
 ) -> Iterator[None]:
     """Everything inside runs on ``backend`` as it would on a GPU: 16-bit products, added up and kept in float32; small blocks.
 

@@ -23,7 +23,7 @@ SPREADS = (1.0, 10.0, 30.0)
 # are less than a vector. Small problems are drawn several times: see assert_as_good_as_eager.
 Shape = tuple[tuple[int, ...], int, int]
 SHAPES: tuple[Shape, ...] = (((12,), 1003, 2), ((2, 3), 2600, 1), ((1,), 1003, 16), ((5,), 3, 6), ((2,), 1, 2), ((), 37, 8))
-# For kernels in the interpreter, with tiles of 16 tokens, 32 or 64 columns and 16 of the hidden size.
+# For kernels in the interpreter, with tiles of 16 tokens, 32 or 128 columns and 16 of the hidden size.
 INTERPRETED_SHAPES: tuple[Shape, ...] = (((6,), 101, 4), ((2, 3), 150, 3), ((1,), 131, 16), ((5,), 3, 6), ((2,), 1, 2), ((), 37, 8))
 
 

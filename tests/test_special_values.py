@@ -30,7 +30,7 @@ def logits(seed: int = 0, rows: int = 4, vocab: int = 37, spread: float = 3.0) -
 
 def several_blocks(variant: str) -> int:
     """A vocabulary of more than two blocks of the row loops and no multiple of them."""
-    return 150 if variant.startswith("triton") else 2100
+    return 300 if variant.startswith("triton") else 2100
 
 
 def run(x: Tensor, z: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
