@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import gradients
+from kdkernels import gradients, tokens, vocab
 from tests import oracle
 from tests.cases import (
     CHOICES,
@@ -156,9 +156,9 @@ ACCURACY += [
 def compared(name: str, dtype: torch.dtype, spread: float, small: bool, bare: bool) -> Any:
     """Cases, teacher_alpha, and for each learner the exact results and eager's."""
     alpha = 1.0 if bare else 0.3
-    tokens, vocab, draws = (8, 101, 1) if small else (12, 403, 2)
+    count, width, draws = (8, 101, 1) if small else (12, 403, 2)
     options = Options(name) if bare else Options(name, temperature=2.0, ce_weight=0.5, kd_weight=0.75)
-    cases = [draw(seed, (tokens,), vocab, (16, 24), spread, dtype) for seed in range(draws)]
+    cases = [draw(seed, (count,), width, (16, 24), spread, dtype) for seed in range(draws)]
     cases = [replace(case if bare else dressed(case, seed), options=options) for seed, case in enumerate(cases)]
     working = torch.float32 if dtype == torch.float64 else dtype
     exact, eager = ([plain(case, alpha, to) for case in cases] for to in (torch.float64, working))
@@ -219,12 +219,12 @@ class TestFormulas:
         case = replace(full(torch.float64, ce_weight=0.0), **dict.fromkeys(drop))
         assert_as_plain(case, 1.0 if "labels" in drop else 0.5, strategy=strategy, memory_budget=BUDGET)
 
-    @pytest.mark.parametrize("tokens", [(), (1,), (2, 3), (1, 2, 1, 3)])
-    def test_leading_dimensions_are_only_a_shape(self, tokens: tuple[int, ...]) -> None:
-        case = replace(dressed(draw(tokens=tokens, dtype=torch.float64)), options=Options(ce_weight=0.5))
+    @pytest.mark.parametrize("lead", [(), (1,), (2, 3), (1, 2, 1, 3)])
+    def test_leading_dimensions_are_only_a_shape(self, lead: tuple[int, ...]) -> None:
+        case = replace(dressed(draw(tokens=lead, dtype=torch.float64)), options=Options(ce_weight=0.5))
         assert_as_plain(case, 0.5)
         losses = call(case, reduction="none")
-        assert losses.student.shape == losses.teacher.shape == tokens
+        assert losses.student.shape == losses.teacher.shape == lead
 
     def test_the_default_alpha_is_a_half(self) -> None:
         assert_same(call(full()), call(full(), teacher_alpha=0.5))
@@ -426,6 +426,30 @@ class TestProducts:
             assert {shape[1] for shape in allocated if shape[:1] == (V,) and len(shape) == 2} == widths
 
 
+@pytest.mark.parametrize("backend", parameters(("native", "reference", "triton")))
+@both_strategies
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+@pytest.mark.parametrize("memory_budget", [600, 2000, 5000])
+def test_the_scratch_of_both_gradients_is_within_the_budget(
+    memory_budget: int, dtype: torch.dtype, strategy: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, taken = full(dtype), []
+    module = {"tokens": tokens, "vocab": vocab}[strategy]
+    borrowed = module.borrowed
+
+    def recording(shapes: Any, *rest: Any) -> Any:
+        taken.append(sum(rows * columns * of.itemsize for (rows, columns), of in shapes[1:]))  # after the buffer of a head's block
+        return borrowed(shapes, *rest)
+
+    monkeypatch.setattr(module, "borrowed", recording)
+    least = 37 if strategy == "tokens" else 6  # one token or one column: less there cannot be
+    with running(backend):
+        call(case, leaves_of(case), strategy=strategy, memory_budget=memory_budget)
+    smallest = 16 * least  # at most four float32 tiles, or three and two of 16 bits
+    assert taken
+    assert all(0 < size <= max(memory_budget, smallest) for size in taken)
+
+
 class TestAutograd:
     @both_strategies
     @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -586,6 +610,15 @@ class TestContracts:
         assert {found[name].dtype for name in OF_TEACHER} == {teacher}
         of_loss = torch.float64 if torch.float64 in (student, teacher) else torch.float32
         assert found["student"].dtype == found["teacher"].dtype == of_loss
+
+    @pytest.mark.parametrize("variant", parameters(("triton", "triton-vocab")))
+    @pytest.mark.parametrize(("student", "teacher"), list(itertools.permutations(NATIVE_DTYPES, 2)))
+    def test_they_differ_on_a_gpu_too(self, student: torch.dtype, teacher: torch.dtype, variant: str) -> None:
+        """There products run in each model's own dtype, and one scratch serves both gradients."""
+        case = full(student)
+        case = replace(case, **{name: getattr(case, name).to(teacher) for name in OF_TEACHER})
+        with running(variant):
+            assert_as_plain(case, 0.5, per_token=False)
 
     @both_strategies
     @pytest.mark.parametrize("reduction", REDUCTIONS)
