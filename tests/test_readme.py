@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,15 @@ def test_the_complete_step_runs_and_learns() -> None:
     schedule = scope["schedule"]
     assert isinstance(schedule, kd.TAIDSchedule)
     assert schedule.t.item() == pytest.approx(1.0)
+
+
+def test_the_online_step_runs_and_both_models_learn() -> None:
+    block = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)[2]
+    scope: dict[str, Any] = {}
+    exec(block, scope)
+    for first, last in zip(scope["losses"][0], scope["losses"][-1], strict=True):
+        assert last < first
+    assert scope["up"].weight.count_nonzero() > 0
 
 
 def test_every_divergence_is_in_its_table() -> None:
