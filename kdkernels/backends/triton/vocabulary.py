@@ -199,9 +199,9 @@ def gradient_kernel(
     columns = v0 + tl.arange(0, BLOCK_V)
     t = tl.load(t_ptr)
     x, y, _ = _tile(
-            student_hidden, student_weight, teacher_hidden, teacher_weight, student, teacher,
-            n0, v0, tokens, vocab, t, terms[1], BLOCK_N, BLOCK_V, BLOCK_D, PRECISION,
-        )  # fmt: skip
+        student_hidden, student_weight, teacher_hidden, teacher_weight, student, teacher,
+        n0, v0, tokens, vocab, t, terms[1], BLOCK_N, BLOCK_V, BLOCK_D, PRECISION,
+    )  # fmt: skip
     labels = None
     if labels_ptr is not None:
         labels = tl.load(labels_ptr + rows, mask=rows < tokens, other=-1)
@@ -238,7 +238,8 @@ class LearnerSweeps:
         self.t = step.t.to(torch.float32)
         _, self.a, self.temperature, self.kd, self.ce = step.terms.loss
         self.terms = launch.term_arguments(self.a, self.temperature, self.kd, self.ce if self.labels is not None else 0.0)
-        self.table = blocks.entry(step.device, step.student.dtype)
+        self.widest = max((step.student.dtype, step.teacher.dtype), key=lambda dtype: dtype.itemsize)
+        self.table = blocks.entry(step.device, self.widest)
         self.pair = launch.pair_function(step.terms.divergence)
 
     def _operands(self, matrix: blocks.Matrix) -> list[Any]:
@@ -255,14 +256,14 @@ class LearnerSweeps:
 
     def _run(self, kernel: Any, matrix: blocks.Matrix, grid: Any, arguments: tuple[Any, ...], **constants: Any) -> None:
         """grid: from a Matrix. Starts the kernel with the table's blocks, or with those that a search finds to be faster."""
-        precision = launch.precision(self.step.student.dtype, self.step.device)
+        precision = launch.precision(self.widest, self.step.device)
 
         def start(chosen: blocks.Matrix) -> None:
             kernel[grid(chosen)](
                 *self._operands(chosen), *arguments, **constants, **chosen.blocks(), **chosen.options(), PRECISION=precision
             )
 
-        start(autotune.chosen(kernel, matrix, self.step.device, self.step.student.dtype, start))
+        start(autotune.chosen(kernel, matrix, self.step.device, self.widest, start))
 
     def _over_splits(self, kernel: Any, matrix: blocks.Matrix, columns: int, arguments: Any, **constants: Any) -> Tensor:
         """Partial results [splits, count, columns] of a kernel that goes over the vocabulary in splits."""
