@@ -75,8 +75,9 @@ def assert_close(found: dict[str, Tensor], right: dict[str, Tensor], terms: int 
 def step_of(case: Case, name: str, metrics: bool = False, dtype: torch.dtype = torch.float32) -> Step:
     options = case.options
     return prepare(
-        *(case.student_hidden, case.student_weight, case.student_bias, case.token_weight, torch.ones(()), None),
-        *(case.teacher_hidden, case.teacher_weight, case.teacher_bias, case.labels, torch.tensor(options.t)),
+        (case.student_hidden, case.student_weight, case.student_bias),
+        (case.teacher_hidden, case.teacher_weight, case.teacher_bias),
+        *(case.token_weight, torch.ones(()), None, case.labels, torch.tensor(options.t)),
         Terms(name, resolve(name).a, options.temperature, options.kd_weight, options.ce_weight, [1.0, 0.0, 1.0, 0.0]),
         *(-100, case.student_weight.shape[0], (dtype, dtype), (True, True, True), metrics, 2**30),
     )
@@ -85,7 +86,7 @@ def step_of(case: Case, name: str, metrics: bool = False, dtype: torch.dtype = t
 def sweeps_of(step: Step, tile: Tensor | None = None) -> Any:
     tile = torch.empty(step.count, step.vocab, dtype=step.student.dtype) if tile is None else tile
     index = step.index(0, step.count)
-    return vocabulary.FusedSweeps(step, (step.student.rows(index), step.teacher.rows(index)), tile, torch.empty(0))
+    return vocabulary.LearnerSweeps(step, (step.student.rows(index), step.teacher.rows(index)), tile, torch.empty(0))
 
 
 def of_logits(x: Tensor, z: Tensor, **more: Any) -> Case:
@@ -503,11 +504,11 @@ backend = make_backend(GPUTarget("cuda", 90, 32))
 make_step = static._step
 known = {}
 
-make_sweeps = vocabulary.FusedSweeps
+make_sweeps = vocabulary.LearnerSweeps
 
 def keys(tokens, a, temperature, width=static.VOCAB, architecture="sm_90"):
     # a block of columns may begin and end anywhere
-    vocabulary.FusedSweeps = lambda step, hidden, tile, buffer: make_sweeps(step, hidden, tile[:, :width], buffer)
+    vocabulary.LearnerSweeps = lambda step, hidden, tile, buffer: make_sweeps(step, hidden, tile[:, :width], buffer)
     def step(name, dtype, metrics):
         made = make_step(name, dtype, metrics)
         terms = dataclasses.replace(made.terms, a=a, temperature=temperature, kd_scale=temperature**2)
