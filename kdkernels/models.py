@@ -14,7 +14,8 @@ class HeadShape:
     dim: int
 
 
-# vocab_size and hidden_size of each model's config.json (text_config for Gemma 3 from 4B), as published on the Hugging Face Hub.
+# vocab_size and hidden_size as each model's config.json should have them (text_config for Gemma 3 from 4B). Written from memory and
+# not yet checked against the files: where it matters, give sizes VxD instead of a name.
 HEADS = {
     "Gemma-2-2B": HeadShape(256_000, 2304),
     "Gemma-2-9B": HeadShape(256_000, 3584),
