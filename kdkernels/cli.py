@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdkernels.demo.settings import DEFAULT_MINUTES, DemoError, Settings, require_libraries
+from kdkernels.demo.settings import DEFAULT_MINUTES, Settings, require_libraries
+from kdkernels.errors import CommandError
 
 INTERRUPTED = 130
 BAD_INPUT = 2
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
-    except DemoError as error:
+    except CommandError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:

@@ -21,10 +21,12 @@ pytest.importorskip("safetensors")
 
 from rich.console import Console
 
+from kdkernels import files
 from kdkernels.demo import corpus as corpora
-from kdkernels.demo import files, loss_step, train
+from kdkernels.demo import loss_step, train
 from kdkernels.demo import run as demo
-from kdkernels.demo.settings import DemoError, ModelSize, Settings
+from kdkernels.demo.settings import ModelSize, Settings
+from kdkernels.errors import CommandError
 
 TINY = Settings(
     vocab=300,
@@ -171,7 +173,7 @@ def test_resuming_a_finished_run_trains_nothing(
 
 
 def test_resuming_with_other_settings_is_an_error_that_names_them(folder: Path) -> None:
-    with pytest.raises(DemoError, match=r"--resume cannot continue .*teacher.safetensors.*--minutes 5 --seed 0.*--seed 3"):
+    with pytest.raises(CommandError, match=r"--resume cannot continue .*teacher.safetensors.*--minutes 5 --seed 0.*--seed 3"):
         run(folder, dataclasses.replace(TINY, seed=3), resume=True)
 
 
@@ -185,7 +187,7 @@ def test_a_damaged_file_is_named_with_what_to_do(folder: Path, name: str, harm: 
     else:
         del content[len(content) // 2 if harm == "cut short" else 0 :]
     path.write_bytes(content)
-    with pytest.raises(DemoError) as caught:
+    with pytest.raises(CommandError) as caught:
         run(folder, resume=True)
     message = str(caught.value)
     assert message.startswith(f"{path} is damaged (")

@@ -15,8 +15,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from kdkernels.demo import files
-from kdkernels.demo.settings import DemoError, Settings, fingerprint
+from kdkernels import files
+from kdkernels.demo.settings import Settings, fingerprint
+from kdkernels.errors import CommandError
 
 END_OF_TEXT = "<|endoftext|>"
 # Not part of the standard library, or not everywhere installed with it, or tables rather than code.
@@ -101,13 +102,15 @@ def prepare(settings: Settings, folder: Path, say: Callable[[str], None]) -> Cor
     kept = [text for name, text in found if not held_out(name)]
     tested = [text for name, text in found if held_out(name)]
     if not kept or not tested:
-        raise DemoError(f"too few Python sources under {sysconfig.get_paths()['stdlib']}: {len(found)} files; the demo reads them")
+        raise CommandError(
+            f"too few Python sources under {sysconfig.get_paths()['stdlib']}: {len(found)} files; the demo reads them"
+        )
     say(f"learning a vocabulary of {settings.vocab:,} tokens on {len(kept):,} Python files")
     tokenizer = learn(kept, settings.vocab)
     say("encoding the files")
     train, heldout = encode(tokenizer, kept), encode(tokenizer, tested)
     if min(train.numel(), heldout.numel()) <= settings.window + 1:
-        raise DemoError(f"the Python sources hold only {train.numel()} + {heldout.numel()} tokens; the demo needs more")
+        raise CommandError(f"the Python sources hold only {train.numel()} + {heldout.numel()} tokens; the demo needs more")
     facts = {
         "train_files": len(kept),
         "heldout_files": len(tested),

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels.demo import files
-from kdkernels.demo.settings import DemoError
+from kdkernels import files
+from kdkernels.errors import CommandError
 
 Inputs = dict[str, Tensor]
 WARM_UP_ROWS = 64
@@ -102,7 +102,7 @@ def _peak_in_fresh_process(name: str, scratch: Path) -> int | None:
     command = [sys.executable, "-m", "kdkernels.demo.loss_step", str(scratch), name, str(torch.get_num_threads())]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode != 0:
-        raise DemoError(f"measuring the memory of {name} failed: {ran.stderr.strip().splitlines()[-1:]}")
+        raise CommandError(f"measuring the memory of {name} failed: {ran.stderr.strip().splitlines()[-1:]}")
     peak: int | None = json.loads(ran.stdout)
     return peak
 

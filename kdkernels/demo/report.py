@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from kdkernels.demo import files
+from kdkernels import files
 from kdkernels.demo.train import Phase, Watch
 
 # One colour per method, told apart by people who see colours differently (Okabe and Ito).

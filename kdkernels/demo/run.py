@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from kdkernels import info
+from kdkernels import files, info
 from kdkernels.demo import corpus as corpora
-from kdkernels.demo import files, loss_step, report
+from kdkernels.demo import loss_step, report
 from kdkernels.demo.corpus import Corpus
 from kdkernels.demo.models import heldout_losses, hidden_states, mean_and_error
 from kdkernels.demo.settings import Settings
@@ -30,7 +30,7 @@ def run(settings: Settings, folder: Path, *, resume: bool = False, console: Cons
     taken from the folder either way.
     """
     console = console or Console()
-    files.claim(folder)
+    files.claim(folder, "demo")
     if not resume:
         (folder / STUDENTS).unlink(missing_ok=True)
     clock = _Clock()

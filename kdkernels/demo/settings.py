@@ -1,4 +1,4 @@
-"""What a demo run is made of, and the error that it shows in one line."""
+"""What a demo run is made of."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from kdkernels.errors import CommandError
+
 LIBRARIES = ("matplotlib", "numpy", "rich", "safetensors", "tokenizers", "transformers")
 DEFAULT_MINUTES = 5.0
-
-
-class DemoError(Exception):
-    """Something that the person who started the demo can put right; its text is one line that says how."""
 
 
 @dataclass(frozen=True)
@@ -76,4 +74,4 @@ def require_libraries() -> None:
     """Raise the one line that says what to install, before anything heavy is imported."""
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
-        raise DemoError(f"the demo needs {', '.join(missing)}, not installed here: pip install kdkernels[demo]")
+        raise CommandError(f"the demo needs {', '.join(missing)}, not installed here: pip install kdkernels[demo]")

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels.demo import files
+from kdkernels import files
 from kdkernels.demo.corpus import Corpus
 from kdkernels.demo.models import Model, build, heldout_losses, hidden_states, mean_and_error
-from kdkernels.demo.settings import DemoError, ModelSize, Settings, fingerprint
+from kdkernels.demo.settings import ModelSize, Settings, fingerprint
+from kdkernels.errors import CommandError
 
 FEWEST_STEPS = 20
 WARM_UP = 0.05  # of the steps, in which the learning rate rises
@@ -261,7 +262,7 @@ def _take_up(phase: Phase, settings: Settings, path: Path, resume: bool) -> bool
     if about["key"] != phase.key:
         if not resume:
             return False
-        raise DemoError(
+        raise CommandError(
             f"--resume cannot continue {path}: it was made with --minutes {about['minutes']:g} --seed {about['seed']}, or from "
             f"other Python sources or libraries, and this run has --minutes {settings.minutes:g} --seed {settings.seed}; "
             "give the same, or leave --resume out to start anew"

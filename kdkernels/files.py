@@ -1,4 +1,4 @@
-"""Files of a demo run: written whole or not at all, and read back only if they are what was written."""
+"""Files that a command makes: written whole or not at all, and read back only if they are what was written."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kdkernels.demo.settings import DemoError
-
-MARKER = "kdkernels-demo.json"
+from kdkernels.errors import CommandError
 
 
-def claim(folder: Path) -> None:
-    """Make the output folder, or take an earlier one of the demo; anything else that stands there is left alone."""
-    marker = folder / MARKER
+def claim(folder: Path, command: str) -> None:
+    """Make the output folder, or take an earlier one of the same command; anything else that stands there is left alone.
+
+    command: its name, as the messages and the marker file kdkernels-COMMAND.json have it.
+    """
+    marker = folder / f"kdkernels-{command}.json"
+    accepted = f"accepted: a folder of an earlier {command}, an empty one, or a new name"
     try:
         if folder.exists() and not folder.is_dir():
-            raise DemoError(f"--out {folder} is a file; accepted: a folder of an earlier demo, an empty one, or a new name")
+            raise CommandError(f"--out {folder} is a file; {accepted}")
         if folder.exists() and not marker.exists() and any(folder.iterdir()):
-            raise DemoError(
-                f"--out {folder} holds other files (there is no {MARKER}); accepted: a folder of an earlier demo, an empty one, "
-                "or a new name"
-            )
+            raise CommandError(f"--out {folder} holds other files (there is no {marker.name}); {accepted}")
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob("*.tmp"):
             left_over.unlink()
-        write(marker, b'{"made_by": "python -m kdkernels demo"}\n')
+        write(marker, f'{{"made_by": "python -m kdkernels {command}"}}\n'.encode())
     except OSError as error:
-        raise DemoError(f"--out {folder} cannot be written: {error.strerror}") from error
+        raise CommandError(f"--out {folder} cannot be written: {error.strerror}") from error
 
 
 def write(path: Path, content: bytes) -> None:
@@ -55,7 +54,7 @@ def save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What ``save`` wrote. A file that is cut short or changed is a DemoError that names it."""
+    """What ``save`` wrote. A file that is cut short or changed is a CommandError that names it."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
@@ -69,8 +68,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, about
 
 
-def damaged(path: Path, reason: str) -> DemoError:
-    return DemoError(f"{path} is damaged ({' '.join(reason.split())}); delete it and run again: what it held is made anew")
+def damaged(path: Path, reason: str) -> CommandError:
+    return CommandError(f"{path} is damaged ({' '.join(reason.split())}); delete it and run again: what it held is made anew")
 
 
 def _digest(tensors: dict[str, Tensor], text: str) -> str:
