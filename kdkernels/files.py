@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,30 @@ from torch import Tensor
 from kdkernels.errors import CommandError
 
 
-def claim(folder: Path, command: str) -> None:
+def marker(folder: Path, command: str) -> Path:
+    """The file by which a folder is known to be made by ``command``."""
+    return folder / f"kdkernels-{command}.json"
+
+
+def claim(folder: Path, command: str, argument: str = "--out") -> None:
     """Make the output folder, or take an earlier one of the same command; anything else that stands there is left alone.
 
-    command: its name, as the messages and the marker file kdkernels-COMMAND.json have it.
+    command: its name, as the messages and the marker file kdkernels-COMMAND.json have it. argument: what the messages call the
+    folder.
     """
-    marker = folder / f"kdkernels-{command}.json"
+    mark = marker(folder, command)
     accepted = f"accepted: a folder of an earlier {command}, an empty one, or a new name"
     try:
         if folder.exists() and not folder.is_dir():
-            raise CommandError(f"--out {folder} is a file; {accepted}")
-        if folder.exists() and not marker.exists() and any(folder.iterdir()):
-            raise CommandError(f"--out {folder} holds other files (there is no {marker.name}); {accepted}")
+            raise CommandError(f"{argument} {folder} is a file; {accepted}")
+        if folder.exists() and not mark.exists() and any(folder.iterdir()):
+            raise CommandError(f"{argument} {folder} holds other files (there is no {mark.name}); {accepted}")
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob("*.tmp"):
             left_over.unlink()
-        write(marker, f'{{"made_by": "python -m kdkernels {command}"}}\n'.encode())
+        write(mark, f'{{"made_by": "python -m kdkernels {command}"}}\n'.encode())
     except OSError as error:
-        raise CommandError(f"--out {folder} cannot be written: {error.strerror}") from error
+        raise CommandError(f"{argument} {folder} cannot be written: {error.strerror}") from error
 
 
 def write(path: Path, content: bytes) -> None:
@@ -46,22 +53,33 @@ def write(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """Tensors and a description in one safetensors file, with a digest of both."""
+def save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
+    """Tensors and a description in one safetensors file, with a digest of both, which is returned.
+
+    The same content makes the same bytes in every process.
+    """
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(about)
-    write(path, safetensors.torch.save(tensors, {"about": text, "digest": _digest(tensors, text)}))
+    seal = digest(tensors, text)
+    # One entry: of several the library leaves the order to chance.
+    write(path, safetensors.torch.save(tensors, {"kdkernels": json.dumps({"about": text, "digest": seal})}))
+    return seal
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What ``save`` wrote. A file that is cut short or changed is a CommandError that names it."""
+def load(path: Path, expected: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What ``save`` wrote. A file that is cut short or changed is a CommandError that names it.
+
+    expected: the digest that ``save`` returned; then a whole file of other content is an error too.
+    """
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata()
+            metadata = json.loads(file.metadata()["kdkernels"])
             # Cloned: memory of our own, aligned as torch aligns it, so that a resumed run computes the same bits.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        if metadata["digest"] != _digest(tensors, metadata["about"]):
+        if metadata["digest"] != digest(tensors, metadata["about"]):
             raise ValueError("its digest does not match")
+        if expected not in (None, metadata["digest"]):
+            raise ValueError("it is another file than the one that was written here")
         about: dict[str, Any] = json.loads(metadata["about"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise damaged(path, str(error)) from error
@@ -72,10 +90,11 @@ def damaged(path: Path, reason: str) -> CommandError:
     return CommandError(f"{path} is damaged ({' '.join(reason.split())}); delete it and run again: what it held is made anew")
 
 
-def _digest(tensors: dict[str, Tensor], text: str) -> str:
-    digest = hashlib.blake2b(text.encode(), digest_size=16)
+def digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """Of names, dtypes, shapes and contents, wherever the tensors are, and of the text: 32 hexadecimal digits of BLAKE2b."""
+    found = hashlib.blake2b(text.encode(), digest_size=16)
     for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        tensor = tensors[name].detach().cpu()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
