@@ -60,10 +60,16 @@ def save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
     """
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(about)
-    seal = digest(tensors, text)
+    found = digest(tensors, text)
     # One entry: of several the library leaves the order to chance.
-    write(path, safetensors.torch.save(tensors, {"kdkernels": json.dumps({"about": text, "digest": seal})}))
-    return seal
+    write(path, safetensors.torch.save(tensors, {"kdkernels": json.dumps({"about": text, "digest": found})}))
+    return found
+
+
+def seal(path: Path) -> str:
+    """The digest that ``save`` returned, as the file has it; ``load`` is what compares it with the content."""
+    with safe_open(path, "pt") as file:
+        return str(json.loads(file.metadata()["kdkernels"])["digest"])
 
 
 def load(path: Path, expected: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:

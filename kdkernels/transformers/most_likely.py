@@ -1,0 +1,95 @@
+"""The most likely next tokens of a model and their log-probabilities, without the logits of a whole batch.
+
+Hidden states of a padded batch come from the model's own forward; the head multiplies a chunk of the real tokens at a time, into a
+scratch that a byte budget bounds, and of each row only the largest entries are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from kdkernels.backends.operators import accumulate_dtype
+from kdkernels.checks import LMHead
+from kdkernels.plan import chunk_rows
+from kdkernels.products import HeadProducts, block_size, logits_dtype, product_dtype
+from kdkernels.scratch import borrowed
+from kdkernels.transformers.hidden import hidden_states
+
+
+class MostLikely:
+    """The top_k largest entries of log softmax(z / temperature) over the first ``vocab`` logits z of a model, for batches of
+    sequences.
+
+    device: of the token ids. budget: bytes for the logits of a chunk and what is made from them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head: LMHead,
+        *,
+        device: torch.device,
+        top_k: int,
+        temperature: float,
+        vocab: int,
+        budget: int,
+    ) -> None:
+        self.model, self.device = model, device
+        self.top_k, self.temperature, self.budget = top_k, temperature, budget
+        self.weight, self.logit_scale, self.softcap = head.weight[:vocab], head.logit_scale, head.softcap
+        dtype, device = head.weight.dtype, head.weight.device
+        self.made, self.product = logits_dtype(dtype, device), product_dtype(dtype, device)
+        self.sum = accumulate_dtype(self.made)
+        self.bias = None if head.bias is None else head.bias[:vocab].to(self.sum)
+        # The logits, the exponentials that the log-sum-exp adds up, and the logits once more where they have to be widened.
+        self.bytes_per_logit = self.sum.itemsize * (2 if self.made == self.sum else 3)
+
+    @torch.no_grad()
+    def __call__(self, sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """sequences: token ids (L,) int64 on the CPU, each; they are padded on the right.
+
+        Returns ids int32 and log-probabilities float32, both (tokens of all sequences one after another, top_k), the most likely
+        first, on the CPU. A row whose logits hold NaN or +inf, or nothing but -inf, starts with NaN.
+        """
+        input_ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in sequences], batch_first=True)
+        inputs = {"input_ids": input_ids.to(self.device), "attention_mask": mask.to(self.device)}
+        where, (vocab, width) = self.weight.device, self.weight.shape
+        hidden = hidden_states(self.model, inputs).to(where)
+        hidden = hidden[mask.to(where) != 0]  # no product for the padding
+        size = chunk_rows(len(hidden), vocab, self.bytes_per_logit, self.budget)
+        scratch = [((size, vocab), self.made), ((1, block_size(vocab, width, where)), torch.float32)]
+        with borrowed(scratch, self.budget, where) as (logits, buffer):
+            products = HeadProducts(self.weight, self.product, buffer.view(-1))
+            parts = [self._top(products, rows, logits[: len(rows)]) for rows in hidden.split(size)]
+        ids, logprobs = zip(*parts, strict=True)
+        return torch.cat(ids), torch.cat(logprobs)
+
+    def _top(self, products: HeadProducts, hidden: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        products.logits(hidden.to(self.product), logits)
+        z = logits.to(self.sum)  # the scratch itself, unless it has to be widened
+        if self.bias is not None:
+            z.add_(self.bias)
+        z.mul_(self.logit_scale)
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+        z.div_(self.temperature)
+        values, ids = z.topk(self.top_k)
+        logprobs = values - z.logsumexp(1, keepdim=True)
+        return ids.to("cpu", torch.int32), logprobs.to("cpu", torch.float32)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; afterwards each module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
