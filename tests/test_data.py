@@ -1,0 +1,351 @@
+"""Claims about reading data, with tokenizers whose every character or word is one token."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
+
+from kdkernels.errors import CommandError
+from kdkernels.transformers.data import IGNORED, Collator, examples, prepare, read
+
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CHAT_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+
+
+def tokenizer(*, eos: bool = True, bos: bool = False, template: str | None = TEMPLATE, merges: int = 0) -> Any:
+    """Bytes, with so many merges learned on a line of text, and the special tokens."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=256 + merges, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(["the cat sat on the mat and the rat sat on the cat"], trainer)
+    if bos:
+        made.add_special_tokens(["<s>"])
+        number = made.token_to_id("<s>")
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", number)])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        additional_special_tokens=CHAT_TOKENS,
+        eos_token="</s>" if eos else None,
+        bos_token="<s>" if bos else None,
+    )
+    wrapped.chat_template = template
+    return wrapped
+
+
+def put(path: Path, *records: Any) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def learned(example: dict[str, list[int]], made: Any) -> str:
+    """The text of the tokens that count."""
+    for label, number in zip(example["labels"], example["input_ids"], strict=True):
+        assert label in (IGNORED, number)
+    return made.decode([label for label in example["labels"] if label != IGNORED])
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("length", [2, 3, 7, 16, 1000])
+def test_every_token_of_a_text_but_its_first_is_predicted_once_and_in_order(tmp_path: Path, length: int, bos: bool) -> None:
+    text = "The cat sat.\n\n  On the mät 猫, twice.\r\nEnd"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    made = tokenizer(bos=bos, merges=8)
+    found = examples(tmp_path / "a.txt", made, max_length=length)
+    assert all(2 <= len(one["input_ids"]) <= length for one in found)
+    assert all(one["labels"] == one["input_ids"] for one in found)
+    predicted = [token for one in found for token in one["labels"][1:]]
+    whole = [*([made.bos_token_id] if bos else []), *made(text, add_special_tokens=False)["input_ids"], made.eos_token_id]
+    assert [found[0]["input_ids"][0], *predicted] == whole
+    assert made.decode(whole, skip_special_tokens=True).encode() == text.encode()
+
+
+def test_a_text_file_of_any_name_is_one_record_with_its_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_bytes("\ufeffone\r\n\r\ntwo\n".encode())
+    assert list(read(tmp_path / "notes")) == [{"text": "one\r\n\r\ntwo\n"}]
+
+
+def test_each_text_of_a_jsonl_file_gets_its_own_eos_and_windows(tmp_path: Path) -> None:
+    made = tokenizer()
+    found = examples(put(tmp_path / "a.jsonl", {"text": "abcd"}, {"text": ""}, {"text": "xy", "id": 3}), made, max_length=4)
+    assert [made.decode(one["input_ids"]) for one in found] == ["abcd", "d</s>", "xy</s>"]
+
+
+def test_without_an_eos_none_is_put_there(tmp_path: Path) -> None:
+    (found,) = examples(put(tmp_path / "a.jsonl", {"text": "abcd"}), tokenizer(eos=False), max_length=9)
+    assert len(found["input_ids"]) == 4
+
+
+def test_lines_are_ended_by_newlines_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a\u2028b\u0085c"}\r\n\n  \n{"text": "d"}', encoding="utf-8", newline="")
+    assert [record["text"] for record in read(tmp_path / "a.jsonl")] == ["a\u2028b\u0085c", "d"]
+
+
+def test_a_json_file_is_a_list_of_records(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"text": "one"}, {"text": "two"}]')
+    assert [record["text"] for record in read(tmp_path / "a.json")] == ["one", "two"]
+
+
+CHAT = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "\n hello"},
+    {"role": "user", "content": "the cat?"},
+    {"role": "assistant", "content": "sat"},
+    {"role": "user", "content": "thanks"},
+]
+
+
+@pytest.mark.parametrize("merges", [0, 20])
+def test_of_a_conversation_the_assistants_tokens_count_with_what_ends_a_turn(tmp_path: Path, merges: int) -> None:
+    made = tokenizer(merges=merges)
+    (found,) = examples(put(tmp_path / "a.jsonl", {"messages": CHAT}), made, max_length=1000)
+    assert learned(found, made) == "\n hello<|end|>sat<|end|>"
+    shown = "<|system|>be brief<|end|><|user|>hi<|end|><|assistant|>\n hello<|end|><|user|>the cat?<|end|><|assistant|>sat<|end|>"
+    assert made.decode(found["input_ids"]) == shown
+
+
+def test_a_template_without_special_tokens_is_told_apart_by_characters(tmp_path: Path) -> None:
+    """Where the turns' boundaries fall inside what could be one token."""
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    made = tokenizer(template=plain, merges=40)
+    turns = [{"role": "user", "content": "the mat"}, {"role": "assistant", "content": "the cat"}]
+    (found,) = examples(put(tmp_path / "a.jsonl", {"messages": turns}), made, max_length=1000)
+    assert learned(found, made) == " the cat\n"
+
+
+def test_of_a_completion_the_tokens_and_the_eos_count(tmp_path: Path) -> None:
+    for bos in (False, True):
+        made = tokenizer(bos=bos)
+        (found,) = examples(put(tmp_path / "a.jsonl", {"prompt": "Q: é? A:", "completion": " ü"}), made, max_length=99)
+        assert learned(found, made) == " ü</s>"
+        assert made.decode(found["input_ids"], skip_special_tokens=True) == "Q: é? A: ü"
+        assert (found["input_ids"][0] == made.bos_token_id) is bos
+
+
+def test_a_token_that_reaches_into_the_completion_counts(tmp_path: Path) -> None:
+    made = tokenizer(merges=40)
+    (found,) = examples(put(tmp_path / "a.jsonl", {"prompt": "on th", "completion": "e cat"}), made, max_length=99)
+    assert learned(found, made) == " the cat</s>"
+
+
+def test_a_tokenizer_that_ends_texts_itself_gets_no_second_eos(tmp_path: Path) -> None:
+    made = tokenizer()
+    ended = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", made.eos_token_id)])
+    made.backend_tokenizer.post_processor = ended
+    source = put(tmp_path / "a.jsonl", {"text": "ab"}, {"prompt": "a", "completion": "b"})
+    text, pair = examples(source, made, max_length=99)
+    assert text["labels"] == text["input_ids"] == pair["input_ids"]
+    assert made.decode(text["input_ids"]) == "ab</s>"
+    assert learned(pair, made) == "b</s>"
+
+
+def test_what_is_too_long_is_cut_and_counted_and_what_teaches_nothing_is_dropped(tmp_path: Path) -> None:
+    source = put(
+        tmp_path / "a.jsonl",
+        {"prompt": "a" * 20, "completion": "b"},  # nothing of the completion is left
+        {"prompt": "a" * 8, "completion": "b" * 8},
+        {"messages": CHAT[:2]},  # no answer
+        {"text": ""},
+        {"prompt": "", "completion": "c"},
+    )
+    made = tokenizer()
+    found = prepare(source, made, max_length=10)
+    assert [learned(one, made) for one in found.examples] == ["bb", "c</s>"]
+    assert (found.cut, found.dropped) == (2, 2)
+    for one in found.examples:
+        assert len(one["input_ids"]) == len(one["labels"]) <= 10
+
+
+def test_a_limit_counts_examples(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abcdefgh" * 10)
+    whole, some = (examples(tmp_path / "a.txt", tokenizer(), max_length=8, limit=limit) for limit in (None, 3))
+    assert len(whole) > 3
+    assert some == whole[:3]
+
+
+def test_records_with_several_kinds_are_conversations_first_and_pairs_second(tmp_path: Path) -> None:
+    made = tokenizer()
+    pair = {"prompt": "ab", "completion": "cd", "text": "xx"}
+    source = put(tmp_path / "a.jsonl", {**pair, "messages": CHAT}, pair, {"prompt": "ab", "text": "xx"})
+    assert [learned(one, made) for one in examples(source, made, max_length=500)] == [
+        "\n hello<|end|>sat<|end|>",
+        "cd</s>",
+        "xx</s>",
+    ]
+
+
+def test_a_saved_dataset_reads_as_the_same_records_in_a_file(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    records = [{"messages": CHAT, "text": None}, {"messages": None, "text": "ab"}]
+    made = tokenizer()
+    expected = examples(put(tmp_path / "a.jsonl", *records), made, max_length=500)
+    saved = datasets.Dataset.from_list(records)
+    saved.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": saved, "test": saved.select([1])}).save_to_disk(str(tmp_path / "more"))
+    assert examples(tmp_path / "one", made, max_length=500) == expected
+    assert examples(str(tmp_path / "more"), made, max_length=500) == expected
+    assert examples(tmp_path / "more", made, max_length=500, split="test") == expected[1:]
+    with pytest.raises(CommandError, match=r"no split 'dev'; it has train, test"):
+        read(tmp_path / "more", split="dev")
+    with pytest.raises(CommandError, match=r"no split 'test'; it has train$"):
+        read(tmp_path / "one", split="test")
+    (tmp_path / "one" / "state.json").write_text("{")
+    with pytest.raises(CommandError, match="one cannot be read by datasets"):
+        read(tmp_path / "one")
+
+
+def test_a_name_of_the_hub_is_loaded_with_its_configuration_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(name: str, configuration: str | None, *, split: str) -> list[dict[str, str]]:
+        asked.append((name, configuration, split))
+        if name == "gone":
+            raise ConnectionError("Couldn't reach\nthe Hub")
+        return [{"text": "abc"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert len(examples("owner/data.v2:small", tokenizer(), max_length=9, split="test[:5%]")) == 1
+    read("plain")
+    assert asked == [("owner/data.v2", "small", "test[:5%]"), ("plain", None, "train")]
+    with pytest.raises(CommandError, match="'gone' is no file or folder here, and datasets cannot load it: Couldn't reach the Hub"):
+        read("gone")
+
+
+def test_without_the_datasets_library_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "state.json").write_text("{}")
+    for source in ("owner/name", str(tmp_path)):
+        with pytest.raises(CommandError, match="needs the datasets library, not installed here: pip install datasets"):
+            read(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": ', "a.jsonl, line 3: not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}', 'a.jsonl, line 2: holds "txt" (a string); accepted: "text"'),
+        ("a.jsonl", b'{"text": 3}', 'line 1: holds "text" (a number)'),
+        ("a.jsonl", b'["a"]', "line 1: holds a list"),
+        ("a.jsonl", b"{}", "line 1: holds nothing"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}', 'line 1: holds "messages" (a list)'),
+        ("a.jsonl", b'{"messages": "hi"}', 'line 1: holds "messages" (a string)'),
+        ("a.jsonl", b'{"prompt": "a"}', 'line 1: holds "prompt" (a string)'),
+        ("a.jsonl", b'{"prompt": "a", "completion": ["b"]}', 'line 1: holds "prompt" (a string), "completion" (a list)'),
+        ("a.json", b'{"text": "a"}', "a.json holds an object; accepted in a .json file: a list"),
+        ("a.json", b'[{"text": "a"}, null]', "a.json, record 2: holds null"),
+        ("a.bin", b"abc\xff\xfe", "a.bin is not text in UTF-8 (byte 3)"),
+        ("a.txt", b"", "no example is left in 1 records"),
+        ("a.jsonl", b"\n", "no example is left in 0 records"),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_its_place(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CommandError) as raised:
+        examples(tmp_path / name, tokenizer(), max_length=8)
+    assert expected in str(raised.value)
+    assert str(tmp_path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "gone/gone.txt", "/gone/data", "./gone", "~/gone", "a/b/c", ""])
+def test_a_missing_file_is_not_looked_for_on_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(CommandError, match=r"there is no such file|save_to_disk did not write"):
+        read(name)
+
+
+def test_splits_of_files_and_foreign_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc")
+    with pytest.raises(CommandError, match="no split 'test'"):
+        read(tmp_path / "a.txt", split="test")
+    with pytest.raises(CommandError, match="save_to_disk did not write"):
+        read(tmp_path)
+
+
+def test_messages_without_a_template_are_refused(tmp_path: Path) -> None:
+    source = put(tmp_path / "a.jsonl", {"text": "a b"}, {"messages": CHAT})
+    with pytest.raises(CommandError, match="record 2: messages need a chat template, and this tokenizer has none"):
+        examples(source, tokenizer(template=None), max_length=99)
+
+
+def test_a_template_that_changes_earlier_turns_is_refused_unless_there_is_one_answer(tmp_path: Path) -> None:
+    """As templates do that leave out the thinking of all turns but the last."""
+    forgetful = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if loop.last %}hm: {% endif %}{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    source = put(tmp_path / "a.jsonl", {"messages": CHAT})
+    with pytest.raises(CommandError, match=r"record 1: the chat template writes earlier turns anew when message 3 is added"):
+        examples(source, tokenizer(template=forgetful), max_length=99)
+    late = forgetful.replace("loop.last", "loop.last and m.role == 'assistant'")
+    with pytest.raises(CommandError, match=r"anew when message 5 is added"):
+        examples(source, tokenizer(template=late), max_length=99)
+    made = tokenizer(template=late)
+    (found,) = examples(put(tmp_path / "b.jsonl", {"messages": CHAT[:3]}), made, max_length=99)
+    assert learned(found, made) == "hm: \n hello<|end|>"
+
+
+def test_what_a_template_refuses_is_told_with_the_record(tmp_path: Path) -> None:
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system\nhere') }}{% endif %}x"
+    source = put(tmp_path / "a.jsonl", {"messages": CHAT})
+    with pytest.raises(CommandError, match="record 1: the chat template refuses it: no system here"):
+        examples(source, tokenizer(template=strict), max_length=99)
+
+
+def test_wrong_arguments_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc")
+    for more, expected in (
+        ({"max_length": 1}, "max_length is at least 2"),
+        ({"max_length": 8, "limit": 0}, "limit is at least 1"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            examples(tmp_path / "a.txt", tokenizer(), **more)
+    with pytest.raises(ValueError, match=r"tokenizer is one of the tokenizers library \(is_fast\), got object"):
+        examples(tmp_path / "a.txt", object(), max_length=8)
+
+
+@pytest.mark.parametrize("pad", [None, 9])
+def test_a_batch_is_padded_on_the_right_and_padding_is_masked(pad: int | None) -> None:
+    batch = [
+        {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "id": 7},
+        {"input_ids": [4]},
+        {"input_ids": [5, 6], "attention_mask": [0, 1]},
+    ]
+    collate = pickle.loads(pickle.dumps(Collator(pad)))  # as a DataLoader's workers get it
+    found = collate(batch)
+    fill = pad or 0
+    expected = {
+        "input_ids": [[1, 2, 3], [4, fill, fill], [5, 6, fill]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0], [0, 1, 0]],
+        "labels": [[-100, 2, 3], [4, -100, -100], [-100, 6, -100]],
+    }
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name].dtype == torch.int64
+        assert found[name].tolist() == values
+
+
+def test_a_batch_that_makes_no_sense_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one example"):
+        Collator(0)([])
+    with pytest.raises(ValueError, match=r"one length: input_ids \(2,\), attention_mask \(2,\), labels \(1,\)"):
+        Collator(0)([{"input_ids": [1, 2], "labels": [1]}])
