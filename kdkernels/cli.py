@@ -15,8 +15,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdkernels.arguments import checked as _checked
+from kdkernels.arguments import number as _number
 from kdkernels.demo.settings import DEFAULT_MINUTES, Settings, require_libraries
 from kdkernels.errors import CommandError
+from kdkernels.transformers import cache_command
 
 INTERRUPTED = 130
 BAD_INPUT = 2
@@ -146,18 +149,6 @@ def _divergence(text: str) -> str:
     return check_divergence(text)
 
 
-def _checked(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """An argparse type out of a function whose ValueError says what came and what is accepted."""
-
-    def checked(text: str) -> Any:
-        try:
-            return read(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return checked
-
-
 def _add_demo(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
@@ -199,19 +190,4 @@ def _demo(arguments: argparse.Namespace) -> None:
     run(Settings(minutes=arguments.minutes, seed=arguments.seed), arguments.out, resume=arguments.resume)
 
 
-def _number(kind: Callable[[str], Any], accepted: str, allowed: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """An argparse type; argparse puts the argument's name before the text of its error."""
-
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not allowed(value):
-            raise argparse.ArgumentTypeError(f"got {text!r}; accepted: {accepted}")
-        return value
-
-    return read
-
-
-COMMANDS: tuple[Callable[[Any], None], ...] = (_add_info, _add_plan, _add_demo)
+COMMANDS: tuple[Callable[[Any], None], ...] = (_add_info, _add_plan, _add_demo, cache_command.add)

@@ -30,6 +30,7 @@ from kdkernels import files
 from kdkernels.checks import LMHead, number
 from kdkernels.errors import CommandError
 from kdkernels.plan import default_budget
+from kdkernels.transformers.data import IGNORED
 from kdkernels.transformers.heads import lm_head, unwrapped
 from kdkernels.transformers.most_likely import MostLikely, evaluating
 from kdkernels.transformers.verify import verify_lm_head
@@ -37,7 +38,6 @@ from kdkernels.transformers.verify import verify_lm_head
 COMMAND = "cache"
 MANIFEST, INDEX = "manifest.json", "index.safetensors"
 VERSION = 1
-IGNORED = -100  # the label of a token that does not count
 OPEN_SHARDS = 16  # files that a TopKCache keeps open
 # What of a configuration says where a model came from, not what it computes.
 PROVENANCE = ("_name_or_path", "transformers_version")
@@ -63,8 +63,8 @@ def write_cache(
 
     model: the teacher, a causal language model of transformers with all its weights here. It runs in evaluation mode, without
         gradients, on the device where its embeddings are, and is left as it was.
-    examples: each {"input_ids": (L,) integers, "labels": (L,) integers or absent}; a label is the token itself, or -100 where the
-        token does not count. Read twice, one at a time.
+    examples: each {"input_ids": (L,) integers}, with "labels" (L,) where some do not count: a label is the token itself, or -100.
+        Tokens at which an "attention_mask" (L,) is 0 are padding, and left out. Read twice, one at a time.
     folder: a new one, an empty one, or one of an earlier call. A call with the same arguments goes on where that one stopped; only
         whole shards of it are taken up. One call writes at a time.
     top_k: 1 to vocab_size. temperature: positive. vocab_size: the softmax is over the first so many rows of the teacher's head
@@ -358,6 +358,12 @@ class _Reader:
         labels = ids if example.get("labels") is None else _token_ids(example["labels"], f"{name} labels")
         if labels.shape != ids.shape:
             raise ValueError(f"{name} has {len(ids)} tokens and {len(labels)} labels; accepted: as many")
+        if example.get("attention_mask") is not None:
+            mask = _token_ids(example["attention_mask"], f"{name} attention_mask")
+            if mask.shape != ids.shape or not mask.any():
+                held = f"{len(mask)} entries, {int(mask.count_nonzero())} of them not 0"
+                raise ValueError(f"{name} attention_mask has {held}; accepted: {len(ids)}, at least one of them not 0")
+            ids, labels = ids[mask != 0], labels[mask != 0]
         counts = labels != IGNORED
         wrong = (counts & (labels != ids)).nonzero()
         if len(wrong):
