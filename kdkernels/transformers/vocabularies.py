@@ -48,7 +48,7 @@ def shared_vocabulary(student: Any, teacher: Any) -> int:
                 )
     if wrong:
         raise ValueError(
-            f"the tokenizers of student ({len(ours):,} tokens) and teacher ({len(theirs):,}) disagree on {len(wrong):,} of their tokens, "
-            f"the first: {min(wrong)[1]}; a student learns only from a teacher whose tokens have the same ids"
+            f"the tokenizers of student ({len(ours):,} tokens) and teacher ({len(theirs):,}) disagree on {len(wrong):,} of their "
+            f"tokens, the first: {min(wrong)[1]}; a student learns only from a teacher whose tokens have the same ids"
         )
     return size
