@@ -70,8 +70,8 @@ def divergences() -> tuple[str, ...]:
     return tuple(_factories)
 
 
-def resolve(divergence: Divergence | str) -> Divergence:
-    """The divergence itself, or the one of that name with its default parameter."""
+def resolve(divergence: Divergence | str, parameter: float | None = None) -> Divergence:
+    """The divergence itself, or the one of that name with this parameter (None: its default)."""
     if isinstance(divergence, Divergence):
         return divergence
     if not isinstance(divergence, str):
@@ -81,7 +81,12 @@ def resolve(divergence: Divergence | str) -> Divergence:
         )
     if divergence not in _factories:
         raise ValueError(f"divergence {divergence!r} is not known; accepted: {', '.join(_factories)}")
-    return _factories[divergence]()
+    factory = _factories[divergence]
+    if parameter is None:
+        return factory()
+    if not inspect.signature(factory).parameters:
+        raise ValueError(f"divergence {divergence!r} has no parameter, got {parameter}")
+    return factory(parameter)
 
 
 def bind(pair: PairFunction, namespace: Any, wrap: Callable[[Any], Any] = lambda function: function) -> PairFunction:

@@ -1,5 +1,8 @@
 """The error that the command line shows in one line."""
 
 
-class CommandError(Exception):
-    """Something that the person who started the command can put right; its text is one line that says how."""
+class CommandError(ValueError):
+    """Something that whoever gave the input can put right; its text is one line that says how.
+
+    For a program that calls the library it is a ValueError like the others.
+    """

@@ -1,10 +1,24 @@
-"""Hidden states and output heads of causal language models from transformers, for the losses of this library.
+"""Distillation of causal language models from transformers.
+
+``KDTrainer`` with ``KDConfig`` is transformers' Trainer with a teacher. For a training loop of one's own:
 
 loss = kd.linear_kd_loss(hidden_states(student, batch), lm_head(student), hidden_states(teacher, batch), lm_head(teacher), labels)
 """
+
+import importlib
+from typing import Any
 
 from kdkernels.transformers.heads import lm_head
 from kdkernels.transformers.hidden import hidden_states
 from kdkernels.transformers.verify import verify_lm_head
 
-__all__ = ["hidden_states", "lm_head", "verify_lm_head"]
+# What needs transformers, accelerate or safetensors to be imported.
+_LAZY = {"KDConfig": "config", "KDTrainer": "trainer", "TopKCache": "cache", "write_cache": "cache"}
+
+__all__ = ["KDConfig", "KDTrainer", "TopKCache", "hidden_states", "lm_head", "verify_lm_head", "write_cache"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

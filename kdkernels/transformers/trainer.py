@@ -1,0 +1,494 @@
+"""``KDTrainer``: transformers' Trainer, with a teacher.
+
+Where the data flows: a step's micro-batches come in (get_batch_samples), where the student may write some anew; for each, the
+hidden states of both models enter one call of the loss (compute_loss), divided by the tokens that count in all of them; sums over
+their tokens are kept (TokenMeans). OKD's teacher takes a step of its own before the student's optimizer does, and TAID's controller
+sees the step's means after it. In an evaluation nothing of that moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from kdkernels.losses import linear_kd_loss
+from kdkernels.okd import linear_okd_loss
+from kdkernels.topk import linear_topk_kd_loss
+from kdkernels.transformers.cache import TopKCache, is_cache
+from kdkernels.transformers.config import OKD, TAID, KDConfig
+from kdkernels.transformers.data import IGNORED, Collator
+from kdkernels.transformers.heads import lm_head, unwrapped
+from kdkernels.transformers.hidden import hidden_states
+from kdkernels.transformers.on_policy import OnPolicy
+from kdkernels.transformers.online import OnlineTeacher
+from kdkernels.transformers.verify import verify_lm_head
+from kdkernels.transformers.vocabularies import shared_vocabulary
+
+logger = logging.getLogger(__name__)
+
+STATE = "distillation.pt"
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """labels (B, S) as transformers has them, one for each input token -> the token to predict at each position."""
+    shifted = labels.roll(-1, -1)
+    shifted[..., -1] = IGNORED
+    return shifted
+
+
+class TokenMeans:
+    """Means over tokens, of batches that come one by one: sums on the device, so that nothing waits for it."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, means: Mapping[str, Tensor]) -> None:
+        """means: 0-dim tensors; "tokens" says of how many tokens they are the means."""
+        tokens = means["tokens"].double()
+        for name, value in means.items():
+            part = tokens if name == "tokens" else torch.where(tokens > 0, value.double() * tokens, 0.0)
+            self.sums[name] = self.sums[name] + part if name in self.sums else part
+
+    def drained(self) -> dict[str, Tensor]:
+        """Means over all tokens of all ranks (to be called on each of them), and a new start; empty if nothing was added."""
+        sums, self.sums = self.sums, {}
+        if not sums:
+            return {}
+        stacked = torch.stack(list(sums.values()))
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(stacked)
+        found = dict(zip(sums, stacked, strict=True))
+        tokens = found.pop("tokens")
+        return {**{name: value / tokens for name, value in found.items()}, "tokens": tokens}
+
+
+class _Steps(TrainerCallback):  # type: ignore[misc]
+    """Hands the Trainer's events on to the trainer itself."""
+
+    def __init__(self, trainer: KDTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.trainer.step_teacher()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.trainer.move_target()
+
+
+class _WithTargets:
+    """A collator whose batches carry the cached teacher's log-probabilities."""
+
+    def __init__(self, collator: Callable[[Any], Any], cache: TopKCache) -> None:
+        self.collator, self.cache = collator, cache
+
+    def __call__(self, features: Any) -> dict[str, Any]:
+        batch = dict(self.collator(features))
+        return {**batch, **self.cache.batch(batch["input_ids"], batch.get("attention_mask"))}
+
+
+class KDTrainer(Trainer):  # type: ignore[misc]
+    """transformers' Trainer that distils a teacher into the model it trains.
+
+    model: the student, a causal language model of transformers, also with PEFT adapters.
+    args: a KDConfig.
+    teacher: a causal language model; or its folder or hub name; or a folder made by ``python -m kdkernels cache`` (or a TopKCache),
+        whose log-probabilities then stand in for the model.
+    processing_class, teacher_processing_class: the tokenizers, whose vocabularies must be the same. Where one is not given, the one
+        saved with its model is looked for. Heads of different height (padded vocabularies) are cut to what both know.
+    train_dataset, eval_dataset: examples with "input_ids" and, unless each token counts, "labels" (-100: does not count), both not
+        shifted. With a cached teacher the train_dataset may be left out: its examples are in the cache.
+    data_collator: makes {"input_ids", "attention_mask", "labels"} of them (default: pads on the right).
+    The rest is the Trainer's. No logits are made, so compute_metrics and preprocess_logits_for_metrics are refused.
+
+    Both heads are verified (``verify_lm_head``) before anything else. What is logged besides the loss, as means over the tokens
+    since the last log: kd, ce, target_entropy, student_entropy, agreement, overlap, in TAID t, in OKD teacher_loss; in evaluations
+    the same with the prefix "eval_", over the whole data set. A checkpoint holds all that a run needs to go on as if it had not
+    been interrupted. With "okd" the LoRA stays on the teacher after training; ``trainer.online.unload()`` gives it back without.
+
+    Raises ValueError or TypeError that names the argument, what came and what is accepted.
+    """
+
+    args: KDConfig
+
+    def __init__(
+        self,
+        model: Any,
+        args: KDConfig,
+        data_collator: Callable[[Any], Any] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        teacher: Any,
+        teacher_processing_class: Any = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(args, KDConfig):
+            raise TypeError(f"args is a KDConfig, got {type(args).__name__}")
+        for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func", "model_init"):
+            if options.get(name) is not None:
+                raise ValueError(f"{name} is not accepted: the loss is the trainer's own, of the given model, and makes no logits")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {args.n_gpu} GPUs, which transformers would run as DataParallel: start one for each"
+            )
+        self.cache = _cache(teacher)
+        if self.cache is not None:
+            _check_cache(args, self.cache)
+            if train_dataset is None:
+                train_dataset = self.cache.examples()
+            self.teacher = None
+        else:
+            self.teacher = _model(teacher)
+            if unwrapped(self.teacher) is unwrapped(model):
+                raise ValueError("teacher and model are one and the same model; load it twice")
+        if processing_class is None:
+            processing_class = _tokenizer_of(model)
+        if data_collator is None:
+            data_collator = Collator(getattr(processing_class, "pad_token_id", None))
+        if self.cache is not None:
+            data_collator = _WithTargets(data_collator, self.cache)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **options)
+
+        self.model_accepts_loss_kwargs = True  # the loss divides by the tokens of the whole step
+        self._loss_shifts_labels = True
+        self.online: OnlineTeacher | None = None
+        self._teacher_prepared = False
+        if not self.is_fsdp_enabled:  # there it waits until the weights are where they belong
+            verify_lm_head(model)
+        if self.teacher is not None:
+            verify_lm_head(self.teacher)
+        self.vocab_size = self._shared_vocabulary(teacher_processing_class)
+        if self.teacher is not None:
+            self._place_teacher()
+        self.taid = args.taid_schedule().to(args.device) if args.method == TAID else None
+        self.on_policy = self._student_writes()
+        self._logged, self._stepped, self._evaluated = TokenMeans(), TokenMeans(), TokenMeans()
+        self.add_callback(_Steps(self))
+
+    # ---- what is set up once ----
+
+    def _shared_vocabulary(self, teacher_processing_class: Any) -> int | None:
+        """How many rows of both heads are compared; None for all of them."""
+        rows = [lm_head(self.model).weight.shape[0]]
+        rows.append(lm_head(self.teacher).weight.shape[0] if self.cache is None else self.cache.vocab_size)
+        if self.args.vocab_size is not None:
+            if not 1 <= self.args.vocab_size <= min(rows):
+                raise ValueError(f"vocab_size={self.args.vocab_size}; accepted: 1 to {min(rows)}, the rows that both heads have")
+            return self.args.vocab_size
+        theirs = teacher_processing_class
+        if theirs is None and self.teacher is not None:
+            theirs = _tokenizer_of(self.teacher)
+        if self.processing_class is None or theirs is None:
+            if self.cache is None:
+                logger.warning(
+                    "The vocabularies of teacher and student were not compared: pass processing_class and teacher_processing_class."
+                )
+        else:
+            agreed = shared_vocabulary(self.processing_class, theirs)
+            # Rows behind all tokens, alike in both heads, stay: a student has to learn that they mean nothing.
+            if agreed <= max(max(tokenizer.get_vocab().values()) for tokenizer in (self.processing_class, theirs)):
+                rows.append(agreed)
+        return min(rows) if len(set(rows)) > 1 else None
+
+    def _place_teacher(self) -> None:
+        if getattr(self.teacher, "hf_device_map", None) is None and getattr(self.teacher, "quantization_method", None) is None:
+            self.teacher.to(self.args.device)
+        self.teacher.eval()
+        if self.args.method == OKD:
+            self.online = OnlineTeacher(
+                self.teacher,
+                rank=self.args.okd_lora_rank,
+                alpha=self.args.okd_lora_alpha,
+                dropout=self.args.okd_lora_dropout,
+                target_modules=self.args.okd_target_modules,
+                seed=self.args.seed,
+            )
+            self.teacher = self.online.model
+            if self.args.activation_checkpointing:
+                self.online.checkpoint_activations()
+
+    def _student_writes(self) -> OnPolicy | None:
+        args = self.args
+        if args.on_policy_fraction == 0.0 and args.on_policy_schedule == "constant":
+            return None
+        generation = getattr(unwrapped(self.model), "generation_config", None)
+        ids = [getattr(self.processing_class, "eos_token_id", None), getattr(generation, "eos_token_id", None)]
+        ends = {end for one in ids if one is not None for end in (one if isinstance(one, list) else [one])}
+        return OnPolicy(
+            args.on_policy_fraction,
+            schedule=args.on_policy_schedule,
+            max_new_tokens=args.on_policy_max_new_tokens,
+            temperature=args.on_policy_temperature,
+            top_k=args.on_policy_top_k,
+            top_p=args.on_policy_top_p,
+            replay_size=args.replay_buffer_size,
+            seed=args.seed,
+            pad_token_id=getattr(self.processing_class, "pad_token_id", None),
+            eos_token_id=sorted(ends) or None,
+            vocab_size=self.vocab_size,
+        )
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if self.online is not None and not self._teacher_prepared:
+            self._teacher_prepared = True
+            if self.is_fsdp_enabled:
+                self.online.shard(init_device_mesh(self.args.device.type, (self.args.world_size,)))
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.teacher)
+            rate = self.args.learning_rate if self.args.okd_learning_rate is None else self.args.okd_learning_rate
+            self.online.optimize_with(cls, {name: value for name, value in options.items() if name != "lr"}, rate)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.is_fsdp_enabled:
+            verify_lm_head(self.model)
+        return prepared
+
+    # ---- a step ----
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The micro-batches of a step and how many tokens count in them on all ranks; some may be the student's own writing."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.on_policy is None or not batches:
+            return batches, count
+        step, steps = self.state.global_step, max(1, self.state.max_steps)
+        with self.compute_loss_context_manager():
+            batches = [
+                self.on_policy.batch(
+                    *(self.model, self._prepare_inputs(batch)),
+                    step=step,
+                    micro=micro,
+                    progress=min(1.0, step / steps),
+                    rank=self.args.process_index,
+                    synced=self.is_fsdp_enabled,
+                )[0]
+                for micro, batch in enumerate(batches)
+            ]
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        """Autocast also around the heads' products and the teacher, which the model's own forward does not cover."""
+        stack: contextlib.ExitStack = super().compute_loss_context_manager()
+        stack.enter_context(self.accelerator.autocast())
+        return stack
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Any:
+        """The step's share of this micro-batch: the sum over its tokens over ``num_items_in_batch`` (None: over their number)."""
+        loss, means = self._losses(model, dict(inputs), num_items_in_batch)
+        if model.training:
+            self._logged.add(means)
+            if self.taid is not None:
+                self._stepped.add(means)
+        else:
+            self._evaluated.add(means)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # the gradients are averaged over the ranks, the count is of all of them
+        return (loss, {}) if return_outputs else loss
+
+    def _losses(
+        self, model: nn.Module, inputs: dict[str, Any], normalizer: Tensor | int | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch, and its means over tokens."""
+        if "labels" not in inputs:
+            raise ValueError(f"the batch has no labels, which the loss needs; it has {', '.join(inputs)}")
+        labels = next_tokens(inputs.pop("labels"))
+        targets = {name: inputs.pop(name) for name in ("topk_ids", "topk_logprobs") if name in inputs}
+        args = self.args
+        options: dict[str, Any] = {
+            "divergence": args.resolved_divergence(),
+            "temperature": args.temperature,
+            "kd_weight": args.kd_weight,
+            "ce_weight": args.ce_weight,
+            "normalizer": normalizer if normalizer is None or isinstance(normalizer, Tensor) else float(normalizer),
+            "vocab_size": self.vocab_size,
+            "strategy": args.strategy,
+            "memory_budget": args.memory_budget,
+            "return_metrics": True,
+        }
+        training = model.training and torch.is_grad_enabled()
+        if self.online is not None:
+            self.online.train(training)
+        with torch.set_grad_enabled(self.online is not None and training):
+            target = None if self.teacher is None else hidden_states(self.teacher, inputs)
+        hidden = hidden_states(model, inputs)
+        head = lm_head(model)
+        if self.online is not None and training:
+            student, teacher, means = linear_okd_loss(
+                hidden, head, target, lm_head(self.teacher), labels, teacher_alpha=args.okd_teacher_alpha, **options
+            )
+            # Its value is the student's loss, its gradient that of both.
+            loss = student + (teacher - teacher.detach())
+            means["teacher_loss"] = teacher.detach()
+        else:
+            if self.taid is not None:
+                options["t"] = self.taid.t
+            if self.cache is not None:
+                loss, means = linear_topk_kd_loss(hidden, head, *targets.values(), labels, tail=args.topk_tail, **options)
+            else:
+                assert target is not None
+                loss, means = linear_kd_loss(hidden, head, target, lm_head(self.teacher), labels, **options)
+        return loss, self._per_token(means, loss, normalizer)
+
+    @staticmethod
+    def _per_token(means: dict[str, Tensor], loss: Tensor, normalizer: Tensor | int | None) -> dict[str, Tensor]:
+        """The metrics and the loss, whatever it was divided by, as means over the batch's tokens."""
+        tokens = means["tokens"]
+        scale = 1.0 if normalizer is None else torch.as_tensor(normalizer, device=tokens.device) / tokens
+        means = {name: value * scale if name == "teacher_loss" else value for name, value in means.items()}
+        return {**means, "loss": loss.detach() * scale}
+
+    def step_teacher(self) -> None:
+        """Before the student's optimizer steps: OKD's teacher takes its own step, at the same point of the schedule."""
+        if self.online is None:
+            return
+        group = self.optimizer.param_groups[0]
+        start = group.get("initial_lr", self.args.learning_rate)
+        rate = group["lr"] / start if start else 1.0
+        self.online.step(rate, self.args.max_grad_norm or None, self.accelerator.scaler)
+
+    def move_target(self) -> None:
+        """After a step: TAID's share moves by the cross-entropy between target and student, the mean over the whole step."""
+        if self.taid is None:
+            return
+        means = self._stepped.drained()
+        if not self.accelerator.optimizer_step_was_skipped:
+            progress = min(1.0, self.state.global_step / self.state.max_steps)
+            self.taid.update(means["kd"] + means["target_entropy"], progress)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's, with the means over the tokens since the last log."""
+        if "loss" in logs:
+            means = self._logged.drained()
+            logs.update({name: float(value) for name, value in means.items() if name not in ("loss", "tokens")})
+            if self.taid is not None:
+                logs["t"] = float(self.taid.t)
+            if self.on_policy is not None:
+                logs["on_policy_fraction"] = self.on_policy.fraction
+        super().log(logs, start_time)
+
+    # ---- evaluation: nothing moves ----
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        """The loss of a batch; there are no logits to return."""
+        inputs = self._prepare_inputs(inputs)
+        inputs["labels"] = self._counted_once(inputs["labels"])
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def _counted_once(self, labels: Tensor) -> Tensor:
+        """The last batches of several ranks are filled up with examples that came before; those do not count again."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return labels
+        rows = torch.arange(len(labels), device=labels.device) + self.args.process_index * len(labels)
+        return labels.masked_fill((rows >= state.remainder)[:, None], IGNORED)
+
+    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
+        """The Trainer's, with means over all tokens of the data set in place of means over batches."""
+        self._evaluated = TokenMeans()
+        output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **options)
+        means = self._evaluated.drained()
+        output.metrics.update({f"{metric_key_prefix}_{name}": float(value) for name, value in means.items() if name != "tokens"})
+        return output
+
+    def _evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        metrics: dict[str, float] = super()._evaluate(*arguments, **options)
+        found = [value for name, value in metrics.items() if name.startswith("eval_") and name.endswith("_ce")]
+        if self.on_policy is not None and found:
+            self.on_policy.observe(sum(found) / len(found))
+        return metrics
+
+    # ---- checkpoints ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The student, as the Trainer saves it; with save_teacher also OKD's LoRA, in the folder "teacher" beside it."""
+        super().save_model(output_dir, _internal_call)
+        if self.online is not None and self.args.save_teacher:
+            self.online.save(Path(output_dir or self.args.output_dir) / "teacher")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        state = {
+            "method": self.args.method,
+            "taid": None if self.taid is None else self.taid.state_dict(),
+            "teacher": None if self.online is None else self.online.state_dict(),
+        }
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / STATE)
+        if self.on_policy is not None:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)  # this rank may be here before the first one
+            torch.save(self.on_policy.state_dict(), self._on_policy_state(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / STATE
+        if not path.exists():
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint} has no {STATE}: it was not made by KDTrainer, or save_only_model"
+            )
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["method"] != self.args.method:
+            raise ValueError(f"{checkpoint} was made with method {state['method']!r}; this run has method={self.args.method!r}")
+        if self.taid is not None:
+            self.taid.load_state_dict(state["taid"])
+        if self.online is not None:
+            self.online.load_state_dict(state["teacher"])
+        if self.on_policy is not None:
+            self.on_policy.load_state_dict(torch.load(self._on_policy_state(checkpoint), map_location="cpu", weights_only=True))
+
+    def _on_policy_state(self, folder: str) -> Path:
+        """Each rank has a replay buffer of its own."""
+        return Path(folder) / f"on_policy_{self.args.process_index}.pt"
+
+
+def _cache(teacher: Any) -> TopKCache | None:
+    if isinstance(teacher, TopKCache):
+        return teacher
+    return TopKCache(teacher) if isinstance(teacher, (str, Path)) and is_cache(teacher) else None
+
+
+def _model(teacher: Any) -> Any:
+    if isinstance(teacher, nn.Module):
+        return teacher
+    if not isinstance(teacher, (str, Path)):
+        raise TypeError(
+            "teacher is a causal language model, its folder or name, or a folder made by `python -m kdkernels cache`, got "
+            f"{type(teacher).__name__}"
+        )
+    return AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
+
+
+def _tokenizer_of(model: Any) -> Any:
+    """The tokenizer that lies beside the model's weights, or None."""
+    name = getattr(getattr(unwrapped(model), "config", None), "_name_or_path", "")
+    if not name:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _check_cache(args: KDConfig, cache: TopKCache) -> None:
+    """What a list of log-probabilities cannot do, and the temperature that it was made for."""
+    if args.method == OKD:
+        raise ValueError("method 'okd' trains the teacher along, but the teacher given is a cache of its log-probabilities")
+    if args.on_policy_fraction > 0.0 or args.on_policy_schedule != "constant":
+        raise ValueError("on_policy_fraction needs a teacher that can judge new text; the teacher given is a cache")
+    if args.temperature != cache.temperature:
+        raise ValueError(f"temperature={args.temperature}, but the cache was made for {cache.temperature}")

@@ -1,0 +1,437 @@
+"""``KDTrainer`` against a training loop in plain PyTorch, and what must hold of it: evaluation, resumption, accumulation, ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kdkernels as kd
+from tests import oracle
+from tests.oracle import Options
+
+transformers = pytest.importorskip("transformers")
+
+from kdkernels.transformers import KDConfig, KDTrainer, hidden_states  # noqa: E402
+from kdkernels.transformers.config import methods  # noqa: E402
+from tests.tiny_models import VOCAB, build  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+]
+
+STEPS, ACCUMULATED, BATCH = 4, 2, 2
+
+
+def models(dtype: torch.dtype = torch.float64, **more: Any) -> tuple[Any, Any]:
+    """A student and a teacher of another width."""
+    return build("llama", **more).to(dtype), build("llama", seed=1, hidden_size=24, intermediate_size=40, **more).to(dtype)
+
+
+def examples(count: int = STEPS * ACCUMULATED * BATCH, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Sequences of different lengths whose prompts of different lengths do not count."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        length, prompt = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((5, 12), (1, 4)))
+        ids = torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+        made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return made
+
+
+def settings(folder: Path, **more: Any) -> KDConfig:
+    given = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": BATCH,
+        "gradient_accumulation_steps": ACCUMULATED,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "linear",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "train_sampling_strategy": "sequential",  # a loop beside it then sees the same
+        "okd_lora_rank": 4,
+    }
+    return KDConfig(**{**given, **more})
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def logs(trainer: KDTrainer) -> list[dict[str, float]]:
+    """What was logged at the steps."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def padded(batch: list[dict[str, list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """input_ids, attention_mask and the token to predict at each position."""
+    longest = max(len(one["input_ids"]) for one in batch)
+    ids, mask = torch.zeros(len(batch), longest, dtype=torch.long), torch.zeros(len(batch), longest, dtype=torch.long)
+    following = torch.full((len(batch), longest), -100)
+    for row, one in enumerate(batch):
+        length = len(one["input_ids"])
+        ids[row, :length], mask[row, :length] = torch.tensor(one["input_ids"]), 1
+        following[row, : length - 1] = torch.tensor(one["labels"][1:])
+    return ids, mask, following
+
+
+def taid_t(history: list[float], steps: int, start: float, end: float, alpha: float, beta: float) -> float:
+    """t after the losses so far, in plain numbers: as METHODS of the paper's code have it."""
+    t, momentum, previous = start, 0.0, None
+    for done, loss in enumerate(history, 1):
+        if previous is not None:
+            momentum = beta * momentum + (1 - beta) * (previous - loss) / (previous + 1e-15)
+            step = alpha / (1 + torch.tensor(-momentum).exp().item()) * (1 - t)
+            t = min(end, max(start + (end - start) * done / steps, t + step))
+        previous = loss
+    return t
+
+
+def plain_training(
+    student: Any, teacher: Any, order: list[list[list[dict[str, list[int]]]]], options: Options, *, taid: bool = False
+) -> list[dict[str, float]]:
+    """The steps of a run, from whole logits. order: steps of micro-batches of examples."""
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    history: list[float] = []
+    logged = []
+    for step, micro_batches in enumerate(order):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (1 - step / len(order))
+        if taid:
+            options = Options(**{**vars(options), "t": taid_t(history, len(order), 0.4, 1.0, 0.1, 0.9)})
+        tokens = sum(int((padded(batch)[2] != -100).sum()) for batch in micro_batches)
+        sums: dict[str, float] = {}
+        for batch in micro_batches:
+            ids, mask, following = padded(batch)
+            x = student(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            with torch.no_grad():
+                z = teacher(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            loss = oracle.losses(x, z, following, None, options).sum() / tokens
+            loss.backward()
+            found = oracle.metrics(x.detach(), z, following, None, options)
+            for name, value in {**found, "loss": loss.detach() * tokens / found["tokens"]}.items():
+                sums[name] = sums.get(name, 0.0) + float(value * found["tokens"]) / tokens
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(sums["kd"] + sums["target_entropy"])
+        logged.append({**sums, "t": taid_t(history, len(order), 0.4, 1.0, 0.1, 0.9)})
+    return logged
+
+
+def in_order(data: list[Any]) -> list[list[list[Any]]]:
+    micro = [data[begin : begin + BATCH] for begin in range(0, len(data), BATCH)]
+    return [micro[begin : begin + ACCUMULATED] for begin in range(0, len(micro), ACCUMULATED)]
+
+
+@pytest.mark.parametrize("method", [name for name in methods() if name != "okd"])
+def test_training_is_that_of_a_plain_loop_over_whole_logits(method: str, tmp_path: Path) -> None:
+    data, (student, teacher) = examples(), models()
+    same, _ = models()
+    options = {"temperature": 1.5, "ce_weight": 0.3, "kd_weight": 0.8}
+    taid = {"taid_alpha": 0.1, "taid_beta": 0.9} if method == "taid" else {}
+    trainer = KDTrainer(student, settings(tmp_path, method=method, **options, **taid), train_dataset=data, teacher=teacher)
+    trainer.train()
+    name = "forward_kl" if method == "taid" else method
+    expected = plain_training(same, teacher, in_order(data), Options(divergence=name, **options), taid=method == "taid")
+    for name, tensor in same.state_dict().items():
+        torch.testing.assert_close(
+            student.state_dict()[name], tensor, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    for found, plain in zip(logs(trainer), expected, strict=True):
+        for name in ("loss", "kd", "ce", "target_entropy", "student_entropy", "agreement", "overlap"):
+            assert found[name] == pytest.approx(plain[name], rel=1e-5, abs=1e-7), name
+        if method == "taid":
+            assert found["t"] == pytest.approx(plain["t"], rel=1e-5)
+
+
+def test_okd_trains_both_as_a_plain_loop_does(tmp_path: Path) -> None:
+    """The loop has a LoRA of its own: B starts at zero, A is copied from the trainer's teacher."""
+    data, (student, teacher) = examples(), models()
+    same, _ = models()
+    before = weights(teacher)
+    trainer = KDTrainer(
+        student,
+        settings(tmp_path, method="okd", okd_teacher_alpha=0.7, temperature=1.5, okd_learning_rate=3e-2, max_grad_norm=0.05),
+        train_dataset=data,
+        teacher=teacher,
+    )
+    online = trainer.online
+    assert online is not None
+    adapters = {name: p.detach().clone() for name, p in online.model.named_parameters() if "lora_" in name}
+    scale = next(module.scaling["default"] for module in online.model.modules() if hasattr(module, "lora_A"))
+    trainer.train()
+
+    _, plain_teacher = models()
+    plain_teacher.requires_grad_(False)
+    lora: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+    for name, down in adapters.items():
+        if ".lora_A." in name:
+            module = name.removeprefix("base_model.model.").split(".lora_A.")[0]
+            up = adapters[name.replace("lora_A", "lora_B")]
+            assert not up.any()
+            lora[module] = nn.Parameter(down.double()), nn.Parameter(up.double())
+    assert sorted(lora) == [f"model.layers.{layer}.self_attn.{part}_proj" for layer in (0, 1) for part in "qv"]
+    for module, (down, up) in lora.items():
+        linear = plain_teacher.get_submodule(module)
+        linear.register_forward_hook(lambda _, given, out, down=down, up=up: out + scale * given[0] @ down.T @ up.T)
+    learned = [parameter for pair in lora.values() for parameter in pair]
+    optimizers = [
+        (torch.optim.AdamW(same.parameters(), lr=1e-2, weight_decay=0.0), 1e-2, list(same.parameters())),
+        (torch.optim.AdamW(learned, lr=3e-2, weight_decay=0.0), 3e-2, learned),
+    ]
+    options, order = Options(temperature=1.5), in_order(data)
+    for step, micro_batches in enumerate(order):
+        tokens = sum(int((padded(batch)[2] != -100).sum()) for batch in micro_batches)
+        teacher_loss = 0.0
+        for batch in micro_batches:
+            ids, mask, following = padded(batch)
+            x, z = (model(input_ids=ids, attention_mask=mask, use_cache=False).logits for model in (same, plain_teacher))
+            theirs = oracle.teacher_losses(x, z, following, None, options, 0.7).sum() / tokens
+            (oracle.losses(x, z.detach(), following, None, options).sum() / tokens + theirs).backward()
+            teacher_loss += float(theirs.detach())
+        for optimizer, rate, parameters in optimizers:
+            nn.utils.clip_grad_norm_(parameters, 0.05)
+            optimizer.param_groups[0]["lr"] = rate * (1 - step / len(order))
+            optimizer.step()
+            optimizer.zero_grad()
+        assert logs(trainer)[step]["teacher_loss"] == pytest.approx(teacher_loss, rel=1e-5)
+
+    for name, tensor in same.state_dict().items():
+        torch.testing.assert_close(student.state_dict()[name], tensor, rtol=1e-5, atol=1e-7)
+    found = dict(online.model.named_parameters())
+    for module, (down, up) in lora.items():
+        prefix = f"base_model.model.{module}"
+        for part, expected in (("lora_A", down), ("lora_B", up)):
+            torch.testing.assert_close(found[f"{prefix}.{part}.default.weight"].double(), expected.detach(), rtol=1e-3, atol=1e-5)
+    assert max(float(up.detach().abs().max()) for _, up in lora.values()) > 1e-3
+    back = weights(online.unload())
+    assert all(torch.equal(tensor, back[name]) for name, tensor in before.items()), "the base has moved"
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_evaluation_is_a_mean_over_tokens_whatever_the_batch(batch_size: int, tmp_path: Path) -> None:
+    data, (student, teacher) = examples(7, seed=5), models()
+    args = settings(tmp_path, method="jsd", divergence_parameter=0.3, ce_weight=0.5, per_device_eval_batch_size=batch_size)
+    trainer = KDTrainer(student, args, eval_dataset=data, teacher=teacher)
+    found = trainer.evaluate()
+    ids, mask, following = padded(data)
+    with torch.no_grad():
+        x, z = (model(input_ids=ids, attention_mask=mask).logits for model in (student, teacher))
+    options = Options(divergence="jsd", parameter=0.3, ce_weight=0.5)
+    expected = {
+        **oracle.metrics(x, z, following, None, options),
+        "loss": oracle.mean(oracle.losses(x, z, following, None, options), following, None, options),
+    }
+    del expected["tokens"]
+    for name, value in expected.items():
+        assert found[f"eval_{name}"] == pytest.approx(float(value), rel=1e-6), name
+
+
+@pytest.mark.parametrize("method", ["taid", "okd"])
+def test_an_evaluation_moves_nothing(method: str, tmp_path: Path) -> None:
+    """A run that evaluates at every step is the run that never does."""
+    found = []
+    for name, strategy in (("with", "steps"), ("without", "no")):
+        student, teacher = models(torch.float32)
+        args = settings(tmp_path / name, method=method, eval_strategy=strategy, eval_steps=1, taid_alpha=0.1)
+        trainer = KDTrainer(student, args, train_dataset=examples(), eval_dataset=examples(5, seed=3), teacher=teacher)
+        trainer.train()
+        state = {} if trainer.taid is None else trainer.taid.state_dict()
+        found.append({**weights(student), **state, **(weights(trainer.teacher) if method == "okd" else {})})
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+RUNS = {
+    "taid": {"method": "taid", "taid_alpha": 0.1},
+    "okd": {"method": "okd", "okd_lora_dropout": 0.2},
+    "gkd": {"method": "jsd", "on_policy_fraction": 0.6, "on_policy_max_new_tokens": 5},
+    "distillm": {
+        "method": "skew_forward_kl",
+        "on_policy_fraction": 0.5,
+        "on_policy_schedule": "adaptive",
+        "on_policy_max_new_tokens": 5,
+        "replay_buffer_size": 6,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_an_interrupted_run_is_the_uninterrupted_one(run: str, tmp_path: Path) -> None:
+    """Dropout in the student, too: the random numbers go on where they were."""
+
+    def trainer(folder: str, student: Any, **more: Any) -> KDTrainer:
+        args = settings(tmp_path / folder, save_strategy="steps", save_steps=1, seed=7, **RUNS[run], **more)
+        return KDTrainer(
+            student, args, train_dataset=examples(20), eval_dataset=examples(3, seed=3), teacher=models(torch.float32)[1]
+        )
+
+    whole, _ = models(torch.float32, attention_dropout=0.3)
+    straight = trainer("whole", whole, max_steps=6)
+    straight.train()
+
+    class Interrupted(Exception):
+        pass
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+            if state.global_step == 3:
+                raise Interrupted
+
+    first, _ = models(torch.float32, attention_dropout=0.3)
+    cut = trainer("cut", first, max_steps=6)
+    cut.add_callback(Stop())
+    with pytest.raises(Interrupted):
+        cut.train()
+    again, _ = models(torch.float32, attention_dropout=0.3)
+    resumed = trainer("cut", again, max_steps=6)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+
+    assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(whole).items())
+    if straight.taid is not None:
+        assert all(torch.equal(value, resumed.taid.state_dict()[name]) for name, value in straight.taid.state_dict().items())
+    if straight.online is not None:
+        theirs = weights(resumed.teacher)
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights(straight.teacher).items())
+    drop = ("epoch", "total_flos", "train_runtime")
+    for entry, other in zip(logs(straight)[3:], logs(resumed)[3:], strict=True):
+        assert {k: v for k, v in entry.items() if k not in drop} == {k: v for k, v in other.items() if k not in drop}
+
+
+def test_accumulating_is_a_larger_batch(tmp_path: Path) -> None:
+    """Micro-batches have different numbers of tokens; each token weighs the same."""
+    found = []
+    for name, batch, accumulated in (("one", 4, 1), ("four", 1, 4)):
+        student, teacher = models()
+        args = settings(tmp_path / name, method="okd", per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated)
+        trainer = KDTrainer(student, args, train_dataset=examples(), teacher=teacher)
+        trainer.train()
+        found.append((weights(student), logs(trainer)))
+    for name, tensor in found[0][0].items():
+        torch.testing.assert_close(tensor, found[1][0][name], rtol=1e-6, atol=1e-8)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_checkpointed_activations_change_nothing(tmp_path: Path) -> None:
+    found = []
+    for on in (False, True):
+        student, teacher = models(torch.float32)
+        args = settings(tmp_path / str(on), method="okd", activation_checkpointing=on)
+        trainer = KDTrainer(student, args, train_dataset=examples(), teacher=teacher)
+        trainer.train()
+        found.append({**weights(student), **weights(trainer.teacher)})
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+@pytest.mark.parametrize("method", ["forward_kl", "okd"])
+def test_bfloat16_runs_the_products_in_bfloat16(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Master weights stay float32, and the loss is that of float32 within the rounding of bfloat16."""
+    taken = []
+    for name in ("linear_kd_loss", "linear_okd_loss"):
+        real = getattr(kd, name)
+
+        def spy(*arguments: Any, real: Any = real, **options: Any) -> Any:
+            taken.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(f"kdkernels.transformers.trainer.{name}", spy)
+    losses = []
+    for bf16 in (False, True):
+        student, teacher = models(torch.float32)
+        trainer = KDTrainer(
+            student, settings(tmp_path / str(bf16), method=method, bf16=bf16), train_dataset=examples(), teacher=teacher
+        )
+        trainer.train()
+        assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+        losses.append([entry["loss"] for entry in logs(trainer)])
+    assert taken[:: len(taken) - 1] == [False, torch.bfloat16]
+    assert losses[0] == pytest.approx(losses[1], rel=2**-5)
+    assert losses[0] != losses[1]
+
+
+def test_only_the_student_is_saved_unless_asked(tmp_path: Path) -> None:
+    for asked in (False, True):
+        student, teacher = models(torch.float32)
+        folder = tmp_path / str(asked)
+        trainer = KDTrainer(student, settings(folder, method="okd", save_teacher=asked), train_dataset=examples(), teacher=teacher)
+        trainer.train()
+        trainer.save_model()
+        again = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert all(torch.equal(tensor, weights(student)[name]) for name, tensor in weights(again).items())
+        assert (folder / "teacher").exists() == asked
+        if asked:
+            peft = pytest.importorskip("peft")
+            _, base = models(torch.float32)
+            online = peft.PeftModel.from_pretrained(base, folder / "teacher")
+            ids = {"input_ids": torch.tensor([[3, 4, 5, 6]])}
+            with torch.no_grad():
+                assert torch.equal(hidden_states(online, ids), hidden_states(trainer.teacher.eval(), ids))
+
+
+def test_padded_vocabularies_are_cut_without_being_told(tmp_path: Path) -> None:
+    student, teacher = build("llama").float(), build("llama", seed=1, vocab_size=VOCAB + 19).float()
+    trainer = KDTrainer(student, settings(tmp_path), train_dataset=examples(), teacher=teacher)
+    assert trainer.vocab_size == VOCAB
+    trainer.train()
+
+
+def test_the_heads_are_verified_before_anything_else(tmp_path: Path) -> None:
+    class Scaled(transformers.LlamaForCausalLM):  # type: ignore[misc]
+        def forward(self, *arguments: Any, **options: Any) -> Any:
+            out = super().forward(*arguments, **options)
+            out.logits = out.logits * 0.5
+            return out
+
+    odd, plain = build("llama", Scaled).float(), build("llama", seed=1).float()
+    for student, teacher in ((odd, plain), (plain, odd)):
+        with pytest.raises(ValueError, match=r"another logit scale: the model multiplies the head's output by 0.5"):
+            KDTrainer(student, settings(tmp_path), train_dataset=examples(), teacher=teacher)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "kl"}, "method 'kl' is not known; accepted: forward_kl, .*, taid, okd"),
+        ({"method": "jsd", "divergence": "reverse_kl"}, "divergence='reverse_kl' goes with method 'taid' or 'okd'"),
+        ({"method": "forward_kl", "divergence_parameter": 0.3}, "'forward_kl' has no parameter, got 0.3"),
+        ({"method": "jsd", "divergence_parameter": 1.0}, "beta=1.0 is outside"),
+        ({"temperature": 0.0}, "temperature is a positive number, got 0"),
+        ({"kd_weight": -1.0}, "kd_weight is a number of at least 0, got -1"),
+        ({"on_policy_fraction": 1.5}, r"on_policy_fraction is a number in \[0, 1\], got 1.5"),
+        ({"on_policy_schedule": "linear"}, "on_policy_schedule 'linear' is not known; accepted: constant, adaptive"),
+        ({"okd_teacher_alpha": 2.0}, r"okd_teacher_alpha is a number in \[0, 1\]"),
+        ({"method": "taid", "taid_t_start": 0.9, "taid_t_end": 0.5}, "0 <= t_start <= t_end <= 1"),
+        ({"strategy": "rows"}, "strategy 'rows' is not known"),
+        ({"topk_tail": "drop"}, "topk_tail 'drop' is not known; accepted: "),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        settings(tmp_path, **given)
+
+
+def test_what_the_trainer_cannot_do_is_refused(tmp_path: Path) -> None:
+    student, teacher = models(torch.float32)
+    args = settings(tmp_path)
+    with pytest.raises(TypeError, match=r"args is a KDConfig, got TrainingArguments"):
+        KDTrainer(student, transformers.TrainingArguments(str(tmp_path), use_cpu=True), teacher=teacher)
+    with pytest.raises(ValueError, match=r"compute_metrics is not accepted: .* makes no logits"):
+        KDTrainer(student, args, teacher=teacher, compute_metrics=len)
+    with pytest.raises(ValueError, match=r"one and the same model"):
+        KDTrainer(student, args, teacher=student)
+    with pytest.raises(TypeError, match=r"teacher is a causal language model, its folder or name, .*, got int"):
+        KDTrainer(student, args, teacher=3)
+    with pytest.raises(ValueError, match=f"vocab_size=99; accepted: 1 to {VOCAB}"):
+        KDTrainer(student, settings(tmp_path, vocab_size=99), teacher=teacher)
