@@ -212,7 +212,7 @@ class OnPolicy:
         fraction = _share("state['fraction']", state["fraction"])
         tokens, lengths, prompts = (state[name] for name in ("tokens", "lengths", "prompts"))
         if not (
-            len(lengths) == len(prompts) and int(lengths.sum()) == len(tokens) and bool(((0 < prompts) & (prompts < lengths)).all())
+            len(lengths) == len(prompts) and int(lengths.sum()) == len(tokens) and bool(((prompts > 0) & (prompts < lengths)).all())
         ):
             raise ValueError(
                 f"state holds {len(tokens)} tokens, {len(lengths)} lengths of {int(lengths.sum())} in all, and {len(prompts)} "
