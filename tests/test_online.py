@@ -384,8 +384,9 @@ def test_interrupted_training_is_uninterrupted_training(optimizer: Any, tmp_path
     through, first = fresh(), fresh()
     run(through, range(6))
     run(first, range(3))
-    torch.save(first.state_dict(), tmp_path / "teacher.pt")
-    run(first, range(3, 4))  # what was saved does not move on
+    state = first.state_dict()
+    run(first, range(3, 4))  # the state is a copy, and does not move on
+    torch.save(state, tmp_path / "teacher.pt")
     second = fresh()
     second.load_state_dict(torch.load(tmp_path / "teacher.pt", weights_only=True))
     run(second, range(3, 6))
