@@ -19,7 +19,7 @@ from kdkernels.arguments import checked as _checked
 from kdkernels.arguments import number as _number
 from kdkernels.demo.settings import DEFAULT_MINUTES, Settings, require_libraries
 from kdkernels.errors import CommandError
-from kdkernels.transformers import cache_command
+from kdkernels.transformers import cache_command, distill_command
 
 INTERRUPTED = 130
 BAD_INPUT = 2
@@ -100,6 +100,7 @@ def _add_plan(commands: Any) -> None:
         help="for the scratch of both models' logits (default: what the loss itself takes)",
     )
     parser.add_argument("--frozen-head", action="store_true", help="the student's head takes no gradient")
+    parser.add_argument("--okd", action="store_true", help="the teacher learns too, its head frozen (kd.linear_okd_loss)")
     parser.set_defaults(run=_plan, interrupted="nothing was changed")
 
 
@@ -121,9 +122,11 @@ def _plan(arguments: argparse.Namespace) -> None:
         divergence=arguments.divergence,
         memory_budget=arguments.memory_budget,
         train_head=not arguments.frozen_head,
+        online_teacher=arguments.okd,
     )
     head = ", frozen head" if arguments.frozen_head else ""
-    print(f"{arguments.divergence}, loss and gradients of {arguments.tokens:,} tokens, {arguments.dtype}{head}")
+    loss = f"OKD with {arguments.divergence}, losses" if arguments.okd else f"{arguments.divergence}, loss"
+    print(f"{loss} and gradients of {arguments.tokens:,} tokens, {arguments.dtype}{head}")
     print(f"vocabulary {vocab:,}, hidden {student.dim:,} (student) and {teacher.dim:,} (teacher), on {on.name}")
     if student.vocab != teacher.vocab:
         print(f"heads of {student.vocab:,} and {teacher.vocab:,} rows: planned for vocab_size={vocab}")
@@ -190,4 +193,4 @@ def _demo(arguments: argparse.Namespace) -> None:
     run(Settings(minutes=arguments.minutes, seed=arguments.seed), arguments.out, resume=arguments.resume)
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (_add_info, _add_plan, _add_demo, cache_command.add)
+COMMANDS: tuple[Callable[[Any], None], ...] = (_add_info, _add_plan, _add_demo, cache_command.add, distill_command.add)

@@ -40,6 +40,7 @@ def compare(
     divergence: str = "forward_kl",
     memory_budget: int | None = None,
     train_head: bool = True,
+    online_teacher: bool = False,
 ) -> tuple[Predicted, ...]:
     """Eager PyTorch and the library's strategies side by side, all of it predicted.
 
@@ -53,6 +54,7 @@ def compare(
         divergence=divergence,
         memory_budget=memory_budget,
         train_head=train_head,
+        online_teacher=online_teacher,
     )
     chunked, streamed = make(strategy="tokens"), make(strategy="vocab")
     assert chunked.seconds is not None

@@ -20,11 +20,13 @@ from kdkernels.products import block_size, logits_dtype, product_dtype
 STRATEGIES = ("auto", "tokens", "vocab")
 DEFAULT_BUDGET = {"cpu": 512 * 2**20}
 OTHER_BUDGET = 2**30
-# Live [tokens, V] tensors in the working dtype of the eager computation. In the formula: both log-softmaxes and three terms. When
-# the gradients are made: both log-softmaxes and the gradient of the student's logits.
-EAGER_COPIES, EAGER_COPIES_WITH_GRADIENTS = 5, 3
+# Live [tokens, V] tensors in the working dtype of the eager computation. In the formula: both log-softmaxes and three terms, and
+# what the student's loss keeps for its backward while that of a teacher that learns too is made. When the gradients are made: both
+# log-softmaxes and the gradient of the student's logits.
+EAGER_COPIES = {1: 5, 2: 6}
+EAGER_COPIES_WITH_GRADIENTS = 3
 # Float64 copies of a row's statistics at the vocab strategy's peak: those of the blocks so far and of the next one, by themselves
-# and side by side in one tensor, and merged.
+# and side by side in one tensor, and merged. Those of another learner are kept beside them.
 STATISTICS_COPIES = 5
 
 
@@ -60,7 +62,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Size:
-    """What a plan depends on: kept tokens N, vocabulary V, hidden sizes, dtypes of both models, the divergence's forward sweeps."""
+    """What a plan depends on: kept tokens N, vocabulary V, hidden sizes, dtypes of both models, the divergence's forward sweeps.
+
+    learners: 2 where the teacher learns too (OKD), by forward KL to the student; train_teacher_head: whether its head does.
+    """
 
     tokens: int
     vocab: int
@@ -72,6 +77,14 @@ class Size:
     train_head: bool
     device: torch.device
     budget: int
+    learners: int = 1
+    train_teacher_head: bool = False
+
+    @property
+    def accumulators(self) -> tuple[tuple[int, bool], ...]:
+        """Of each learner whose gradients have 16 bits: hidden size, and whether the head takes one."""
+        models = (self.student_dim, self.train_head, self.dtype), (self.teacher_dim, self.train_teacher_head, self.teacher_dtype)
+        return tuple((dim, head) for dim, head, dtype in models[: self.learners] if dtype.itemsize == 2)
 
 
 def default_budget(device: torch.device) -> int:
@@ -88,10 +101,10 @@ def _backend(device: torch.device, *dtypes: torch.dtype) -> str:
 
 def logit_bytes(student: torch.dtype, teacher: torch.dtype, device: torch.device, learners: int = 1) -> int:
     """Scratch bytes per token and vocabulary entry of a chunk: both models' logits, the gradient of each learner where it does not
-    lie over them, with two learners a copy of the student's logits, and the reference backend's temporaries."""
-    both = logits_dtype(student, device).itemsize * learners + logits_dtype(teacher, device).itemsize
-    for dtype in (student, teacher)[:learners]:
-        if logits_dtype(dtype, device) != product_dtype(dtype, device):
+    lie over them, and the reference backend's temporaries. Of two learners the student's gradient lies beside its logits."""
+    both = logits_dtype(student, device).itemsize + logits_dtype(teacher, device).itemsize
+    for dtype, beside in ((student, learners == 2), (teacher, False))[:learners]:
+        if beside or logits_dtype(dtype, device) != product_dtype(dtype, device):
             both += product_dtype(dtype, device).itemsize
     if _backend(device, student, teacher) == "reference":
         both += LIVE_COPIES * accumulate_dtype(student).itemsize
@@ -100,10 +113,12 @@ def logit_bytes(student: torch.dtype, teacher: torch.dtype, device: torch.device
 
 def column_bytes(student: torch.dtype, teacher: torch.dtype, device: torch.device, learners: int = 1) -> int:
     """Scratch bytes per token and column of a vocabulary block: as for a chunk, or one gradient alone where the kernels multiply
-    themselves."""
+    themselves. For two learners a block's student logits are copied, and gradients of another dtype lie beside the copy."""
     if _backend(device, student, teacher) == "triton":
         return max(product_dtype(dtype, device).itemsize for dtype in (student, teacher)[:learners])
-    return logit_bytes(student, teacher, device, learners)
+    logits = logits_dtype(student, device)
+    copied = learners == 2 and logits != product_dtype(student, device)
+    return logit_bytes(student, teacher, device, learners) + copied * logits.itemsize
 
 
 def _share(total: int, most: int, tiles: tuple[int, ...]) -> int:
@@ -131,21 +146,40 @@ def block_columns(tokens: int, vocab: int, bytes_per_logit: int, budget: int) ->
 def _cut(strategy: str, size: Size) -> tuple[int, int]:
     """Tokens of a chunk, and columns of a block."""
     if strategy == "tokens":
-        per_logit = logit_bytes(size.dtype, size.teacher_dtype, size.device)
+        per_logit = logit_bytes(size.dtype, size.teacher_dtype, size.device, size.learners)
         return chunk_rows(size.tokens, size.vocab, per_logit, size.budget), size.vocab
-    per_logit = column_bytes(size.dtype, size.teacher_dtype, size.device)
+    per_logit = column_bytes(size.dtype, size.teacher_dtype, size.device, size.learners)
     return size.tokens, block_columns(size.tokens, size.vocab, per_logit, size.budget)
 
 
 def _passes(strategy: str, size: Size, on: roofline.Device) -> tuple[roofline.Pass, ...]:
     sizes = (size.tokens, size.vocab, size.student_dim, size.teacher_dim, product_dtype(size.dtype, size.device))
-    loss = roofline.Loss(divergence=size.divergence, train_head=size.train_head)
+    loss = roofline.Loss(
+        divergence=size.divergence,
+        train_head=size.train_head,
+        online_teacher=size.learners == 2,
+        train_teacher_head=size.train_teacher_head,
+    )
     if strategy == "eager":
         return roofline.eager_passes(*sizes, **loss, cached_row=on.cached_row)
     rows, columns = _cut(strategy, size)
     if strategy == "tokens":
         return roofline.tokens_passes(*sizes, **loss, chunks=math.ceil(size.tokens / rows))
-    return roofline.vocab_passes(*sizes, **loss, blocks=math.ceil(size.vocab / columns))
+    return roofline.vocab_passes(*sizes, **loss, blocks=math.ceil(size.vocab / columns), shared=not _fused(size))
+
+
+def _fused(size: Size) -> bool:
+    """Whether the vocab strategy's kernels multiply themselves, each learner's anew."""
+    return _backend(size.device, size.dtype, size.teacher_dtype) == "triton"
+
+
+def _products(strategy: str, size: Size, blocks: int) -> int:
+    """How often the strategy multiplies both models' logits."""
+    # A whole vocabulary's logits stay in the scratch from sweep to sweep, unless the kernels multiply themselves.
+    if strategy == "tokens" or (blocks == 1 and not _fused(size)):
+        return 1
+    own = (1 if resolve(size.divergence).one_sweep else 2) + 1
+    return own + (2 if size.learners == 2 and _fused(size) else 0)
 
 
 def choose(strategy: str, size: Size) -> str:
@@ -172,13 +206,16 @@ def plan(
     teacher_dtype: torch.dtype | None = None,
     strategy: str = "auto",
     divergence: Divergence | str = "forward_kl",
+    online_teacher: bool = False,
+    train_teacher_head: bool = False,
 ) -> Plan:
-    """What one step of ``linear_kd_loss``, loss and gradients, will take.
+    """What one step of ``linear_kd_loss``, or of ``linear_okd_loss`` with an ``online_teacher``, will take: losses and gradients.
 
     tokens: kept rows N. vocab: V. student_dim, teacher_dim: hidden sizes. dtype: of hidden states and heads (teacher_dtype: of the
     teacher's, if different). device: "cpu" or "cuda", or a GPU of ``roofline.DEVICES`` such as "H100", which need not be here.
     memory_budget: bytes for logits scratch. train_head: whether the student's head takes a gradient. strategy, divergence: as for
-    the loss. Raises ValueError for sizes below 1, a budget below 1 byte, and names that are not known.
+    the loss. online_teacher: the teacher's hidden states take a gradient too; train_teacher_head: and so does its head. Raises
+    ValueError for sizes below 1, a budget below 1 byte, names that are not known, and a teacher's head that is trained alone.
     """
     for name, value in {
         "tokens": tokens,
@@ -192,6 +229,8 @@ def plan(
         raise ValueError(f"memory_budget is a number of bytes, at least 1, got {memory_budget}")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r} is not known; accepted: {', '.join(STRATEGIES)}")
+    if train_teacher_head and not online_teacher:
+        raise ValueError("train_teacher_head is True; accepted only with online_teacher=True")
     runs_on, on = roofline.resolve_device(device)
     size = Size(
         tokens=tokens,
@@ -204,6 +243,8 @@ def plan(
         train_head=train_head,
         device=runs_on,
         budget=default_budget(runs_on) if memory_budget is None else memory_budget,
+        learners=2 if online_teacher else 1,
+        train_teacher_head=train_teacher_head,
     )
     strategy = choose(strategy, size)
     rows, columns = _cut(strategy, size)
@@ -215,13 +256,12 @@ def plan(
     gradients = (tokens + (vocab if train_head else 0)) * student_dim * dtype.itemsize
     student_product, teacher_product = 2 * tokens * vocab * student_dim, 2 * tokens * vocab * teacher_dim
     gradient_products = (2 if train_head else 1) * student_product
+    if online_teacher:
+        gradients += (tokens + (vocab if train_teacher_head else 0)) * teacher_dim * size.teacher_dtype.itemsize
+        gradient_products += (2 if train_teacher_head else 1) * teacher_product
     both = student_product + teacher_product
-    forward_sweeps = 1 if resolve(divergence).one_sweep else 2
-    # A whole vocabulary's logits stay in the scratch from sweep to sweep, unless the kernels multiply themselves.
-    kept = blocks == 1 and _backend(runs_on, dtype, size.teacher_dtype) != "triton"
-    sweeps = 1 if strategy == "tokens" or kept else forward_sweeps + 1
     copy = tokens * vocab * max(4, dtype.itemsize)
-    eager = max(EAGER_COPIES * copy, EAGER_COPIES_WITH_GRADIENTS * copy + gradients)
+    eager = max(EAGER_COPIES[size.learners] * copy, EAGER_COPIES_WITH_GRADIENTS * copy + gradients)
     predict = functools.partial(_predicted, size=size, on=on)
     return Plan(
         strategy=strategy,
@@ -233,7 +273,7 @@ def plan(
         accumulator_bytes=accumulator,
         scratch_bytes=scratch,
         peak_bytes=scratch + inputs + gradients,
-        flops=sweeps * both + gradient_products,
+        flops=_products(strategy, size, blocks) * both + gradient_products,
         seconds=predict(strategy),
         eager_scratch_bytes=eager - gradients,
         eager_peak_bytes=eager + inputs,
@@ -256,22 +296,24 @@ def _buffers(size: Size, row: int) -> int:
 
 
 def _widened(size: Size, rows: int) -> int:
-    """Copies of so many hidden states in the products' dtype, and the student's gradient before it is rounded."""
+    """Copies of so many hidden states in the products' dtype, and a learner's gradient before it is rounded."""
     computed = product_dtype(size.dtype, size.device), product_dtype(size.teacher_dtype, size.device)
     if (size.dtype, size.teacher_dtype) == computed:
         return 0
-    return rows * (size.student_dim * computed[0].itemsize * 2 + size.teacher_dim * computed[1].itemsize)
+    copies = [dim * dtype.itemsize for dim, dtype in zip((size.student_dim, size.teacher_dim), computed, strict=True)]
+    return rows * (sum(copies) + max(copies[: size.learners]))
 
 
 def _tokens_bytes(size: Size, rows: int, columns: int) -> tuple[int, int, int]:
     """Logits, accumulators and the rest."""
-    logits = rows * columns * logit_bytes(size.dtype, size.teacher_dtype, size.device)
-    several = rows < size.tokens and size.train_head and size.dtype.itemsize == 2
-    return logits, several * size.vocab * size.student_dim * 4, _buffers(size, columns) + _widened(size, rows)
+    logits = rows * columns * logit_bytes(size.dtype, size.teacher_dtype, size.device, size.learners)
+    summed = sum(dim for dim, head in size.accumulators if head) if rows < size.tokens else 0
+    return logits, size.vocab * summed * 4, _buffers(size, columns) + _widened(size, rows)
 
 
 def _vocab_bytes(size: Size, rows: int, columns: int) -> tuple[int, int, int]:
-    logits = rows * columns * column_bytes(size.dtype, size.teacher_dtype, size.device)
-    several = columns < size.vocab and size.dtype.itemsize == 2
-    statistics = rows * (STATISTICS_COPIES * len(STATS_COLUMNS) + 2 * len(SUMS_COLUMNS)) * 8
-    return logits, several * rows * size.student_dim * 4, _buffers(size, columns) + _widened(size, rows) + statistics
+    logits = rows * columns * column_bytes(size.dtype, size.teacher_dtype, size.device, size.learners)
+    summed = sum(dim for dim, _ in size.accumulators) if columns < size.vocab else 0
+    copies = STATISTICS_COPIES + size.learners - 1
+    statistics = rows * (copies * len(STATS_COLUMNS) + 2 * size.learners * len(SUMS_COLUMNS)) * 8
+    return logits, rows * summed * 4, _buffers(size, columns) + _widened(size, rows) + statistics

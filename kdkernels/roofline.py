@@ -252,10 +252,15 @@ EAGER_TRAFFIC: dict[str, tuple[int, int, int, int]] = {
 
 
 class Loss(TypedDict):
-    """What the passes of every strategy depend on beside the sizes."""
+    """What the passes of every strategy depend on beside the sizes.
+
+    online_teacher: the teacher learns too, by forward KL to the student; train_teacher_head: and so does its head.
+    """
 
     divergence: str
     train_head: bool
+    online_teacher: bool
+    train_teacher_head: bool
 
 
 def check_divergence(name: str) -> str:
@@ -272,26 +277,45 @@ def eager_passes(
     *,
     divergence: str = "forward_kl",
     train_head: bool = True,
+    online_teacher: bool = False,
+    train_teacher_head: bool = False,
     cached_row: int = 0,
 ) -> tuple[Pass, ...]:
     """Loss and gradients in plain PyTorch: logits of both models, a float32 copy of each, its log-softmax, the formula, back.
 
     Products: 3·Us + Ut. cached_row: float32 rows of at most so many bytes are read once by a softmax (``Device.cached_row``),
-    longer ones once for each of its sweeps: maximum, sum, result; in the backward sum, result.
+    longer ones once for each of its sweeps: maximum, sum, result; in the backward sum, result. An online teacher goes through the
+    formula of forward KL and back from the same log-softmaxes, and through a cross-entropy, whose gradient is made and added.
     """
     logits, single = tokens * vocab * dtype.itemsize, tokens * vocab * 4
     resident = vocab * 4 <= cached_row
     forward, forward_launches, backward, backward_launches = EAGER_TRAFFIC.get(check_divergence(divergence), EAGER_TRAFFIC["jsd"])
     cast = [Pass(0.0, logits + single)] if dtype.itemsize < 4 else []
-    softmax = Pass(0.0, (2 if resident else 4) * single)
+    softmax, softmax_back = Pass(0.0, (2 if resident else 4) * single), Pass(0.0, (3 if resident else 4) * single)
     passes = [product(tokens, student_dim, vocab, dtype), product(tokens, teacher_dim, vocab, dtype)]
     passes += [*cast, *cast, softmax, softmax]
     passes += [Pass(0.0, (forward + backward) * single, launches=forward_launches + backward_launches)]
-    passes += [Pass(0.0, (3 if resident else 4) * single), *cast]
-    passes += [product(tokens, vocab, student_dim, dtype)]
-    if train_head:
-        passes += [product(vocab, tokens, student_dim, dtype)]
+    passes += [softmax_back, *cast, *_gradients(tokens, vocab, student_dim, dtype, train_head)]
+    if online_teacher:
+        forward, forward_launches, backward, backward_launches = EAGER_TRAFFIC["forward_kl"]
+        passes += [Pass(0.0, (forward + backward) * single, launches=forward_launches + backward_launches)]
+        passes += [Pass(0.0, 4 * single, launches=2), softmax_back, *cast]
+        passes += _gradients(tokens, vocab, teacher_dim, dtype, train_teacher_head)
     return tuple(passes)
+
+
+def _gradients(
+    tokens: int,
+    vocab: int,
+    dim: int,
+    dtype: torch.dtype,
+    head: bool,
+    out_bytes: float | None = None,
+    head_bytes: float | None = None,
+) -> list[Pass]:
+    """Products of the logits' gradient: dH, and dW if the ``head`` is trained. out_bytes, head_bytes: as for ``product``."""
+    made = [product(tokens, vocab, dim, dtype, out_bytes)]
+    return [*made, product(vocab, tokens, dim, dtype, head_bytes)] if head else made
 
 
 def tokens_passes(
@@ -304,26 +328,36 @@ def tokens_passes(
     chunks: int = 1,
     divergence: str = "forward_kl",
     train_head: bool = True,
+    online_teacher: bool = False,
+    train_teacher_head: bool = False,
 ) -> tuple[Pass, ...]:
     """Loss and gradients of the ``tokens`` strategy in ``chunks`` chunks of tokens, with one row kernel. Products: 3·Us + Ut.
 
     Each chunk reads both heads for its logits, which are kept in at least float32 as on a GPU, and the student's again for dH. The
     row kernel's bytes are those of ``traffic.row_loss``; the products read dx back. With several chunks the head's gradient is
-    summed in float32: read and written by each of them.
+    summed in float32: read and written by each of them. An online teacher is another row kernel over the same logits, and its
+    own products: Ut, or 2·Ut with its head.
     """
     logit = max(4, dtype.itemsize)
-    swept = traffic.sweeps(divergence)
+    learners = _learners(student_dim, teacher_dim, divergence, train_head, online_teacher, train_teacher_head)
     passes: list[Pass] = []
     for rows, count in _even(tokens, chunks):
         one = [product(rows, dim, vocab, dtype, logit * rows * vocab) for dim in (student_dim, teacher_dim)]
-        row_kernel = traffic.row_loss(rows, vocab, (logit, logit), dtype.itemsize, sweeps=swept)
-        one += [Pass(0.0, row_kernel.total), product(rows, vocab, student_dim, dtype)]
-        if train_head:
-            one += [product(vocab, rows, student_dim, dtype, 8 * vocab * student_dim if chunks > 1 else None)]
+        for dim, swept, head in learners:
+            one += [Pass(0.0, traffic.row_loss(rows, vocab, (logit, logit), dtype.itemsize, sweeps=swept).total)]
+            one += _gradients(rows, vocab, dim, dtype, head, head_bytes=8 * vocab * dim if chunks > 1 else None)
         passes += _times(count, one)
-    if train_head and chunks > 1 and dtype.itemsize < 4:
-        passes += [Pass(0.0, vocab * student_dim * (4 + dtype.itemsize))]
+    if chunks > 1 and dtype.itemsize < 4:
+        passes += [Pass(0.0, vocab * dim * (4 + dtype.itemsize)) for dim, _, head in learners if head]
     return tuple(passes)
+
+
+def _learners(
+    student_dim: int, teacher_dim: int, divergence: str, train_head: bool, online_teacher: bool, train_teacher_head: bool
+) -> tuple[tuple[int, int, bool], ...]:
+    """Of each model that learns: hidden size, forward sweeps over the logits, whether its head is trained."""
+    student, teacher = (student_dim, traffic.sweeps(divergence), train_head), (teacher_dim, 1, train_teacher_head)
+    return (student, teacher) if online_teacher else (student,)
 
 
 def vocab_passes(
@@ -336,6 +370,9 @@ def vocab_passes(
     blocks: int = 1,
     divergence: str = "forward_kl",
     train_head: bool = True,
+    online_teacher: bool = False,
+    train_teacher_head: bool = False,
+    shared: bool = False,
 ) -> tuple[Pass, ...]:
     """Loss and gradients of the ``vocab`` strategy in ``blocks`` blocks of columns.
 
@@ -346,19 +383,25 @@ def vocab_passes(
     Kernels that multiply are counted at the rate of library products, which is the most that they can reach, and their bytes
     (``traffic.statistics``, ``sums`` and ``gradient``) as if they read every operand from main memory once in each launch: what
     their other tiles read again is taken to come from the cache, as in library products.
+
+    An online teacher goes over the vocabulary by itself, 2·Us + 2·Ut, unless its sweeps have ``shared`` products with the student's
+    (as where library products make the tiles); its own gradients are Ut, or 2·Ut with its head.
     """
     of = traffic.Products(tokens, vocab, ((student_dim, dtype.itemsize), (teacher_dim, dtype.itemsize)))
     whole = traffic.Cut.whole(tokens, vocab)
-    kernels = [traffic.statistics(of, whole), *([traffic.sums(of, whole)] if traffic.sweeps(divergence) == 2 else [])]
+    learners = _learners(student_dim, teacher_dim, divergence, train_head, online_teacher, train_teacher_head)
     products = 2.0 * tokens * (student_dim + teacher_dim)
-    passes = [Pass(products * vocab, kernel.total, dtype) for kernel in kernels]
+    passes: list[Pass] = []
+    for at, (_, swept, _) in enumerate(learners):
+        kernels = [traffic.statistics(of, whole), traffic.sums(of, whole)][:swept]
+        passes += [Pass(0.0 if shared and at else products * vocab, kernel.total, dtype) for kernel in kernels]
     for columns, count in _even(vocab, blocks):
         kernel = traffic.gradient(of, traffic.Cut.whole(tokens, columns), 0, columns, dtype.itemsize)
-        one = [Pass(products * columns, kernel.total, dtype)]
-        one += [product(tokens, columns, student_dim, dtype, 8 * tokens * student_dim)]
-        if train_head:
-            one += [product(columns, tokens, student_dim, dtype)]
+        one: list[Pass] = []
+        for at, (dim, _, head) in enumerate(learners):
+            one += [Pass(0.0 if shared and at else products * columns, kernel.total, dtype)]
+            one += _gradients(tokens, columns, dim, dtype, head, out_bytes=8 * tokens * dim)
         passes += _times(count, one)
     if dtype.itemsize < 4:
-        passes += [Pass(0.0, tokens * student_dim * (4 + dtype.itemsize))]
+        passes += [Pass(0.0, tokens * dim * (4 + dtype.itemsize)) for dim, _, _ in learners]
     return tuple(passes)

@@ -65,7 +65,7 @@ class Step:
 
     rows: indices of those that count, None for all; count: how many. weights: [N], token weights; scale: 0-dim, on top of them for
     gradients. needs: which of hidden, weight and bias take one. alone: the loss does not look at the teacher, so its logits are
-    not computed, and ``teacher`` is the student.
+    not computed, and ``teacher`` is the student. teacher_needs: as needs, of a teacher that learns in a step of its own; else None.
     """
 
     student: Model
@@ -83,6 +83,7 @@ class Step:
     lift: Tensor | None
     backend: str
     budget: int
+    teacher_needs: tuple[bool, bool, bool] | None = None
 
     @property
     def vocab(self) -> int:
@@ -116,6 +117,8 @@ class Step:
             train_head=self.needs[1],
             device=self.device,
             budget=self.budget,
+            learners=1 if self.teacher_needs is None else 2,
+            train_teacher_head=self.teacher_needs is not None and self.teacher_needs[1],
         )
 
     def index(self, begin: int, end: int) -> slice | Tensor:
@@ -142,9 +145,13 @@ def _model(inputs: Inputs, dtype: torch.dtype, vocab: int, sum_dtype: torch.dtyp
     return Model(hidden, weight[:vocab], cut, product_dtype(dtype, device), logits_dtype(dtype, device))
 
 
+# The k tokens that an offline teacher kept of each row, and their log-probabilities: [N, K] each, -inf where a slot is not used.
+Known = tuple[Tensor, Tensor]
+
+
 def prepare(
     student: Inputs,
-    teacher: Inputs,
+    teacher: Inputs | None,
     token_weight: Tensor | None,
     grad_scale: Tensor,
     lift: Tensor | None,
@@ -157,17 +164,19 @@ def prepare(
     needs: tuple[bool, bool, bool],
     metrics: bool,
     budget: int,
+    known: Known | None = None,
 ) -> Step:
-    """lift: a factor on top of grad_scale that only the gradient of the hidden states keeps."""
+    """teacher: None where it is not a model; ``known`` is then what it left. lift: a factor on top of grad_scale that only the
+    gradient of the hidden states keeps."""
     tokens, device = student[0].shape[0], student[0].device
     sum_dtype = accumulate_dtype(product_dtype(dtypes[0], device))
     # Where the loss does not look at the teacher, the student stands in for it.
-    alone = terms.kd_scale == 0.0 and not metrics
+    alone = teacher is None or (terms.kd_scale == 0.0 and not metrics)
     learner = _model(student, dtypes[0], vocab, sum_dtype)
-    constant = learner if alone else _model(teacher, dtypes[1], vocab, sum_dtype)
+    constant = learner if alone or teacher is None else _model(teacher, dtypes[1], vocab, sum_dtype)
     if alone:
         terms = Terms(*terms.loss, terms.head[:2] * 2)
-    rows = kept_rows(labels, token_weight, ignore_index, vocab)
+    rows = kept_rows(labels, token_weight, ignore_index, vocab, known)
     return Step(
         student=learner,
         teacher=constant,
@@ -230,6 +239,7 @@ def prepare_both(
         lift=lift,
         backend=backends.select(device, *(model.logits for model in learners)),
         budget=budget,
+        teacher_needs=(needs[3], needs[4], needs[5]),
     )
     other = replace(
         one,
@@ -238,6 +248,7 @@ def prepare_both(
         weights=weights[1],
         terms=terms[1],
         needs=(needs[3], needs[4], needs[5]),
+        teacher_needs=one.needs,
         metrics=False,
     )
     return one, other
@@ -247,33 +258,63 @@ def _weights(token_weight: Tensor | None, tokens: int, dtype: torch.dtype, devic
     return torch.ones(tokens, dtype=dtype, device=device) if token_weight is None else token_weight.to(dtype)
 
 
-def kept_rows(labels: Tensor | None, weight: Tensor | None, ignore_index: int, vocab: int) -> Tensor | None:
-    """Indices of the rows that count, None for all of them; raises ValueError if a label of theirs is out of range.
+def kept_rows(
+    labels: Tensor | None, weight: Tensor | None, ignore_index: int, vocab: int, known: Known | None = None
+) -> Tensor | None:
+    """Indices of the rows that count, None for all of them; raises ValueError if a label of theirs, or a token that the teacher
+    kept for them, is out of range, or if it kept one twice.
 
     On a GPU this is the call's one host sync.
     """
-    if labels is None and weight is None:
+    if labels is None and weight is None and known is None:
         return None
-    keep = torch.ones_like(weight, dtype=torch.bool) if weight is not None else None
+    keep = labelled = None
     if weight is not None:
         keep = weight != 0
     if labels is not None:
         labelled = labels != ignore_index
         keep = labelled if keep is None else keep & labelled
-    assert keep is not None
+    if keep is None:
+        assert known is not None
+        keep = torch.ones_like(known[0][:, 0], dtype=torch.bool)
     if keep.numel() == 0:
         return None
     facts = [keep.sum()]
-    if labels is not None:
+    if labels is not None and labelled is not None:
         counted = labels.where(labelled, 0)
         facts += [counted.max(), counted.min()]
-    count, *extremes = torch.stack(facts).tolist()
-    if extremes and (extremes[0] >= vocab or extremes[1] < 0):
-        wrong = extremes[0] if extremes[0] >= vocab else extremes[1]
-        raise ValueError(f"labels holds {wrong}; accepted: 0 to {vocab - 1}, or ignore_index={ignore_index}")
-    if count == keep.numel():
-        return None
-    return torch.nonzero_static(keep, size=count)[:, 0]
+    if known is not None:
+        facts += _facts_of_slots(keep, *known)
+    count, *found = torch.stack(facts).tolist()
+    if labels is not None:
+        largest, least, *found = found
+        if largest >= vocab or least < 0:
+            wrong = largest if largest >= vocab else least
+            raise ValueError(f"labels holds {wrong}; accepted: 0 to {vocab - 1}, or ignore_index={ignore_index}")
+    if known is not None:
+        largest, least, twice = found
+        if largest >= vocab or least < 0:
+            wrong = largest if largest >= vocab else least
+            raise ValueError(
+                f"topk_ids holds {wrong}; accepted: 0 to {vocab - 1}, or anything where topk_logprobs is -inf (an unused slot)"
+            )
+        if twice >= 0:
+            raise ValueError(
+                f"topk_ids holds {twice} twice in one row; accepted: distinct tokens in each row, and topk_logprobs of -inf for "
+                "slots that are not used"
+            )
+    return None if count == keep.numel() else torch.nonzero_static(keep, size=count)[:, 0]
+
+
+def _facts_of_slots(keep: Tensor, ids: Tensor, log_probs: Tensor) -> list[Tensor]:
+    """The largest and the least token of the used slots of kept rows, and one that a row holds twice (-1 if none)."""
+    used = keep[:, None] & (log_probs != -torch.inf)
+    counted = ids.where(used, 0)
+    # Slots that are not used get numbers of their own, which no token has.
+    alone = -2 - torch.arange(ids.shape[1], device=ids.device)
+    ordered = ids.where(used, alone).sort(1).values
+    twice = ordered[:, 1:].where(ordered[:, 1:] == ordered[:, :-1], -1)
+    return [counted.max(), counted.min(), twice.max() if twice.numel() else counted.new_full((), -1)]
 
 
 def weighted(columns: Tensor, terms: Terms) -> Tensor:

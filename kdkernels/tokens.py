@@ -68,11 +68,12 @@ def run(steps: tuple[Step, ...], inputs: tuple[Inputs, ...]) -> list[Outcome]:
     tiles = {"x": step.student.logits}
     if not step.alone:
         tiles["z"] = step.teacher.logits
-    if both:  # the student's logits for the learner that comes after it, when its gradient lies over them
-        tiles["x again"] = step.student.logits
-    # A gradient in the products' dtype lies over the logits where those have that dtype, beside them otherwise.
+    # A gradient in the products' dtype lies over the logits where those have that dtype, beside them otherwise. The student's lies
+    # beside them too where the teacher learns after it, from the same logits.
     tiles |= {
-        name: model.dtype for name, model in zip(("dx", "dz"), models[: len(steps)], strict=False) if model.dtype != model.logits
+        name: model.dtype
+        for name, model in zip(("dx", "dz"), models[: len(steps)], strict=False)
+        if model.dtype != model.logits or (both and name == "dx")
     }
     shapes = [((1, block), torch.float32), *(((size, vocab), dtype) for dtype in tiles.values())]
     with borrowed(shapes, step.budget + 4 * block, step.device) as (blocks, *scratch):
@@ -84,9 +85,7 @@ def run(steps: tuple[Step, ...], inputs: tuple[Inputs, ...]) -> list[Outcome]:
             tile = {name: rows[: len(hidden[0])] for name, rows in zip(tiles, scratch, strict=True)}
             for head, rows, name in zip(heads, hidden, ("x", "z"), strict=False):
                 head.logits(rows, tile[name])
-            if both:
-                tile["x again"].copy_(tile["x"])
-            pairs = ("x", "x" if step.alone else "z", "dx"), ("z", "x again", "dz")
+            pairs = ("x", "x" if step.alone else "z", "dx"), ("z", "x", "dz")
             for learner, (own, other, out), head, rows in zip(learners, pairs, heads, hidden, strict=False):
                 learner.add(tile[own], tile[other], tile.get(out), head, rows, index, buffer, begin == 0)
     return [Outcome(learner.losses, learner.metric_sums, learner.grads.finished()) for learner in learners]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -13,13 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import gradients, ops
+from benchmarks.roofline import Trace
+from kdkernels import gradients, ops, roofline, tokens, vocab
+from kdkernels.cli import main
 from kdkernels.plan import chunk_rows
 from kdkernels.products import HeadProducts
-from tests.cases import Case, InsideOperators, draw
+from tests.cases import Case, InsideOperators, draw, parameters, running
 from tests.oracle import Options
 
 N, V, STUDENT, TEACHER = 24, 50, 8, 12
@@ -185,6 +190,182 @@ class TestPlan:
             kd.plan(**{**sizes, name: 0})
 
 
+class TestOnlineTeacher:
+    """The plan of two learners, which is that of ``linear_okd_loss``."""
+
+    SIZES = (N, V, STUDENT, TEACHER)
+
+    def step(self, drawn: Case, *, teacher_head: bool = False, frozen_head: bool = False, **more: Any) -> None:
+        learn = {"student_hidden", "teacher_hidden"}
+        learn |= {"teacher_weight"} if teacher_head else set()
+        learn |= set() if frozen_head else {"student_weight"}
+        names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
+        inputs = [getattr(drawn, name).detach().requires_grad_(name in learn) for name in names]
+        options = {"divergence": drawn.options.divergence, "teacher_alpha": 1.0, **more}
+        sum(kd.linear_okd_loss(*inputs, None, **options)).backward()  # type: ignore[union-attr]
+
+    @pytest.mark.parametrize("name", ["forward_kl", "jsd"])
+    @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+    @pytest.mark.parametrize("memory_budget", [None, 16 * N * 12])
+    @pytest.mark.parametrize("heads", [(True, False), (True, True), (False, False)])
+    def test_it_counts_the_products(self, heads: tuple[bool, bool], memory_budget: int | None, strategy: str, name: str) -> None:
+        train_head, teacher_head = heads
+        options: dict[str, Any] = {"strategy": strategy, "memory_budget": memory_budget}
+        with Products() as products:
+            self.step(case(options=Options(name)), teacher_head=teacher_head, frozen_head=not train_head, **options)
+        learn = {"train_head": train_head, "online_teacher": True, "train_teacher_head": teacher_head}
+        assert kd.plan(*self.SIZES, **options, **learn, divergence=name).flops == products.flops
+
+    def test_a_gpus_streaming_kernels_multiply_for_each_learner(self) -> None:
+        for name, student in (("forward_kl", 2), ("jsd", 3)):
+            plan = kd.plan(*self.SIZES, device="H100", strategy="vocab", divergence=name, online_teacher=True)
+            assert plan.flops == (student + 2) * (US + UT) + 2 * US + UT
+
+    @pytest.mark.parametrize("variant", parameters(("native", "triton")))
+    @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+    @pytest.mark.parametrize("dtypes", list(itertools.product((torch.float32, torch.bfloat16), repeat=2)))
+    def test_the_loss_takes_the_planned_scratch(
+        self, dtypes: tuple[torch.dtype, torch.dtype], strategy: str, variant: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        module = {"tokens": tokens, "vocab": vocab}[strategy]
+        taken, borrowed = [], module.borrowed
+
+        def recording(shapes: Any, *rest: Any) -> Any:
+            tiles = shapes[1:]  # after the buffer of a head's block
+            taken.append(sum(rows * columns * of.itemsize for (rows, columns), of in tiles))
+            return borrowed(shapes, *rest)
+
+        monkeypatch.setattr(module, "borrowed", recording)
+        drawn = draw(tokens=(N,), vocab=V, dims=(STUDENT, TEACHER), dtype=dtypes[0])
+        drawn = replace(drawn, **{name: getattr(drawn, name).to(dtypes[1]) for name in ("teacher_hidden", "teacher_weight")})
+        options: dict[str, Any] = {"strategy": strategy, "memory_budget": 3 * N * V}
+        with running(variant):
+            self.step(drawn, **options)
+            plan = kd.plan(*self.SIZES, dtypes[0], teacher_dtype=dtypes[1], **options, online_teacher=True)
+        assert taken == [plan.logits_bytes]
+        assert plan.logits_bytes <= 3 * N * V
+
+    @pytest.mark.parametrize(("memory_budget", "alone", "both"), [(4096, "vocab", "tokens"), (MIB, "tokens", "vocab")])
+    def test_auto_knows_the_second_learner(
+        self, memory_budget: int, alone: str, both: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Budgets with which the student by itself would go the other way."""
+        ran: list[str] = []
+        for strategy, run in dict(ops._STRATEGIES).items():
+            monkeypatch.setitem(
+                ops._STRATEGIES, strategy, lambda *step, strategy=strategy, run=run: ran.append(strategy) or run(*step)
+            )
+        drawn = draw(tokens=(200,), vocab=500, dims=(STUDENT, TEACHER))
+        self.step(drawn, memory_budget=memory_budget)
+        drawn.run(memory_budget=memory_budget)
+        assert (ran[0], ran[-1]) == (both, alone)
+        for online_teacher, strategy in ((True, both), (False, alone)):
+            plan = kd.plan(200, 500, STUDENT, TEACHER, memory_budget=memory_budget, online_teacher=online_teacher)
+            assert plan.strategy == strategy
+
+    def test_sizes_add_up(self) -> None:
+        sizes = (2048, 32768, 64, 96)
+        frozen, trained = (
+            kd.plan(
+                *(*sizes, torch.bfloat16),
+                memory_budget=64 * MIB,
+                strategy="tokens",
+                online_teacher=True,
+                train_teacher_head=train_teacher_head,
+            )
+            for train_teacher_head in (False, True)
+        )
+        inputs, student, teacher = (2048 + 32768) * (64 + 96), (2048 + 32768) * 64, 2048 * 96
+        assert frozen.peak_bytes == frozen.scratch_bytes + 2 * (inputs + student + teacher)
+        assert frozen.accumulator_bytes == 32768 * 64 * 4
+        assert trained.peak_bytes == trained.scratch_bytes + 2 * (inputs + student + teacher + 32768 * 96)
+        assert trained.accumulator_bytes == 32768 * (64 + 96) * 4
+        streamed = kd.plan(*sizes, torch.bfloat16, memory_budget=64 * MIB, strategy="vocab", online_teacher=True)
+        assert streamed.accumulator_bytes == 2048 * (64 + 96) * 4
+
+    def test_a_teachers_head_is_not_trained_alone(self) -> None:
+        with pytest.raises(ValueError, match=r"train_teacher_head is True.*online_teacher=True"):
+            kd.plan(*self.SIZES, train_teacher_head=True)
+
+
+LEARNED = {"online_teacher": True}, {"online_teacher": True, "train_teacher_head": True}
+
+
+class TestPredictedTime:
+    """Of two learners: the closed forms of the roofline."""
+
+    SIZES = (512, 4096, 64, 96)
+    US, UT = 2 * 512 * 4096 * 64, 2 * 512 * 4096 * 96
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("learned", LEARNED)
+    @pytest.mark.parametrize("cached_row", [0, 4 * 4096])
+    def test_eagers_is_what_its_operations_move(self, cached_row: int, learned: dict[str, bool], dtype: torch.dtype) -> None:
+        count_, width, *dims = self.SIZES
+        hidden = [torch.empty(count_, dim, dtype=dtype, device="meta", requires_grad=True) for dim in dims]
+        trained = (True, learned.get("train_teacher_head", False))
+        heads = [
+            torch.empty(width, dim, dtype=dtype, device="meta", requires_grad=train)
+            for dim, train in zip(dims, trained, strict=True)
+        ]
+        labels = torch.zeros(count_, dtype=torch.int64, device="meta")
+        with Trace(cached_row) as counted:
+            log_q, log_p = ((rows @ head.t()).float().log_softmax(-1) for rows, head in zip(hidden, heads, strict=True))
+            kl = functools.partial(F.kl_div, reduction="batchmean", log_target=True)
+            (kl(log_q, log_p.detach()) + 0.5 * kl(log_p, log_q.detach()) + 0.5 * F.nll_loss(log_p, labels)).backward()
+        closed = roofline.eager_passes(*self.SIZES, dtype, **learned, cached_row=cached_row)
+        assert roofline.total_flops(closed) == roofline.total_flops(counted.passes)
+        assert roofline.total_bytes(closed) == pytest.approx(roofline.total_bytes(counted.passes), rel=1e-3)
+        assert sum(step.launches for step in closed) == sum(1 for step in counted.passes if step.bytes >= count_ * width)
+
+    @pytest.mark.parametrize("chunks", [1, 3])
+    def test_tokens_makes_the_fewest_products(self, chunks: int) -> None:
+        for learned, teacher in zip(LEARNED, (2, 3), strict=True):
+            passes = roofline.tokens_passes(*self.SIZES, torch.bfloat16, chunks=chunks, **learned)
+            assert roofline.total_flops(passes) == 3 * self.US + teacher * self.UT
+
+    @pytest.mark.parametrize("blocks", [1, 3])
+    @pytest.mark.parametrize(("name", "more"), [("forward_kl", 0), ("jsd", 1)])
+    def test_vocab_multiplies_for_each_learner_unless_they_share(self, name: str, more: int, blocks: int) -> None:
+        for learned, gradients_ in zip(LEARNED, (self.UT, 2 * self.UT), strict=True):
+            for shared, sweeps in ((True, 2 + more), (False, 4 + more)):
+                passes = roofline.vocab_passes(
+                    *self.SIZES, torch.bfloat16, blocks=blocks, divergence=name, shared=shared, **learned
+                )
+                assert roofline.total_flops(passes) == sweeps * (self.US + self.UT) + 2 * self.US + gradients_
+
+    def test_of_one_chunk_the_teacher_reads_both_logits_again_and_moves_its_own_gradient(self) -> None:
+        """By hand, in bfloat16."""
+        rows, width, _, teacher = self.SIZES
+        logits, grad, head, hidden = 4 * rows * width, 2 * rows * width, 2 * width * teacher, 2 * rows * teacher
+        row_kernel = 2 * (2 * logits) + grad + rows * (2 + 6) * 4  # weight, t; six columns
+        alone, both, with_head = (
+            roofline.total_bytes(roofline.tokens_passes(*self.SIZES, torch.bfloat16, **learned)) for learned in ({}, *LEARNED)
+        )
+        assert both - alone == row_kernel + grad + head + hidden
+        assert with_head - both == grad + hidden + head
+
+    @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+    def test_a_second_learner_takes_longer_and_its_head_longer_still(self, strategy: str) -> None:
+        plans = [
+            kd.plan(8192, 151_936, 896, 3584, torch.bfloat16, device="H100", strategy=strategy, **learned)
+            for learned in ({}, *LEARNED)
+        ]
+        for name in ("seconds", "flops", "peak_bytes", "eager_seconds", "eager_flops", "eager_peak_bytes"):
+            found = [getattr(plan, name) for plan in plans]
+            assert found == sorted(found), name
+            assert found[0] < found[1], name
+
+    def test_the_command_line_plans_both_learners(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["plan", "--student=Qwen2.5-0.5B", "--teacher=151936x3584", "--tokens=8192", "--okd"]) == 0
+        shown = capsys.readouterr().out
+        assert "OKD" in shown.splitlines()[0]
+        planned = kd.plan(8192, 151_936, 896, 3584, torch.bfloat16, device="H100", strategy="tokens", online_teacher=True)
+        for name, peak in (("eager", planned.eager_peak_bytes), ("tokens", planned.peak_bytes)):
+            row = next(line.split() for line in shown.splitlines() if line.startswith(f"{name} "))
+            assert float(row[1]) == round(peak / 1e9, 2)
+
+
 def test_the_backend_is_named() -> None:
     assert kd.backend() == kd.backend("cpu") == kd.backend(torch.device("cpu"), torch.bfloat16)
     assert kd.backend("cpu", torch.float64) == "reference"
@@ -208,13 +389,13 @@ def run_fresh(script: str, *arguments: object) -> list[int]:
 
 # Peak resident memory above what was there, less the returned gradients; of a step, and of what stays afterwards.
 MEASURE = """
-import gc, re, sys
+import functools, gc, re, sys
 import torch
 import kdkernels as kd
 from kdkernels import backends
 
 tokens, vocab, dim, budget, dtype = *map(int, sys.argv[1:5]), getattr(torch, sys.argv[5])
-backend, strategy = sys.argv[6:]
+backend, strategy, *learns = sys.argv[6:]  # of the teacher
 
 def resident(which):
     return int(re.search(which + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
@@ -222,16 +403,27 @@ def resident(which):
 def step(tokens, vocab):
     hidden, weight = torch.ones(tokens, dim, dtype=dtype), torch.ones(vocab, dim, dtype=dtype)
     teacher, teacher_weight = torch.ones(tokens, dim, dtype=dtype), torch.ones(vocab, dim, dtype=dtype)
-    hidden.requires_grad_(), weight.requires_grad_()
+    labels = torch.zeros(tokens, dtype=torch.int64)
+    learned = [hidden, weight]
+    learned += [leaf for name, leaf in (("hidden", teacher), ("head", teacher_weight)) if name in learns]
+    for leaf in learned:
+        leaf.requires_grad_()
     gc.collect()
     open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
     before = resident("VmRSS")
     if strategy == "eager":
         log_q, log_p = ((rows @ head.mT).float().log_softmax(-1) for rows, head in ((hidden, weight), (teacher, teacher_weight)))
-        torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True).backward()
+        kl = functools.partial(torch.nn.functional.kl_div, reduction="batchmean", log_target=True)
+        loss = kl(log_q, log_p.detach())
+        if learns:
+            loss = loss + 0.5 * kl(log_p, log_q.detach()) + 0.5 * torch.nn.functional.nll_loss(log_p, labels)
+        loss.backward()
+    elif learns:
+        both = kd.linear_okd_loss(hidden, weight, teacher, teacher_weight, labels, strategy=strategy, memory_budget=budget)
+        (both.student + both.teacher).backward()
     else:
         kd.linear_kd_loss(hidden, weight, teacher, teacher_weight, strategy=strategy, memory_budget=budget).backward()
-    return resident("VmHWM") - before - (hidden.nbytes + weight.nbytes)
+    return resident("VmHWM") - before - sum(leaf.nbytes for leaf in learned)
 
 with backends.use(backend):
     step(64, 512)
@@ -276,6 +468,25 @@ class TestMemory:
             inputs_and_gradients = plan.peak_bytes - plan.scratch_bytes
             measured = peak + inputs_and_gradients
             assert own + inputs_and_gradients == pytest.approx(measured, rel=0.1), f"own: {own / MIB:.0f} of {peak / MIB:.0f} MiB"
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize(
+        ("strategy", "learns"),
+        [("tokens", ("hidden",)), ("tokens", ("hidden", "head")), ("vocab", ("hidden",)), ("eager", ("hidden",))],
+    )
+    def test_that_of_two_learners_too(self, strategy: str, learns: tuple[str, ...], dtype: str) -> None:
+        count_, width, dim, budget = 1024, 40_000, 128, 64 * MIB
+        peak, _ = run_fresh(MEASURE, count_, width, dim, budget, dtype, kd.backend(), strategy, *learns)
+        plan = kd.plan(
+            *(count_, width, dim, dim, getattr(torch, dtype)),
+            memory_budget=budget,
+            strategy="tokens" if strategy == "eager" else strategy,
+            online_teacher=True,
+            train_teacher_head="head" in learns,
+        )
+        own = plan.eager_scratch_bytes if strategy == "eager" else plan.scratch_bytes
+        inputs_and_gradients = plan.peak_bytes - plan.scratch_bytes
+        assert own + inputs_and_gradients == pytest.approx(peak + inputs_and_gradients, rel=0.1)
 
 
 class TestScratch:
