@@ -17,6 +17,7 @@ from kdkernels.okd import OKDLoss, linear_okd_loss
 from kdkernels.plan import Plan, plan
 from kdkernels.scratch import free_scratch
 from kdkernels.taid import TAIDSchedule
+from kdkernels.topk import linear_topk_kd_loss
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "kd_loss",
     "linear_kd_loss",
     "linear_okd_loss",
+    "linear_topk_kd_loss",
     "plan",
     "reverse_kl",
     "skew_forward_kl",

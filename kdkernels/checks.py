@@ -53,6 +53,13 @@ def float_tensor(name: str, value: Any, device: torch.device | None = None) -> T
     return found
 
 
+def integer_tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor:
+    found = tensor(name, value, device)
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise TypeError(f"{name} is {found.dtype}; accepted: integers such as torch.int64")
+    return found
+
+
 def head_of(name: str, value: Any, hidden: Tensor, hidden_name: str) -> LMHead:
     """The head, checked against the hidden states that it multiplies."""
     if not isinstance(value, (LMHead, Tensor)):
@@ -137,9 +144,7 @@ def checked(
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index is an integer, got {type(ignore_index).__name__}")
     if labels is not None:
-        tensor("labels", labels, device)
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(f"labels is {labels.dtype}; accepted: integers such as torch.int64")
+        integer_tensor("labels", labels, device)
         if labels.shape != shape:
             raise ValueError(f"labels has shape {tuple(labels.shape)}; {name} {tuple(leading.shape)} needs {tuple(shape)}")
     elif ce_weight != 0.0:
@@ -191,18 +196,36 @@ def kept_weight(loss: Loss, tokens: int, dtype: torch.dtype, device: torch.devic
 
 
 def vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:
+    if vocab_size is None and student != teacher:
+        raise ValueError(
+            f"student_head has {student} rows and teacher_head {teacher}; if the larger is padded, pass vocab_size= the number "
+            "of tokens that both know"
+        )
+    return cut_vocabulary(min(student, teacher), vocab_size, "the rows that both heads have")
+
+
+def cut_vocabulary(rows: int, vocab_size: int | None, what: str) -> int:
+    """vocab_size, or all ``rows``; ``what`` these are."""
     if vocab_size is None:
-        if student != teacher:
-            raise ValueError(
-                f"student_head has {student} rows and teacher_head {teacher}; if the larger is padded, pass vocab_size= the number "
-                "of tokens that both know"
-            )
-        return student
+        return rows
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
         raise TypeError(f"vocab_size is an integer, got {type(vocab_size).__name__}")
-    if not 1 <= vocab_size <= min(student, teacher):
-        raise ValueError(f"vocab_size={vocab_size}; accepted: 1 to {min(student, teacher)}, the rows that both heads have")
+    if not 1 <= vocab_size <= rows:
+        raise ValueError(f"vocab_size={vocab_size}; accepted: 1 to {rows}, {what}")
     return vocab_size
+
+
+def scratch_of(strategy: Any, memory_budget: Any, device: torch.device) -> int:
+    """The bytes of scratch for logits, after a look at both."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy {strategy!r} is not known; accepted: {', '.join(STRATEGIES)}")
+    if memory_budget is None:
+        return default_budget(device)
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
+        raise TypeError(f"memory_budget is a number of bytes, got {type(memory_budget).__name__}")
+    if memory_budget < 1:
+        raise ValueError(f"memory_budget is a positive number of bytes, got {memory_budget}")
+    return memory_budget
 
 
 @dataclass(frozen=True)
@@ -259,16 +282,9 @@ def linear_of(
             "dimensions but the last"
         )
     vocab = vocabulary(student.weight.shape[0], teacher.weight.shape[0], vocab_size)
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy {strategy!r} is not known; accepted: {', '.join(STRATEGIES)}")
-    if memory_budget is not None:
-        if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
-            raise TypeError(f"memory_budget is a number of bytes, got {type(memory_budget).__name__}")
-        if memory_budget < 1:
-            raise ValueError(f"memory_budget is a positive number of bytes, got {memory_budget}")
+    budget = scratch_of(strategy, memory_budget, device)
     dtypes = (
         compute_dtype(student_hidden, student.weight, "student_hidden and student_head"),
         compute_dtype(teacher_hidden, teacher.weight, "teacher_hidden and teacher_head"),
     )
-    budget = default_budget(device) if memory_budget is None else memory_budget
     return Linear(student_hidden, student, teacher_hidden, teacher, vocab, dtypes, strategy, budget)

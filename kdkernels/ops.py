@@ -6,12 +6,13 @@ They take what the strategies take, flat, and return losses and gradients; autog
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdkernels import logits, tokens, vocab
+from kdkernels import logits, outcomes, tokens, vocab
 from kdkernels.backends.operators import accumulate_dtype, library
 from kdkernels.plan import choose
 from kdkernels.products import product_dtype
@@ -33,6 +34,11 @@ library.define(
     f"Tensor? labels, {_TERMS}, float teacher_kd_scale, float teacher_ce_scale, int ignore_index, int vocab, "
     "ScalarType student_dtype, ScalarType teacher_dtype, str strategy, int memory_budget, bool[] needs, bool metrics) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+library.define(
+    f"linear_topk_kd({_HEADS[0]}Tensor? token_weight, Tensor grad_scale, Tensor? lift, Tensor topk_ids, Tensor topk_logprobs, "
+    f"Tensor? labels, Tensor t, {_TERMS}, str tail, int ignore_index, int vocab, ScalarType student_dtype, "
+    "str strategy, int memory_budget, bool[] needs, bool metrics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
     "logits_kd(Tensor student_logits, Tensor? token_weight, Tensor grad_scale, Tensor? lift, "
@@ -86,6 +92,23 @@ def linear_okd(*arguments: Any) -> tuple[Tensor, ...]:
     return one.losses, other.losses, *one.grads, *other.grads, means
 
 
+def linear_topk_kd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    student, (token_weight, grad_scale, lift), known, (labels, t) = (
+        arguments[begin:end] for begin, end in ((0, 3), (3, 6), (6, 8), (8, 10))
+    )
+    tail, ignore_index, vocab_size, dtype, strategy, budget, needs, metrics = arguments[16:]
+    with torch.autocast(student[0].device.type, enabled=False):
+        step = prepare(
+            *(student, None, token_weight, grad_scale, lift, labels, t, Terms(*arguments[10:16])),
+            *(ignore_index, vocab_size, (dtype, dtype), tuple(needs), metrics, budget, known),
+        )
+        # One sweep over the vocabulary gives the statistics, whatever the divergence; to the plan that is forward KL.
+        chosen = choose(strategy, replace(step.size, divergence="forward_kl"))
+        done = outcomes.run(chosen, step, student, known, tail)
+        means = summary(done.metric_sums, step.count, step.sum_dtype) if metrics else done.losses.new_empty(0)
+    return done.losses, *done.grads, means
+
+
 def _absent_or_like(losses: Tensor, sources: tuple[Tensor | None, ...], needs: list[bool]) -> list[Tensor]:
     return [
         losses.new_empty(0) if not need or source is None else source.new_empty(source.shape)
@@ -93,7 +116,8 @@ def _absent_or_like(losses: Tensor, sources: tuple[Tensor | None, ...], needs: l
     ]
 
 
-def _fake_linear_kd(*arguments: Any) -> tuple[Tensor, ...]:
+def _fake_of_a_student(*arguments: Any) -> tuple[Tensor, ...]:
+    """Of linear_kd and linear_topk_kd, which take the student's dtype at one place."""
     hidden, compute, needs, metrics = arguments[0], arguments[19], *arguments[-2:]
     losses = hidden.new_empty(hidden.shape[0], dtype=accumulate_dtype(product_dtype(compute, hidden.device)))
     return losses, *_absent_or_like(losses, arguments[:3], needs), losses.new_empty(len(METRICS) if metrics else 0)
@@ -119,7 +143,12 @@ def _fake_logits_kd(student_logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor,
     return losses, grad, losses.new_empty(len(METRICS) if metrics else 0)
 
 
-_FAKES = {linear_kd: _fake_linear_kd, linear_okd: _fake_linear_okd, logits_kd: _fake_logits_kd}
+_FAKES = {
+    linear_kd: _fake_of_a_student,
+    linear_okd: _fake_linear_okd,
+    linear_topk_kd: _fake_of_a_student,
+    logits_kd: _fake_logits_kd,
+}
 for _operator, _fake in _FAKES.items():
     library.impl(_operator.__name__, _operator, "CompositeExplicitAutograd")
     torch.library.register_fake(f"kdkernels::{_operator.__name__}", _fake, lib=library)

@@ -1,0 +1,129 @@
+"""The loss against an offline teacher, of which only the k most likely tokens of each position were kept.
+
+There is no teacher's head and no product with one. What the rest of the teacher's vocabulary is taken to be is ``tail``; the
+mathematics is in outcomes.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels.backends.operators import accumulate_dtype
+from kdkernels.checks import (
+    LMHead,
+    checked,
+    compute_dtype,
+    cut_vocabulary,
+    float_tensor,
+    head_of,
+    integer_tensor,
+    rows_of,
+    scratch_of,
+)
+from kdkernels.divergences import Divergence
+from kdkernels.losses import reduced, terms_of
+from kdkernels.outcomes import TAILS
+
+
+def linear_topk_kd_loss(
+    student_hidden: Tensor,
+    student_head: LMHead | Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    labels: Tensor | None = None,
+    *,
+    tail: str = "renormalize",
+    divergence: Divergence | str = "forward_kl",
+    t: float | Tensor = 1.0,
+    temperature: float = 1.0,
+    square_temperature: bool = True,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    strategy: str = "auto",
+    memory_budget: int | None = None,
+    return_metrics: bool = False,
+) -> Any:
+    """Distillation loss from the student's hidden states and head and the teacher's k most likely tokens of each position.
+
+    Per token: kd_weight T² D(p, q) + ce_weight CE(label, softmax(x)), where D is over a few outcomes and not over the vocabulary:
+
+        tail="renormalize": the k tokens. p is the teacher's distribution over them, q the student's softmax(x / T) over the whole
+            vocabulary: tokens outside count as banned by the teacher. This asks the student for no mass outside of the k.
+        tail="bucket": the k tokens and one outcome for all others, with what is left of each model's mass. How the student divides
+            that among them is left to it.
+
+    The target is softmax((1 - t) log q + t log p) over these outcomes, with q held constant: t < 1 is TAID.
+
+    student_hidden: (..., D_s). student_head: an LMHead or its (V, D_s) weight. Dtypes, autocast and gradients are as for
+        ``linear_kd_loss``.
+    topk_ids: (..., K) integers, K at least 1, distinct tokens in each position.
+    topk_logprobs: (..., K) floats of any dtype, log softmax(z / T) of the teacher at these tokens, at this loss's temperature. -inf
+        marks a slot that is not used, whose id is ignored: positions may keep fewer than K. Without any, kd is 0 there. Values that
+        sum up to more than 1 are not refused: "renormalize" takes them as logits, "bucket" leaves nothing to the rest and does
+        the same. The rest is what their roundings leave of 1, so 16 bits are too few for "bucket" with a peaked teacher.
+    return_metrics: as there, with two differences: target_entropy is over the target's outcomes, and overlap is the sum of
+        min(q, p) over the k tokens, which is a lower bound of that over the vocabulary.
+    vocab_size: cut the head to its first rows (a padded vocabulary); the rest gets zero gradient.
+    strategy: "tokens" takes 3 products of the student, "vocab" 4, for every divergence, in blocks of the vocabulary; "auto" is the
+        one that is predicted to be faster. memory_budget: bytes of scratch for the student's logits.
+    The other arguments, reductions and errors are those of ``linear_kd_loss``.
+
+    The work on logits is plain torch on every device. Raises ValueError or TypeError for bad input before any work; tokens out of
+    range and tokens that are twice in a position are found with the labels, in the call's one host sync, where the position counts.
+    """
+    float_tensor("student_hidden", student_hidden)
+    device = student_hidden.device
+    head = head_of("student_head", student_head, student_hidden, "student_hidden")
+    vocab = cut_vocabulary(head.weight.shape[0], vocab_size, "the rows of student_head")
+    budget = scratch_of(strategy, memory_budget, device)
+    dtype = compute_dtype(student_hidden, head.weight, "student_hidden and student_head")
+    if tail not in TAILS:
+        raise ValueError(f"tail {tail!r} is not known; accepted: {', '.join(TAILS)}")
+    integer_tensor("topk_ids", topk_ids, device)
+    float_tensor("topk_logprobs", topk_logprobs, device)
+    lead = student_hidden.shape[:-1]
+    if topk_ids.dim() < 1 or topk_ids.shape[:-1] != lead or topk_ids.shape[-1] == 0:
+        raise ValueError(
+            f"topk_ids has shape {tuple(topk_ids.shape)}; student_hidden {tuple(student_hidden.shape)} needs "
+            f"({', '.join(map(str, (*lead, 'K')))}) with K at least 1"
+        )
+    if topk_logprobs.shape != topk_ids.shape:
+        raise ValueError(f"topk_logprobs {tuple(topk_logprobs.shape)} and topk_ids {tuple(topk_ids.shape)} must have one shape")
+    if topk_logprobs.requires_grad and torch.is_grad_enabled():
+        raise ValueError("topk_logprobs requires grad, but the target is constant; pass topk_logprobs.detach()")
+    loss = checked(
+        student_hidden,
+        "student_hidden",
+        labels,
+        divergence=divergence,
+        t=t,
+        temperature=temperature,
+        square_temperature=square_temperature,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        token_weight=token_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        normalizer=normalizer,
+        return_metrics=return_metrics,
+    )
+    sum_dtype = accumulate_dtype(dtype)
+    others = (
+        rows_of(topk_ids).to(torch.int64),
+        rows_of(topk_logprobs.detach()),
+        loss.labels,
+        loss.t.to(device=device, dtype=sum_dtype),
+        *terms_of(loss, [head.logit_scale, head.softcap or 0.0]),
+        *(tail, loss.ignore_index, vocab, dtype, strategy, budget),
+    )
+    differentiable = (rows_of(student_hidden), head.weight, head.bias)
+    (value,), metrics = reduced(loss, torch.ops.kdkernels.linear_topk_kd, differentiable, (0, 0, 0), sum_dtype, others)
+    return (value, metrics) if loss.return_metrics else value
