@@ -59,14 +59,13 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
 
 def _existing(name_or_path: str | Path, *files: str) -> str:
     """The argument as text. What can only be a path must exist, and a folder must hold one of the files, where any are named."""
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    name, path = os.fspath(name_or_path), Path(name_or_path).expanduser()
+    if name and path.is_dir():
         if files and not any((path / file).is_file() for file in files):
             raise _refused(str(path), f"the folder holds no {files[0]}")
         return str(path)
-    if path.exists():
+    if name and path.exists():
         raise _refused(str(path), "a file; accepted: a folder that save_pretrained wrote, or a name of the hub")
-    name = os.fspath(name_or_path)
     # a name of the hub is NAME or OWNER/NAME
     if isinstance(name_or_path, Path) or not name or name.count("/") > 1 or name[0] in "./~" or any(map(str.isspace, name)):
         raise _refused(name, "there is no such folder")
