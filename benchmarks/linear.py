@@ -1,11 +1,13 @@
-"""Time and memory of ``linear_kd_loss`` against its four bare matrix products, in one process, interleaved.
+"""Time and memory of ``linear_kd_loss`` and ``linear_okd_loss`` against their bare matrix products, in one process, interleaved.
 
-    python -m benchmarks.linear                     # everything; about 20 minutes on 2 cores
+    python -m benchmarks.linear                     # everything; about 25 minutes on 2 cores
     python -m benchmarks.linear --only 32k --repeats 3
+    python -m benchmarks.linear --only okd
 
-The bare products (x, z, dH, dW, in blocks of 512 tokens) are the work that no loss from hidden states can avoid. Their logits go
-into buffers that exist already; dH and dW are new tensors, as a gradient is (on a virtual machine the first touch of a large dW
-alone can cost some percent of the products). A time is reported as the median over the repeats of loss step / mean of the products
+The bare products (x, z, dH, dW, in blocks of 512 tokens) are the work that no loss from hidden states can avoid; for a teacher
+that learns too, its head frozen (OKD), a fifth makes the dH of its hidden states. Their logits go into buffers that exist already;
+dH and dW are new tensors, as a gradient is (on a virtual machine the first touch of a large dW alone can cost some percent of the
+products). A time is reported as the median over the repeats of loss step / mean of the products
 before and after it. A step with half of its labels ignored is held against the step with all of them instead. Memory is the
 process's high-water mark during one step, above the inputs and the returned gradients.
 
@@ -49,6 +51,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "reverse_kl": {"divergence": "reverse_kl"},
     "taid": {"t": 0.4},
     "jsd": {"divergence": "jsd"},
+    "okd": {"teacher_alpha": 0.5},
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIB = 2**20
@@ -67,6 +70,11 @@ class Case:
     masked: bool = False
     repeats: int = 3
 
+    @property
+    def online(self) -> bool:
+        """Whether the teacher learns too."""
+        return "teacher_alpha" in LOSSES[self.loss]
+
 
 def cases(repeats: int) -> list[Case]:
     listed = [Case("time", shape, dtype, loss, repeats=repeats) for shape in SHAPES for dtype in DTYPES for loss in LOSSES]
@@ -78,6 +86,7 @@ def cases(repeats: int) -> list[Case]:
         ]
     listed += [Case("memory", "152k", dtype, tokens=tokens) for dtype in DTYPES for tokens in (1024, 8192)]
     listed += [Case("memory", "152k", dtype, budget=128 * MIB) for dtype in DTYPES]
+    listed += [Case("memory", "152k", dtype, "okd") for dtype in DTYPES]
     return listed
 
 
@@ -92,22 +101,20 @@ class Inputs:
 
         self.hidden = torch.randn(case.tokens, student_dim).to(dtype).requires_grad_()
         self.head = head(student_dim).requires_grad_()
-        self.teacher_hidden = torch.randn(case.tokens, teacher_dim).to(dtype)
+        self.teacher_hidden = torch.randn(case.tokens, teacher_dim).to(dtype).requires_grad_(case.online)
         self.teacher_head = head(teacher_dim)
         self.labels = torch.arange(case.tokens) % vocab
         self.half_of_labels = self.labels.masked_fill(self.labels % 2 == 1, -100)
 
     def step(self, case: Case, labels: torch.Tensor | None = None) -> None:
-        self.hidden.grad = self.head.grad = None
-        kd.linear_kd_loss(
-            self.hidden,
-            self.head,
-            self.teacher_hidden,
-            self.teacher_head,
-            labels,
-            memory_budget=case.budget,
-            **LOSSES[case.loss],
-        ).backward()
+        self.hidden.grad = self.head.grad = self.teacher_hidden.grad = None
+        inputs = self.hidden, self.head, self.teacher_hidden, self.teacher_head
+        options = {"memory_budget": case.budget, **LOSSES[case.loss]}
+        if case.online:
+            both = kd.linear_okd_loss(*inputs, self.labels if labels is None else labels, **options)
+            (both.student + both.teacher).backward()
+        else:
+            kd.linear_kd_loss(*inputs, labels, **options).backward()
 
     def eager_step(self) -> None:
         """Forward KL as one writes it."""
@@ -119,18 +126,22 @@ class Inputs:
     def products(self, dtype: torch.dtype, fraction: int = 1) -> Callable[[], None]:
         """The bare products in ``dtype``, on the first 1 / fraction of the vocabulary."""
         vocab = self.head.shape[0] // fraction
-        hidden, teacher_hidden = self.hidden.detach().to(dtype), self.teacher_hidden.to(dtype)
+        hidden, teacher_hidden = self.hidden.detach().to(dtype), self.teacher_hidden.detach().to(dtype)
+        online = self.teacher_hidden.requires_grad
         head, teacher_head = self.head.detach()[:vocab].to(dtype), self.teacher_head[:vocab].to(dtype)
         x, z = torch.zeros(BLOCK, vocab, dtype=dtype), torch.zeros(BLOCK, vocab, dtype=dtype)
 
         def run() -> None:
             hidden_grad, head_grad = torch.empty_like(hidden), torch.empty_like(head)
+            teacher_grad = torch.empty_like(teacher_hidden) if online else None
             for begin in range(0, len(hidden), BLOCK):
                 here = slice(begin, begin + BLOCK)
                 torch.mm(hidden[here], head.t(), out=x)
                 torch.mm(teacher_hidden[here], teacher_head.t(), out=z)
                 torch.mm(x, head, out=hidden_grad[here])
                 torch.addmm(head_grad, x.t(), hidden[here], beta=float(begin > 0), out=head_grad)
+                if teacher_grad is not None:
+                    torch.mm(z, teacher_head, out=teacher_grad[here])
 
         return run
 
@@ -159,13 +170,14 @@ def peak_above(run: Callable[[], object]) -> int:
 
 def measure(case: Case) -> dict[str, Any]:
     inputs = Inputs(case)
-    returned = sum(tensor.numel() * tensor.element_size() for tensor in (inputs.hidden, inputs.head))
+    returned = sum(tensor.nbytes for tensor in (inputs.hidden, inputs.head, inputs.teacher_hidden) if tensor.requires_grad)
     if case.kind == "memory":
         # What the libraries keep for good is paid by a small step, outside the measurement.
         small = Inputs(dataclasses.replace(case, shape="32k", tokens=64))
         small.step(case)
         del small
-        plan = kd.plan(case.tokens, *SHAPES[case.shape], DTYPES[case.dtype], memory_budget=case.budget)
+        sizes = case.tokens, *SHAPES[case.shape]
+        plan = kd.plan(*sizes, DTYPES[case.dtype], memory_budget=case.budget, online_teacher=case.online)
         peak = peak_above(lambda: inputs.step(case)) - returned
         return {"scratch_bytes": peak, "planned_scratch_bytes": plan.scratch_bytes, "accumulator_bytes": plan.accumulator_bytes}
     if case.kind == "eager":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import linear
+from benchmarks import linear, readme
 from benchmarks.linear import Case, Inputs, measure
 
 
@@ -37,11 +38,28 @@ def test_a_masked_step_is_held_against_the_whole_one() -> None:
     assert (inputs.half_of_labels == -100).sum() == 32
 
 
-def test_the_bare_products_are_the_products_of_the_loss() -> None:
-    """x, z, dH and dW of the same sizes: 3 Us + Ut operations, counted by torch."""
+@pytest.mark.parametrize("dtype", linear.DTYPES)
+@pytest.mark.parametrize("kind", ["time", "memory"])
+def test_each_kind_of_case_runs_with_a_teacher_that_learns(kind: str, dtype: str) -> None:
+    if kind == "memory" and not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peak memory is read from /proc, which only Linux has")
+    case = Case(kind, "152k", dtype, "okd", repeats=2)
+    assert dataclasses.replace(case, repeats=3) in linear.cases(3)
+    result = measure(case)
+    if kind == "time":
+        assert result["ratio"] > 0
+        assert result["yardstick"] == "products in torch.float32" or dtype == "bf16"
+    else:
+        one_model = measure(Case(kind, "152k", dtype))
+        assert result["planned_scratch_bytes"] > one_model["planned_scratch_bytes"]
+
+
+@pytest.mark.parametrize(("loss", "of_teacher"), [("forward_kl", 1), ("okd", 2)])
+def test_the_bare_products_are_the_products_of_the_loss(loss: str, of_teacher: int) -> None:
+    """x, z, dH and dW of the same sizes, 3 Us + Ut operations, and Ut for dH of a teacher that learns; counted by torch."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    case = Case("time", "152k")
+    case = Case("time", "152k", loss=loss)
     inputs = Inputs(case)
     counts = []
     for run in (inputs.products(torch.float32), lambda: inputs.step(case)):
@@ -49,7 +67,7 @@ def test_the_bare_products_are_the_products_of_the_loss() -> None:
             run()
         counts.append(counter.get_total_flops())
     vocab, student_dim, teacher_dim = linear.SHAPES["152k"]
-    assert counts[0] == 2 * case.tokens * vocab * (3 * student_dim + teacher_dim)
+    assert counts[0] == 2 * case.tokens * vocab * (3 * student_dim + of_teacher * teacher_dim)
     assert counts[1] in (0, counts[0])  # 0 where the counter does not look into the operator
 
 
@@ -61,6 +79,37 @@ def test_eager_and_fused_compute_the_same_loss_gradient() -> None:
     fused = inputs.head.grad.clone()
     inputs.eager_step()
     torch.testing.assert_close(inputs.head.grad, fused)
+
+
+def test_an_online_step_makes_the_teachers_gradient_and_every_step_anew() -> None:
+    case = Case("time", "32k", loss="okd", tokens=32)
+    inputs = Inputs(case)
+    grads = []
+    for _ in range(2):
+        inputs.step(case)
+        grads.append([leaf.grad for leaf in (inputs.hidden, inputs.head, inputs.teacher_hidden)])
+    for first, second in zip(*grads, strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert inputs.teacher_head.grad is None
+    assert not Inputs(Case("time", "32k", tokens=32)).teacher_hidden.requires_grad
+
+
+def test_the_readme_shows_the_losses_that_were_timed() -> None:
+    machine = {"processor": "any", "threads": 1, "instruction_sets": ["plain"], "torch": "2", "date": "today"}
+    timed = {linear.name(case): {"ratio": 1.0 + at / 1000} for at, case in enumerate(linear.cases(3)) if case.kind == "time"}
+    with_memory = timed | {
+        linear.name(case): {"scratch_bytes": 7 * linear.MIB, "planned_scratch_bytes": 8 * linear.MIB}
+        for case in linear.cases(3)
+        if case.kind == "memory"
+    }
+    shown = readme.table({"machine": machine, "cases": with_memory})
+    assert "| okd |" in shown
+    assert f"| {timed[linear.name(Case('time', '152k', loss='okd'))]['ratio']:.3f} |" in shown
+    assert shown.count("| OKD, ") == len(linear.DTYPES)
+    assert "over five products" in shown
+    assert "not run" not in shown.replace("| not run |", "", 2), "but for eager, of each shape"
+    without = {key: result for key, result in with_memory.items() if "okd" not in key}
+    assert "okd" not in readme.table({"machine": machine, "cases": without}).lower()
 
 
 def test_names_of_cases_are_all_different() -> None:
