@@ -87,7 +87,9 @@ def test_an_online_step_makes_the_teachers_gradient_and_every_step_anew() -> Non
     grads = []
     for _ in range(2):
         inputs.step(case)
-        grads.append([leaf.grad for leaf in (inputs.hidden, inputs.head, inputs.teacher_hidden)])
+        made = [leaf.grad for leaf in (inputs.hidden, inputs.head, inputs.teacher_hidden)]
+        grads.append([grad.clone() for grad in made if grad is not None])
+    assert len(grads[0]) == 3
     for first, second in zip(*grads, strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert inputs.teacher_head.grad is None
