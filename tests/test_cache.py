@@ -367,7 +367,7 @@ def test_a_shard_that_goes_missing_later_is_named(folder: Path) -> None:
         cache.lookup(EXAMPLES[-1]["input_ids"])
 
 
-def test_a_whole_shard_of_another_cache_or_place_is_damage(llama: Any, folder: Path, tmp_path: Path) -> None:
+def test_a_whole_file_of_another_cache_or_place_is_damage(llama: Any, folder: Path, tmp_path: Path) -> None:
     write_cache(llama, EXAMPLES, tmp_path / "other", **{**OPTIONS, "temperature": 2.0})
     second = folder / caches.shard_name(1)
     for source in (tmp_path / "other" / second.name, folder / caches.shard_name(0)):
@@ -376,6 +376,9 @@ def test_a_whole_shard_of_another_cache_or_place_is_damage(llama: Any, folder: P
             look_everywhere(folder)
         with pytest.raises(CommandError, match=r"shard-00001\.safetensors is damaged \(it belongs to another cache"):
             write_cache(llama, EXAMPLES, folder, **OPTIONS)
+    shutil.copyfile(tmp_path / "other" / "index.safetensors", folder / "index.safetensors")
+    with pytest.raises(CommandError, match=r"index\.safetensors is damaged \(it is another file"):
+        TopKCache(folder)
 
 
 def test_a_changed_manifest_is_refused_whatever_was_changed(folder: Path) -> None:
@@ -447,6 +450,25 @@ def test_what_changes_no_result_is_no_other_cache(llama: Any, folder: Path) -> N
     tensors = [{name: torch.tensor(values) for name, values in example.items()} for example in EXAMPLES]
     write_cache(twin, tensors, folder, **{**OPTIONS, "batch_size": 1, "memory_budget": 1})
     assert content(folder) == before
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # peft 0.21 with transformers 5.23
+def test_a_teacher_with_another_adapter_is_another_teacher(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted(alpha: int) -> Any:
+        settings = peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj", "v_proj", "lm_head"], init_lora_weights=False)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return peft.get_peft_model(build("llama"), settings).eval()
+
+    cache = write_cache(adapted(2), EXAMPLES, tmp_path, **OPTIONS)
+    assert_right(cache, adapted(2), EXAMPLES)
+    before = content(tmp_path)
+    write_cache(adapted(2), EXAMPLES, tmp_path, **OPTIONS)
+    assert content(tmp_path) == before
+    with pytest.raises(CommandError, match="teacher_digest is"):
+        write_cache(adapted(4), EXAMPLES, tmp_path, **OPTIONS)
 
 
 def test_a_folder_of_other_files_is_left_alone(llama: Any, tmp_path: Path) -> None:
