@@ -160,7 +160,7 @@ class Layer(nn.Module):
         (Layer("key", "value", "receptance"), []),
         (Layer("gate_proj", "up_proj", "v_proj"), []),
     ],
-    ids=str,
+    ids=lambda case: "-".join(case._modules) if isinstance(case, Layer) else "",
 )
 def test_names_of_one_layer(layer: Layer, expected: list[str]) -> None:
     beside = Layer("q_proj", "v_proj")
@@ -469,6 +469,12 @@ dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_
 mesh = init_device_mesh("cpu", (2,))
 
 
+def assert_same_in_both(state):
+    both = [None, None]
+    dist.all_gather_object(both, state)
+    assert_same(both[0], both[1])
+
+
 def training(family, dtype, sharded, state=None):
     teacher = OnlineTeacher(build(family, seed=5).to(dtype), rank=3)
     if sharded:
@@ -512,9 +518,7 @@ for family, dtype, sharded in (("llama", torch.float64, False), ("gpt2", torch.f
     state = teacher.state_dict()
     if dtype is torch.float64:
         torch.testing.assert_close(state["lora"], expected.state_dict()["lora"], rtol=1e-4, atol=1e-7)
-    both = [None, None]
-    dist.all_gather_object(both, state)
-    assert_same(both[0], both[1])
+    assert_same_in_both(state)
     assert {type(tensor) for tensor in state["lora"].values()} == {Tensor}
 
     # interrupted = uninterrupted, and the same state in shards and whole
@@ -541,6 +545,16 @@ for family, dtype, sharded in (("llama", torch.float64, False), ("gpt2", torch.f
     saved = safetensors.torch.load_file(f"{store}.adapter/adapter_model.safetensors")
     assert_same(list(saved.values()), [before["lora"][name.replace(".weight", ".default.weight")] for name in saved])
     dist.barrier()
+
+    if not sharded:  # a parameter that took part in one process only
+        first = next(iter(teacher.named_parameters()))
+        backward(teacher, rank)
+        if rank == 1:
+            teacher.parameters()[0].grad = None
+        teacher.step(1.0, None)
+        after = teacher.state_dict()
+        assert_same_in_both(after)
+        assert not torch.equal(after["lora"][first], before["lora"][first])
 dist.destroy_process_group()
 """
 
