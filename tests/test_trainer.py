@@ -15,7 +15,7 @@ from tests.oracle import Options
 
 transformers = pytest.importorskip("transformers")
 
-from kdkernels.transformers import KDConfig, KDTrainer, hidden_states  # noqa: E402
+from kdkernels.transformers import KDConfig, KDTrainer, TopKCache, hidden_states, write_cache  # noqa: E402
 from kdkernels.transformers.config import methods  # noqa: E402
 from tests.tiny_models import VOCAB, build  # noqa: E402
 
@@ -397,6 +397,101 @@ def test_the_heads_are_verified_before_anything_else(tmp_path: Path) -> None:
     for student, teacher in ((odd, plain), (plain, odd)):
         with pytest.raises(ValueError, match=r"another logit scale: the model multiplies the head's output by 0.5"):
             KDTrainer(student, settings(tmp_path), train_dataset=examples(), teacher=teacher)
+
+
+@pytest.mark.parametrize("method", ["forward_kl", "taid"])
+def test_a_cached_teacher_teaches_what_the_model_would(method: str, tmp_path: Path) -> None:
+    """With every token listed nothing is lost: not in training, not in evaluation, and the data may be left to the cache."""
+    data, held_out = examples(), examples(5, seed=3)
+    _, teacher = models(torch.float32)
+    options = {"method": method, "temperature": 1.5, "ce_weight": 0.2, "taid_alpha": 0.1}
+    write_cache(teacher, [*data, *held_out], tmp_path / "cache", top_k=VOCAB, temperature=1.5)
+    runs = []
+    for name, given in (("model", teacher), ("folder", str(tmp_path / "cache")), ("cache", TopKCache(tmp_path / "cache"))):
+        student, _ = models(torch.float32)
+        args = settings(tmp_path / name, **options)
+        trainer = KDTrainer(student, args, train_dataset=data, eval_dataset=held_out, teacher=given)
+        trainer.train()
+        runs.append((weights(student), logs(trainer), trainer.evaluate()))
+    for state, logged, evaluated in runs[1:]:
+        for name, tensor in runs[0][0].items():
+            torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=2e-4)
+        for one, other in zip(logged, runs[0][1], strict=True):
+            assert one == pytest.approx(other, rel=1e-3)
+        for name in ("eval_loss", "eval_kd", "eval_ce", "eval_agreement"):
+            assert evaluated[name] == pytest.approx(runs[0][2][name], rel=1e-3)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_a_few_tokens_of_a_cached_teacher_teach_too(tail: str, tmp_path: Path) -> None:
+    """Trained on the cache's own examples, the student's held-out loss against the teacher itself falls."""
+    student, teacher = models(torch.float32)
+    write_cache(teacher, examples(16), tmp_path / "cache", top_k=8)
+    found = []
+    args = settings(tmp_path / "run", topk_tail=tail, max_steps=20, learning_rate=3e-2)
+    trainer = KDTrainer(student, args, teacher=tmp_path / "cache")
+    judge = KDTrainer(student, settings(tmp_path / "judge"), eval_dataset=examples(16), teacher=teacher)
+    for run in (lambda: None, trainer.train):
+        run()
+        found.append(judge.evaluate()["eval_kd"])
+    assert found[1] < 0.7 * found[0]
+
+
+def test_what_a_cached_teacher_cannot_do_is_refused(tmp_path: Path) -> None:
+    student, teacher = models(torch.float32)
+    folder = tmp_path / "cache"
+    write_cache(teacher, examples(4), folder, top_k=4)
+    for given, message in (
+        ({"method": "okd"}, "method 'okd' trains the teacher along, but the teacher given is a cache"),
+        ({"on_policy_fraction": 0.5}, "on_policy_fraction needs a teacher that can judge new text"),
+        ({"temperature": 2.0}, "temperature=2.0, but the cache was made for 1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            KDTrainer(student, settings(tmp_path, **given), train_dataset=examples(), teacher=folder)
+    trainer = KDTrainer(student, settings(tmp_path), train_dataset=examples(4, seed=9), teacher=folder)
+    with pytest.raises(ValueError, match="is not in the cache"):
+        trainer.train()
+
+
+def tokenizer(words: list[str]) -> Any:
+    """One token for each word."""
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=words[0])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model), unk_token=words[0])
+
+
+def test_tokenizers_that_number_tokens_differently_are_refused(tmp_path: Path) -> None:
+    """Of one size, with one pair of tokens exchanged; whether they are given, lie beside the model or in the cache."""
+    words = [f"w{number}" for number in range(VOCAB)]
+    ours, theirs = tokenizer(words), tokenizer([*words[:7], words[8], words[7], *words[9:]])
+    student, teacher = models(torch.float32)
+    message = "disagree on 2 of their tokens, the first: 'w7' is 7 in the student's and 8 in the teacher's"
+    with pytest.raises(ValueError, match=message):
+        KDTrainer(student, settings(tmp_path), teacher=teacher, processing_class=ours, teacher_processing_class=theirs)
+    KDTrainer(student, settings(tmp_path), teacher=teacher, processing_class=ours, teacher_processing_class=tokenizer(words))
+
+    teacher.save_pretrained(tmp_path / "teacher")
+    theirs.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match=message):
+        KDTrainer(student, settings(tmp_path), teacher=str(tmp_path / "teacher"), processing_class=ours)
+    write_cache(teacher, examples(4), tmp_path / "cache", top_k=4)
+    theirs.save_pretrained(tmp_path / "cache" / "tokenizer")
+    with pytest.raises(ValueError, match=message):
+        KDTrainer(student, settings(tmp_path), teacher=tmp_path / "cache", processing_class=ours)
+
+
+def test_a_token_that_only_the_student_has_is_cut_and_padding_alike_in_both_is_not(tmp_path: Path) -> None:
+    words = [f"w{number}" for number in range(VOCAB)]
+    student, teacher = models(torch.float32)
+    for count, expected in ((VOCAB, VOCAB - 5), (VOCAB - 5, None)):
+        trainer = KDTrainer(
+            student,
+            settings(tmp_path),
+            teacher=teacher,
+            processing_class=tokenizer(words[:count]),
+            teacher_processing_class=tokenizer(words[: VOCAB - 5]),
+        )
+        assert trainer.vocab_size == expected
 
 
 @pytest.mark.parametrize(

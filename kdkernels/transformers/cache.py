@@ -6,6 +6,7 @@ The folder holds
   for every token the ids and log-probabilities of the top_k most likely next tokens;
 - index.safetensors: a hash of each example's tokens, by which ``TopKCache`` finds an example, and its length;
 - manifest.json: settings, and digests of teacher, data and files;
+- tokenizer/: the tokenizer of the text, where ``python -m kdkernels cache`` made it;
 - kdkernels-cache.json: the marker by which the folder is known.
 
 Every file is written whole and carries a digest of its content; the same inputs make the same bytes. A shard knows which cache it
@@ -36,7 +37,7 @@ from kdkernels.transformers.most_likely import MostLikely, evaluating
 from kdkernels.transformers.verify import verify_lm_head
 
 COMMAND = "cache"
-MANIFEST, INDEX = "manifest.json", "index.safetensors"
+MANIFEST, INDEX, TOKENIZER = "manifest.json", "index.safetensors", "tokenizer"
 VERSION = 1
 OPEN_SHARDS = 16  # files that a TopKCache keeps open
 # What of a configuration says where a model came from, not what it computes.

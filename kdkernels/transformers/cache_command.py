@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from kdkernels import files
-    from kdkernels.transformers.cache import write_cache
+    from kdkernels.transformers.cache import TOKENIZER, write_cache
     from kdkernels.transformers.data import prepare
     from kdkernels.transformers.load import load_model, load_tokenizer
 
@@ -119,6 +119,8 @@ def _run(arguments: argparse.Namespace) -> None:
                 about=about,
                 progress=progress,
             )
+        # By it KDTrainer sees whether a student's tokens are the same.
+        tokenizer.save_pretrained(arguments.out / TOKENIZER)
     except (ValueError, TypeError) as error:
         raise CommandError(" ".join(str(error).split())) from error
     except torch.OutOfMemoryError as error:

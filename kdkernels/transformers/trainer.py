@@ -24,7 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from kdkernels.losses import linear_kd_loss
 from kdkernels.okd import linear_okd_loss
 from kdkernels.topk import linear_topk_kd_loss
-from kdkernels.transformers.cache import TopKCache, is_cache
+from kdkernels.transformers.cache import TOKENIZER, TopKCache, is_cache
 from kdkernels.transformers.config import OKD, TAID, KDConfig
 from kdkernels.transformers.data import IGNORED, Collator
 from kdkernels.transformers.heads import lm_head, unwrapped
@@ -187,13 +187,12 @@ class KDTrainer(Trainer):  # type: ignore[misc]
                 raise ValueError(f"vocab_size={self.args.vocab_size}; accepted: 1 to {min(rows)}, the rows that both heads have")
             return self.args.vocab_size
         theirs = teacher_processing_class
-        if theirs is None and self.teacher is not None:
-            theirs = _tokenizer_of(self.teacher)
+        if theirs is None:
+            theirs = _tokenizer_of(self.teacher) if self.cache is None else _tokenizer_at(self.cache.folder / TOKENIZER)
         if self.processing_class is None or theirs is None:
-            if self.cache is None:
-                logger.warning(
-                    "The vocabularies of teacher and student were not compared: pass processing_class and teacher_processing_class."
-                )
+            logger.warning(
+                "The vocabularies of teacher and student were not compared: pass processing_class and teacher_processing_class."
+            )
         else:
             agreed = shared_vocabulary(self.processing_class, theirs)
             # Rows behind all tokens, alike in both heads, stay: a student has to learn that they mean nothing.
@@ -475,11 +474,15 @@ def _model(teacher: Any) -> Any:
 
 def _tokenizer_of(model: Any) -> Any:
     """The tokenizer that lies beside the model's weights, or None."""
-    name = getattr(getattr(unwrapped(model), "config", None), "_name_or_path", "")
-    if not name:
+    return _tokenizer_at(getattr(getattr(unwrapped(model), "config", None), "_name_or_path", ""))
+
+
+def _tokenizer_at(place: str | Path) -> Any:
+    """A folder, or the name of what was downloaded before; None where there is no tokenizer."""
+    if not str(place):
         return None
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+        return AutoTokenizer.from_pretrained(place, local_files_only=True)
     except (OSError, ValueError, KeyError):
         return None
 
