@@ -73,7 +73,7 @@ class Windows(Dataset):  # type: ignore[type-arg]
         return {"input_ids": ids, "labels": ids}
 
 
-class Clock(TrainerCallback):  # type: ignore[misc]
+class Clock(TrainerCallback):
     """Seconds from the end of one step to the end of the next, with all that a step takes."""
 
     def __init__(self) -> None:

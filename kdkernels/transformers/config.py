@@ -9,9 +9,9 @@ from transformers import TrainingArguments
 
 from kdkernels.checks import number
 from kdkernels.divergences import Divergence, divergences, resolve
+from kdkernels.outcomes import TAILS
 from kdkernels.plan import STRATEGIES
 from kdkernels.taid import TAIDSchedule
-from kdkernels.topk import TAILS
 from kdkernels.transformers.on_policy import SCHEDULES
 
 TAID, OKD = "taid", "okd"

@@ -362,11 +362,17 @@ def _writer(model: Any) -> tuple[Any, Any]:
     if any("_fsdp_wrapped_module" in module._modules for module in model.modules()):
         raise ValueError("model is sharded by FSDP1, whose root a generation would by-pass; accepted: fully_shard (FSDP2)")
     outer = next((module for module in model.modules() if hasattr(module, "get_base_model")), base)
+    for adapter in getattr(outer, "peft_config", {}).values():
+        if adapter.is_prompt_learning:
+            raise ValueError(
+                f"model has an adapter of {type(adapter).__name__}, whose virtual tokens would stand before the padding of shorter "
+                "prompts; accepted: LoRA and others that change layers"
+            )
     return outer.generate, base
 
 
 def _configuration(**options: Any) -> Any:
-    return GenerationConfig(**options)  # type: ignore[no-untyped-call]
+    return GenerationConfig(**options)
 
 
 @contextmanager

@@ -72,7 +72,7 @@ class TokenMeans:
         return {**{name: value / tokens for name, value in found.items()}, "tokens": tokens}
 
 
-class _Steps(TrainerCallback):  # type: ignore[misc]
+class _Steps(TrainerCallback):
     """Hands the Trainer's events on to the trainer itself."""
 
     def __init__(self, trainer: KDTrainer) -> None:
@@ -96,7 +96,7 @@ class _WithTargets:
         return {**batch, **self.cache.batch(batch["input_ids"], batch.get("attention_mask"))}
 
 
-class KDTrainer(Trainer):  # type: ignore[misc]
+class KDTrainer(Trainer):
     """transformers' Trainer that distils a teacher into the model it trains.
 
     model: the student, a causal language model of transformers, also with PEFT adapters.
@@ -119,6 +119,9 @@ class KDTrainer(Trainer):  # type: ignore[misc]
     """
 
     args: KDConfig
+    model: Any
+    optimizer: Any
+    processing_class: Any
 
     def __init__(
         self,
@@ -143,11 +146,11 @@ class KDTrainer(Trainer):  # type: ignore[misc]
                 f"one process sees {args.n_gpu} GPUs, which transformers would run as DataParallel: start one for each"
             )
         self.cache = _cache(teacher)
+        self.teacher: Any = None
         if self.cache is not None:
             _check_cache(args, self.cache)
             if train_dataset is None:
                 train_dataset = self.cache.examples()
-            self.teacher = None
         else:
             self.teacher = _model(teacher)
             if unwrapped(self.teacher) is unwrapped(model):
@@ -262,7 +265,8 @@ class KDTrainer(Trainer):  # type: ignore[misc]
         with self.compute_loss_context_manager():
             batches = [
                 self.on_policy.batch(
-                    *(self.model, self._prepare_inputs(batch)),
+                    self.model,
+                    self._prepare_inputs(batch),
                     step=step,
                     micro=micro,
                     progress=min(1.0, step / steps),
@@ -318,7 +322,7 @@ class KDTrainer(Trainer):  # type: ignore[misc]
         if self.online is not None:
             self.online.train(training)
         with torch.set_grad_enabled(self.online is not None and training):
-            target = None if self.teacher is None else hidden_states(self.teacher, inputs)
+            target: Any = None if self.teacher is None else hidden_states(self.teacher, inputs)
         hidden = hidden_states(model, inputs)
         head = lm_head(model)
         if self.online is not None and training:
@@ -332,9 +336,8 @@ class KDTrainer(Trainer):  # type: ignore[misc]
             if self.taid is not None:
                 options["t"] = self.taid.t
             if self.cache is not None:
-                loss, means = linear_topk_kd_loss(hidden, head, *targets.values(), labels, tail=args.topk_tail, **options)
+                loss, means = linear_topk_kd_loss(hidden, head, **targets, labels=labels, tail=args.topk_tail, **options)
             else:
-                assert target is not None
                 loss, means = linear_kd_loss(hidden, head, target, lm_head(self.teacher), labels, **options)
         return loss, self._per_token(means, loss, normalizer)
 
@@ -395,13 +398,20 @@ class KDTrainer(Trainer):  # type: ignore[misc]
         rows = torch.arange(len(labels), device=labels.device) + self.args.process_index * len(labels)
         return labels.masked_fill((rows >= state.remainder)[:, None], IGNORED)
 
-    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """The Trainer's, with means over all tokens of the data set in place of means over batches."""
         self._evaluated = TokenMeans()
-        output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **options)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self._evaluated.drained()
-        output.metrics.update({f"{metric_key_prefix}_{name}": float(value) for name, value in means.items() if name != "tokens"})
-        return output
+        metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in means.items() if name != "tokens"}
+        return output._replace(metrics={**(output.metrics or {}), **metrics})
 
     def _evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         metrics: dict[str, float] = super()._evaluate(*arguments, **options)
@@ -416,7 +426,7 @@ class KDTrainer(Trainer):  # type: ignore[misc]
         """The student, as the Trainer saves it; with save_teacher also OKD's LoRA, in the folder "teacher" beside it."""
         super().save_model(output_dir, _internal_call)
         if self.online is not None and self.args.save_teacher:
-            self.online.save(Path(output_dir or self.args.output_dir) / "teacher")
+            self.online.save(Path(output_dir or self.args.output_dir or ".") / "teacher")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
