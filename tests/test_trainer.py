@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import kdkernels as kd
+from benchmarks.readme import README
 from tests import oracle
 from tests.oracle import Options
 
@@ -451,6 +453,21 @@ def test_what_a_cached_teacher_cannot_do_is_refused(tmp_path: Path) -> None:
     trainer = KDTrainer(student, settings(tmp_path), train_dataset=examples(4, seed=9), teacher=folder)
     with pytest.raises(ValueError, match="is not in the cache"):
         trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")  # the Trainer's default, without a GPU
+def test_the_run_that_the_readme_shows_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (block,) = (block for block in blocks if "KDTrainer(" in block)
+    monkeypatch.chdir(tmp_path)
+    student, teacher = models(torch.float32)
+    names = {"student": student, "teacher": teacher, "tokenizer": tokenizer([f"w{number}" for number in range(VOCAB)])}
+    scope: dict[str, Any] = {**names, "examples": examples(32)}
+    exec(block, scope)
+    losses = [entry["loss"] for entry in logs(scope["trainer"])]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    assert transformers.AutoModelForCausalLM.from_pretrained("run").config.vocab_size == VOCAB
 
 
 def tokenizer(words: list[str]) -> Any:

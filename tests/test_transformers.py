@@ -665,7 +665,7 @@ def test_the_readme_counts_the_families() -> None:
 
 def test_the_step_that_the_readme_shows_is_that_of_the_models_own_logits() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    (block,) = (block for block in blocks if "kdkernels.transformers" in block)
+    (block,) = (block for block in blocks if "hidden_states(student, batch)" in block)
     student, teacher = build("gemma2"), build("llama", seed=1)
     inputs = batch()
     scope = {"student": student, "teacher": teacher, "batch": {**inputs, "labels": inputs["input_ids"]}}
