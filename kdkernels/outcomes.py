@@ -26,8 +26,8 @@ from kdkernels.scratch import borrowed
 from kdkernels.step import Inputs, Known, Outcome, Step, empty_sums, weighted
 
 TAILS = ("renormalize", "bucket")
-# Bytes of a piece of logits that is worked on at a time; at most six tensors of this size live at once.
-PIECE_BYTES = {"cpu": 2**20}
+# Bytes of a piece of logits, or of what is known of the k tokens, that is worked on at a time; some six such tensors live at once.
+PIECE_BYTES = {"cpu": 2 * 2**20}
 OTHER_PIECE_BYTES = 32 * 2**20
 
 
@@ -44,6 +44,9 @@ class Part:
     entropy: Tensor
     top: Tensor
     best: Tensor
+
+    def rows(self, index: slice) -> Part:
+        return Part(*(statistic[index] for statistic in vars(self).values()))
 
     def merged(self, other: Part) -> Part:
         """Of both parts' entries together; of equal largest ones this part's wins."""
@@ -84,9 +87,9 @@ def part_of(v: Tensor, temperature: float, ce: bool, metrics: bool, first: int =
     return Part(log_sum, log_sum_1, entropy, top.double(), best)
 
 
-def _below(v: Tensor, log_sum: Tensor) -> Tensor:
-    """exp(v - log_sum) for v [rows, columns] and log_sum [rows] in float64, which need not be representable in v's dtype."""
-    log_sum = log_sum.masked_fill(log_sum == -torch.inf, 0.0)  # nothing is there to be divided
+def _softmax(v: Tensor, log_sum: Tensor) -> Tensor:
+    """exp(v - log_sum) for v [rows, columns] and log_sum [rows] in float64, of which v's dtype may hold less; 0 of nothing."""
+    log_sum = log_sum.masked_fill(log_sum == -torch.inf, 0.0)
     near = log_sum.to(v.dtype)
     return (v - near[:, None]).sub_((log_sum - near).to(v.dtype)[:, None]).exp_()
 
@@ -97,22 +100,25 @@ class Outcomes:
     def __init__(self, step: Step, known: Known, tail: str, index: slice | Tensor) -> None:
         self.step, self.terms, self.bucket = step, step.terms, tail == "bucket"
         self.scale, self.softcap = step.terms.head[:2]
-        self.log_probs = known[1][index].double()
+        self.log_probs = known[1][index]
         self.used = self.log_probs != -torch.inf  # NaN is used: it is not to be hidden
         self.ids = known[0][index].where(self.used, 0)
         self.labels = step.labels_at(index)
         self.ce = self.labels is not None and (self.terms.ce_scale != 0.0 or step.metrics)
         self.weights = step.weights[index].double()
-        rows = len(self.ids)
-        nothing = self.weights.new_full((rows,), -torch.inf)
-        self.rest = Part(nothing, nothing, torch.zeros_like(nothing), nothing, self.ids.new_full((rows,), -1))
-        self.logits = self.log_probs.new_full(self.ids.shape, -torch.inf)  # of the k tokens, after the head
-        self.label_logit = torch.zeros_like(nothing)
+        nothing = torch.full_like(self.weights, -torch.inf)
+        self.rest = Part(nothing, nothing, torch.zeros_like(nothing), nothing, torch.zeros_like(nothing, dtype=torch.int64))
+        # Of the k tokens: logits after the head, and the gradient before it; both [rows, K].
+        self.logits = torch.full_like(self.ids, -torch.inf, dtype=step.sum_dtype)
+        self.at_chosen = torch.zeros_like(self.logits)
+        # The label's logit, and what the gradient gets there on top; what the softmaxes of the rest, over T and at 1, are
+        # multiplied by; all [rows].
+        self.label_logit, self.at_label, self.over_rest, self.over_rest_1 = torch.zeros_like(self.weights).repeat(4, 1).unbind()
 
-    def _pieces(self, x: Tensor) -> Iterator[slice]:
-        piece = PIECE_BYTES.get(x.device.type, OTHER_PIECE_BYTES)
-        rows = max(1, piece // (x.shape[1] * self.step.sum_dtype.itemsize))
-        return (slice(begin, begin + rows) for begin in range(0, len(x), rows))
+    def _pieces(self, width: int, itemsize: int) -> Iterator[slice]:
+        """The rows in pieces of PIECE_BYTES."""
+        rows = max(1, PIECE_BYTES.get(self.ids.device.type, OTHER_PIECE_BYTES) // (width * itemsize))
+        return (slice(begin, begin + rows) for begin in range(0, len(self.ids), rows))
 
     def _after_head(self, x: Tensor, columns: slice) -> Tensor:
         v = x.to(self.step.sum_dtype, copy=True)
@@ -128,42 +134,47 @@ class Outcomes:
         """d (logit after the head) / d (logit before it)."""
         return self.scale if self.softcap == 0.0 else (v / self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
 
-    def _here(self, ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-        """Which tokens are among these columns, and where there (0 for the others)."""
-        here = (ids >= columns.start) & (ids < columns.stop)
-        return here, (ids - columns.start).where(here, 0)
+    def _chosen_here(self, piece: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """Which of the k tokens are among these columns, and where there (0 for the others)."""
+        here, at = _here(self.ids[piece], columns)
+        return here & self.used[piece], at
 
-    def _ban(self, v: Tensor, at: Tensor, here: Tensor) -> None:
-        # Added rather than written: slots that are not used change nothing, whatever they point at, and NaN and +inf become NaN.
-        v.scatter_add_(1, at, torch.zeros_like(at, dtype=v.dtype).masked_fill_(here, -torch.inf))
+    def _rest(self, v: Tensor, here: Tensor, at: Tensor) -> Tensor:
+        """v [rows, columns] itself, with the k tokens banned."""
+        # Added rather than written: slots that are not used change nothing, whatever they point at, and +inf becomes NaN.
+        return v.scatter_add_(1, at, torch.zeros_like(at, dtype=v.dtype).masked_fill_(here, -torch.inf))
 
     def add(self, x: Tensor, columns: slice) -> None:
         """Statistics of logits x [rows, columns], as their product left them."""
-        here, at = self._here(self.ids, columns)
-        here &= self.used
         parts = []
-        for piece in self._pieces(x):
+        for piece in self._pieces(x.shape[1], self.step.sum_dtype.itemsize):
             v = self._after_head(x[piece], columns)
-            self.logits[piece] = torch.where(here[piece], v.gather(1, at[piece]).double(), self.logits[piece])
+            here, at = self._chosen_here(piece, columns)
+            self.logits[piece] = torch.where(here, v.gather(1, at), self.logits[piece])
             if self.ce and self.labels is not None:
-                labelled, label_at = self._here(self.labels[piece, None], columns)
-                found = v.gather(1, label_at).double()[:, 0]
-                self.label_logit[piece] = torch.where(labelled[:, 0], found, self.label_logit[piece])
-            self._ban(v, at[piece], here[piece])
-            parts.append(part_of(v, self.terms.temperature, self.ce, self.step.metrics, columns.start))
+                labelled, label_at = _here(self.labels[piece], columns)
+                found = v.gather(1, label_at[:, None])[:, 0]
+                self.label_logit[piece] = torch.where(labelled, found.double(), self.label_logit[piece])
+            rest = self._rest(v, here, at)
+            parts.append(part_of(rest, self.terms.temperature, self.ce, self.step.metrics, columns.start))
         of_rows = Part(*(torch.cat(statistic) for statistic in zip(*(vars(part).values() for part in parts), strict=True)))
         self.rest = self.rest.merged(of_rows)
 
-    def columns(self) -> Tensor:
+    def finished(self) -> Tensor:
         """ROW_COLUMNS of the rows, in float64, once all columns were added; from here on gradients can be made."""
-        temperature, metrics = self.terms.temperature, self.step.metrics
-        chosen = part_of(self.logits, temperature, self.ce, metrics)
-        whole = self.rest.merged(chosen)
-        own, given, is_outcome, log_sum = self.logits / temperature, self.log_probs, self.used, whole.log_sum
+        return torch.cat([self._finished(piece) for piece in self._pieces(self.ids.shape[1] + 1, 8)])
+
+    def _finished(self, piece: slice) -> Tensor:
+        temperature, metrics, rest = self.terms.temperature, self.step.metrics, self.rest.rows(piece)
+        ids, used, logits = self.ids[piece], self.used[piece], self.logits[piece].double()
+        log_probs = self.log_probs[piece].double()
+        chosen = part_of(logits, temperature, self.ce, metrics)
+        whole = rest.merged(chosen)
+        own, given, is_outcome, log_sum = logits / temperature, log_probs, used, whole.log_sum
         if self.bucket:
-            own = torch.cat([own, self.rest.log_sum[:, None]], 1)
+            own = torch.cat([own, rest.log_sum[:, None]], 1)
             given = torch.cat([given, _log_of_rest(given)[:, None]], 1)
-            is_outcome = torch.cat([is_outcome, torch.ones_like(is_outcome[:, :1])], 1)
+            is_outcome = torch.cat([used, torch.ones_like(used[:, :1])], 1)
             log_sum = _exponentials(own)[2]
         # At t = 0 both come from the same numbers by the same steps, so that a student at its target is there to the last bit.
         lq = own - log_sum[:, None]
@@ -175,17 +186,17 @@ class Outcomes:
         value, slope = (part.masked_fill(banned, 0.0) for part in divergence.pair(lp, lq, divergence.a))
         kd = value.sum(1)
         # A slope that compares (total variation) can hide a NaN that the value shows.
-        self._set_gradient(whole, lq, slope, torch.where(kd.isnan(), kd, slope.sum(1)))
+        self._set_gradient(piece, logits, rest, whole, lq, slope, torch.where(kd.isnan(), kd, slope.sum(1)))
         nothing = torch.zeros_like(kd)
-        columns = [kd, whole.log_sum_1 - self.label_logit if self.ce else nothing, *[nothing] * 4]
+        columns = [kd, whole.log_sum_1 - self.label_logit[piece] if self.ce else nothing, *[nothing] * 4]
         if metrics:
-            teachers = self.ids.gather(1, self.log_probs.argmax(1, keepdim=True))[:, 0]
-            students = torch.where(chosen.top > self.rest.top, self.ids.gather(1, chosen.best[:, None])[:, 0], self.rest.best)
+            best = [ids.gather(1, place[:, None])[:, 0] for place in (chosen.best, log_probs.argmax(1))]
+            student = torch.where(chosen.top > rest.top, best[0], rest.best)
             columns[2:] = [
                 torch.special.entr(lp.exp()).sum(1),
                 whole.entropy,
-                ((teachers == students) & self.used.any(1)).double(),
-                torch.minimum(lq[:, : self.ids.shape[1]].exp(), self.log_probs.exp()).where(self.used, 0.0).sum(1),
+                ((student == best[1]) & used.any(1)).double(),
+                torch.minimum(lq[:, : ids.shape[1]].exp(), log_probs.exp()).where(used, 0.0).sum(1),
             ]
         return torch.stack(columns, 1)
 
@@ -195,48 +206,56 @@ class Outcomes:
         mixed = torch.where(t == 0.0, own, torch.where(t == 1.0, given, (1.0 - t) * own + t * given))
         return torch.where(given < torch.inf, mixed, torch.nan)
 
-    def _set_gradient(self, whole: Part, lq: Tensor, slope: Tensor, slope_sum: Tensor) -> None:
-        """The gradient at the k tokens and at the label, and what the softmax over the rest is multiplied by, weights included."""
-        count, factor = self.ids.shape[1], self.weights * self.step.scale
-        at_chosen, over_rest = torch.zeros_like(self.logits), torch.zeros_like(slope_sum)
+    def _set_gradient(
+        self, piece: slice, logits: Tensor, rest: Part, whole: Part, lq: Tensor, slope: Tensor, slope_sum: Tensor
+    ) -> None:
+        """The gradient at the k tokens and at the label, and the factors of the rest's softmaxes, weights included."""
+        factor, count, ce = self.weights[piece] * self.step.scale, logits.shape[1], self.terms.ce_scale
+        at_chosen, over_rest = torch.zeros_like(logits), torch.zeros_like(slope_sum)
         if self.terms.kd_scale != 0.0:  # a divergence of factor 0 is left out, whatever it came to: 0 * NaN is not 0
             kd = self.terms.kd_scale / self.terms.temperature
             # dx = slope - q sum slope, over outcomes. The tokens of the rest share its slope as they share its probability.
             at_chosen += kd * (slope[:, :count] - lq[:, :count].exp() * slope_sum[:, None])
-            share = (self.rest.log_sum - whole.log_sum).exp()
+            share = (rest.log_sum - whole.log_sum).exp()
             over_rest += kd * ((slope[:, count] if self.bucket else 0.0) - share * slope_sum)
-        over_rest_1 = at_label = torch.zeros_like(slope_sum)
-        if self.ce and self.terms.ce_scale != 0.0:
-            at_chosen += self.terms.ce_scale * (self.logits - whole.log_sum_1[:, None]).exp()
-            over_rest_1 = factor * self.terms.ce_scale * (self.rest.log_sum_1 - whole.log_sum_1).exp()
-            at_label = -factor * self.terms.ce_scale * self._through_head(self.label_logit)
-        through = self._through_head(self.logits.masked_fill(~self.used, 0.0))
-        self.at_chosen = (at_chosen * factor[:, None] * through).where(self.used, 0.0)
-        self.over_rest, self.over_rest_1, self.at_label = factor * over_rest, over_rest_1, at_label
-        if self.terms.temperature == 1.0:
-            self.over_rest, self.over_rest_1 = self.over_rest + over_rest_1, torch.zeros_like(over_rest_1)
+        if self.ce and ce != 0.0:
+            at_chosen += ce * (logits - whole.log_sum_1[:, None]).exp()
+            over_rest_1 = ce * (rest.log_sum_1 - whole.log_sum_1).exp()
+            if self.terms.temperature == 1.0:  # both softmaxes are one
+                over_rest += over_rest_1
+            else:
+                self.over_rest_1[piece] = factor * over_rest_1
+            self.at_label[piece] = -ce * factor * self._through_head(self.label_logit[piece])
+        self.over_rest[piece] = factor * over_rest
+        used = self.used[piece]
+        at_chosen *= factor[:, None] * self._through_head(logits.masked_fill(~used, 0.0))
+        self.at_chosen[piece] = at_chosen.where(used, 0.0).to(self.at_chosen.dtype)
 
     def write_gradient(self, x: Tensor, columns: slice, out: Tensor) -> None:
         """out [rows, columns]: the gradient of x, which is as for ``add``; may be x itself."""
-        temperature = self.terms.temperature
-        here, at = self._here(self.ids, columns)
-        here &= self.used
-        own_x = self.ce and self.terms.ce_scale != 0.0 and temperature != 1.0
-        for piece in self._pieces(x):
+        temperature, dtype = self.terms.temperature, self.step.sum_dtype
+        with_ce = self.ce and self.terms.ce_scale != 0.0
+        for piece in self._pieces(x.shape[1], dtype.itemsize):
             v = self._after_head(x[piece], columns)
             through = self._through_head(v)
-            self._ban(v, at[piece], here[piece])
-            dx = _below(v if temperature == 1.0 else v / temperature, self.rest.log_sum[piece])
-            dx *= self.over_rest[piece, None].to(dx.dtype)
-            if own_x:
-                dx += _below(v, self.rest.log_sum_1[piece]).mul_(self.over_rest_1[piece, None].to(dx.dtype))
+            here, at = self._chosen_here(piece, columns)
+            rest = self._rest(v, here, at)
+            dx = _softmax(rest if temperature == 1.0 else rest / temperature, self.rest.log_sum[piece])
+            dx *= self.over_rest[piece, None].to(dtype)
+            if with_ce and temperature != 1.0:
+                dx += _softmax(rest, self.rest.log_sum_1[piece]).mul_(self.over_rest_1[piece, None].to(dtype))
             dx *= through
-            # Where the k tokens are banned dx is 0 so far.
-            dx.scatter_add_(1, at[piece], self.at_chosen[piece].where(here[piece], 0.0).to(dx.dtype))
-            if self.ce and self.labels is not None:
-                labelled, label_at = self._here(self.labels[piece, None], columns)
-                dx.scatter_add_(1, label_at, self.at_label[piece, None].where(labelled, 0.0).to(dx.dtype))
+            dx.scatter_add_(1, at, self.at_chosen[piece].where(here, 0.0))  # banned from the rest, they are 0 so far
+            if with_ce and self.labels is not None:
+                labelled, label_at = _here(self.labels[piece], columns)
+                dx.scatter_add_(1, label_at[:, None], self.at_label[piece].where(labelled, 0.0).to(dtype)[:, None])
             out[piece] = dx
+
+
+def _here(ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Which tokens are among these columns, and where there (0 for the others)."""
+    here = (ids >= columns.start) & (ids < columns.stop)
+    return here, (ids - columns.start).where(here, 0)
 
 
 def _log_of_rest(log_probs: Tensor) -> Tensor:
@@ -262,7 +281,7 @@ class _Run:
         return Outcomes(self.step, self.known, self.tail, index)
 
     def finish(self, rows: Outcomes, index: slice | Tensor) -> None:
-        columns = rows.columns()
+        columns = rows.finished()
         self.losses[index] = (rows.weights * weighted(columns, self.step.terms)).to(self.losses.dtype)
         if self.step.metrics:
             self.metric_sums += columns.sum(0)

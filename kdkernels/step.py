@@ -145,6 +145,8 @@ def _model(inputs: Inputs, dtype: torch.dtype, vocab: int, sum_dtype: torch.dtyp
     return Model(hidden, weight[:vocab], cut, product_dtype(dtype, device), logits_dtype(dtype, device))
 
 
+# So many slots are looked at together.
+SLOTS = 2**22
 # The k tokens that an offline teacher kept of each row, and their log-probabilities: [N, K] each, -inf where a slot is not used.
 Known = tuple[Tensor, Tensor]
 
@@ -308,13 +310,16 @@ def kept_rows(
 
 def _facts_of_slots(keep: Tensor, ids: Tensor, log_probs: Tensor) -> list[Tensor]:
     """The largest and the least token of the used slots of kept rows, and one that a row holds twice (-1 if none)."""
-    used = keep[:, None] & (log_probs != -torch.inf)
-    counted = ids.where(used, 0)
     # Slots that are not used get numbers of their own, which no token has.
     alone = -2 - torch.arange(ids.shape[1], device=ids.device)
-    ordered = ids.where(used, alone).sort(1).values
-    twice = ordered[:, 1:].where(ordered[:, 1:] == ordered[:, :-1], -1)
-    return [counted.max(), counted.min(), twice.max() if twice.numel() else counted.new_full((), -1)]
+    found = []
+    for rows in zip(*(part.split(max(1, SLOTS // ids.shape[1])) for part in (keep, ids, log_probs)), strict=True):
+        used = rows[0][:, None] & (rows[2] != -torch.inf)
+        counted, ordered = rows[1].where(used, 0), rows[1].where(used, alone).sort(1).values
+        twice = ordered[:, :-1].where(ordered[:, 1:] == ordered[:, :-1], -1).amax() if len(alone) > 1 else counted.new_full((), -1)
+        found.append(torch.stack([counted.amax(), -counted.amin(), twice]))
+    largest, least, twice = torch.stack(found).amax(0).unbind()
+    return [largest, -least, twice]
 
 
 def weighted(columns: Tensor, terms: Terms) -> Tensor:
