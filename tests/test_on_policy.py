@@ -92,6 +92,7 @@ class Parrot(nn.Module):
         self.config, self.generation_config, self.asked = None, None, 0
 
     def generate(self, input_ids: Tensor, **_: Any) -> Tensor:
+        assert not torch.is_grad_enabled()
         self.asked += 1
         return torch.cat([input_ids, torch.full_like(input_ids[:, :1], self.asked - 1)], -1)
 
@@ -144,7 +145,7 @@ def test_plain_text_is_continued_from_its_middle(llama: Any) -> None:
 
 
 def test_without_an_attention_mask_padding_on_the_right_is_known_by_its_labels(llama: Any) -> None:
-    batch = data((2, 0), (3, 6))
+    batch = data((2, 0), (8, 6))
     bare = {name: batch[name] for name in ("input_ids", "labels")}
     masked, found = (written(llama, given, top_k=1, max_new_tokens=3) for given in (batch, bare))
     assert {name: value.tolist() for name, value in found.items()} == {name: value.tolist() for name, value in masked.items()}
@@ -409,14 +410,15 @@ def test_a_run_that_goes_on_from_a_saved_state_is_the_same_run(llama: Any, tmp_p
         found = []
         for step in range(start, stop):
             batch, source = writer.batch(llama, data(), step=step, micro=0, progress=step / 16)
-            writer.observe(1.0)
+            if step % 2 == 0:
+                writer.observe(1.0)
             found.append((source, rows(batch), batch["labels"].tolist(), writer.fraction))
         return found
 
-    whole = OnPolicy(0.4, **options)
+    whole = OnPolicy(0.3, **options)
     expected = run(whole, 0, 16)
     assert {source for source, *_ in expected[8:]} >= {"generated", "replayed"}
-    first, second = OnPolicy(0.4, **options), OnPolicy(0.4, **options)
+    first, second = OnPolicy(0.3, **options), OnPolicy(0.3, **options)
     run(first, 0, 8)
     torch.save(first.state_dict(), tmp_path / "state.pt")
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
@@ -467,18 +469,22 @@ def test_a_damaged_state_is_refused_and_changes_nothing(change: Callable[[dict[s
 
 def test_the_adapters_of_peft_write_too(llama: Any) -> None:
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(
-        copy.deepcopy(llama), peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], lora_dropout=0.5, init_lora_weights=False)
-    )
-    model.train()
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], lora_dropout=0.5, init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(llama), lora).train()
     batch = data()
     found = written(model, batch, top_k=1, max_new_tokens=6)
-    assert model.training
-    assert model.base_model.model.lm_head.lora_dropout["default"].training
+    assert all(module.training for module in model.modules())
     model.eval()
     expected = [most_likely(model, row[:prompt], 6) for row, prompt in zip(rows(batch), (3, 6, 1), strict=True)]
     assert responses(found) == expected
     assert expected != responses(written(llama, batch, top_k=1, max_new_tokens=6))
+
+
+def test_virtual_tokens_of_peft_are_refused(llama: Any) -> None:
+    peft = pytest.importorskip("peft")
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match=r"PromptTuningConfig, .* accepted: LoRA"):
+        written(peft.get_peft_model(copy.deepcopy(llama), settings), data())
 
 
 def test_a_compiled_model_writes_without_being_compiled(llama: Any) -> None:
@@ -537,7 +543,9 @@ sources = []
 for step in range(4):
     sources.append(writer.batch(Parrot(), data() if rank == 0 or step else half, step=step, micro=0, progress=1.0, rank=rank)[1])
 assert sources == ["generated"] * 3 + ["replayed"], sources
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # threads of gloo that outlive the group may ask for the interpreter while it ends, which aborts
 """
 
 
