@@ -122,6 +122,16 @@ def test_verification_passes_in_other_dtypes(name: str, dtype: torch.dtype) -> N
     verify_lm_head(build(name).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_verification_passes_where_tokens_have_weights_of_very_different_size(name: str, dtype: torch.dtype) -> None:
+    """As in a trained model: the rounding of a token's logit is as large as its row of the head."""
+    model = build(name, vocab_size=3000, hidden_size=64)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7::500] *= 200.0
+    verify_lm_head(model.to(dtype))
+
+
 def test_verification_passes_under_autocast(llama: Any) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         verify_lm_head(llama)

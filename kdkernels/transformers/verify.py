@@ -11,7 +11,7 @@ and then as a whole, through ``hidden_states``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -166,12 +166,20 @@ def _head_cause(output: Tensor, product: Tensor, hidden: Tensor, base: Any, weig
     return "unknown: another weight, or hidden states that are changed inside the head"
 
 
-def _allowed(exact: Tensor, eager: Tensor, eps: float) -> Tensor:
+def _allowed(exact: Tensor, eager: Tensor, size: Tensor, eps: float) -> Tensor:
     """How far a computation in the model's dtype may be from the exact one, (tokens, V): from how far the eager one is.
 
-    Eight root mean squares of its token is beyond what rounding does in 10^9 entries.
+    size: (tokens, V), what the rounding of each logit is proportional to. Eight root mean squares, in units of it, are beyond what
+    rounding does in 10^9 entries.
     """
-    return 8 * (eager.double() - exact).square().mean(-1, keepdim=True).sqrt() + 4 * eps * exact.abs() + torch.finfo().tiny
+    unit = size.clamp(min=torch.finfo().tiny)
+    typical = ((eager.double() - exact) / unit).square().mean().sqrt()
+    return 8 * typical * unit + 4 * eps * exact.abs() + torch.finfo().tiny
+
+
+def _size(hidden: Tensor, head: LMHead) -> Tensor:
+    """The norm of the products that each logit sums up, sqrt(sum (h w)^2): (tokens, V). Rows of a head differ by orders in it."""
+    return _by_parts(hidden.double().square(), head.weight, torch.square).sqrt()
 
 
 def _refuse(base: Any, where: str, cause: str, found: Tensor, expected: Tensor) -> None:
@@ -232,7 +240,7 @@ def _verify(model: Any, base: Any, read: OutputHead, head: LMHead, inputs: dict[
             f"the head given has D = {head.weight.shape[1]}, hidden states that enter the model's have {hidden.shape[-1]}"
         )
     product, eager = _product(hidden, head), _eager(hidden, head)
-    output, allowed = _rows(seen["output"]).double(), _allowed(product, eager, eps)
+    output, allowed = _rows(seen["output"]).double(), _allowed(product, eager, _size(hidden, head), eps)
     if output.shape != product.shape or not _fits(output, product, allowed):
         cause = _head_cause(output, product, _rows(seen["hidden"]), base, head.weight, allowed)
         _refuse(base, "the head differs", cause, output, product)
@@ -252,14 +260,22 @@ def _verify(model: Any, base: Any, read: OutputHead, head: LMHead, inputs: dict[
     exact, eager = (
         _capped(g, head.logit_scale, head.softcap)[:, : logits.shape[-1]] for g in (_product(hidden, head), _eager(hidden, head))
     )
-    if not _fits(logits.double(), exact, _allowed(exact, eager, eps)):
+    size = head.logit_scale * _size(hidden, head)[:, : logits.shape[-1]]
+    if head.softcap is not None:
+        size *= 1 - (exact / head.softcap).square()  # the cap presses errors together as it does logits
+    if not _fits(logits.double(), exact, _allowed(exact, eager, size, eps)):
         cause = "unknown: two forwards on the same tokens give different hidden states"
         _refuse(base, "the whole differs", cause, logits.double(), exact)
 
 
+def _by_parts(hidden: Tensor, weight: Tensor, of_weight: Callable[[Tensor], Tensor] = lambda rows: rows) -> Tensor:
+    """H f(W)ᵀ in float64: (tokens, D) -> (tokens, V). By parts of the weight, whose copy in float64 is large."""
+    return torch.cat([hidden.double() @ of_weight(rows.double()).mT for rows in weight.split(8192)], -1)
+
+
 def _product(hidden: Tensor, head: LMHead) -> Tensor:
-    """H Wᵀ + b in float64: (tokens, D) -> (tokens, V). By parts of the weight, whose copy in float64 is large."""
-    product = torch.cat([hidden.double() @ rows.double().mT for rows in head.weight.split(8192)], -1)
+    """H Wᵀ + b in float64: (tokens, D) -> (tokens, V)."""
+    product = _by_parts(hidden, head.weight)
     return product if head.bias is None else product + head.bias.double()
 
 
