@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,14 @@ def refusal(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
     return state
+
+
+def swap_tokens(folder: Path) -> None:
+    """Exchange the ids of two tokens of the tokenizer in a folder."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
 def learned(folder: Path, before: Path) -> bool:
@@ -233,7 +242,7 @@ def test_the_student_may_write_its_own_batches(given: Path, tmp_path: Path) -> N
     assert sum("eval_loss" in entry for entry in log) >= 2
 
 
-def test_a_cached_teacher_takes_the_teachers_place(given: Path, tmp_path: Path) -> None:
+def test_a_cached_teacher_takes_the_teachers_place(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = ["cache", f"--teacher={given / 'teacher'}", f"--data={given / 'text.txt'}", "--max-length=16", "--top-k=8"]
     assert main([*cache, f"--out={tmp_path / 'cache'}"]) == 0
     results = {}
@@ -245,6 +254,12 @@ def test_a_cached_teacher_takes_the_teachers_place(given: Path, tmp_path: Path) 
     for name, tensor in weights(tmp_path / "with" / "student").items():
         assert torch.equal(tensor, weights(tmp_path / "without" / "student")[name])
     assert results["with"]["after"] == results["without"]["after"]
+    shutil.copytree(given / "student", tmp_path / "student")
+    swap_tokens(tmp_path / "student")
+    said = refusal(
+        capsys, arguments(given, tmp_path / "other", teacher=tmp_path / "cache", student=tmp_path / "student", data=None)
+    )
+    assert "disagree on 2 of their tokens, the first: 'a' is" in said
 
 
 def interrupted_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -278,7 +293,10 @@ def test_a_resumed_run_gives_the_student_of_an_uninterrupted_one(
     said = refusal(capsys, arguments(given, tmp_path / "cut", **options))
     assert said == f"error: --out {tmp_path / 'cut'} holds a run that is not finished; accepted: --resume, or another folder"
     assert main(arguments(given, tmp_path / "cut", "--resume", **{**options, "logging_steps": 3})) == 0
-    assert f"continuing from {tmp_path / 'cut' / 'checkpoint-4'}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"continuing from {tmp_path / 'cut' / 'checkpoint-4'}" in shown
+    assert "step 6 of 6" in shown
+    assert "step 3 of 6" not in shown, "the steps before the checkpoint were taken again"
     whole, cut = weights(tmp_path / "whole" / "student"), weights(tmp_path / "cut" / "student")
     for name, tensor in whole.items():
         assert torch.equal(tensor, cut[name]), name
@@ -461,11 +479,7 @@ def test_a_folder_of_something_else_is_left_alone(given: Path, tmp_path: Path, c
 
 def test_models_of_other_tokens_are_refused(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(given / "teacher", tmp_path / "teacher")
-    file = tmp_path / "teacher" / "tokenizer.json"
-    content = json.loads(file.read_text())
-    vocabulary = content["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    file.write_text(json.dumps(content))
+    swap_tokens(tmp_path / "teacher")
     said = refusal(capsys, arguments(given, tmp_path / "run", teacher=tmp_path / "teacher"))
     assert "disagree on 2 of their tokens, the first: 'a' is" in said
 
@@ -517,17 +531,41 @@ def test_help_has_examples_and_every_option_and_needs_no_optional_library(tmp_pa
         assert method in done.stdout
 
 
-def test_the_command_runs_as_a_module_with_readable_output(given: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "kdkernels", *arguments(given, tmp_path / "run")], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    for text in (done.stdout, done.stderr):
-        assert "\r" not in text
-        assert "\x1b" not in text
-    assert "Traceback" not in done.stderr
-    assert "step 2 of 2: loss" in done.stdout
+def test_two_processes_train_the_student_of_one_and_write_readable_output_once(given: Path, tmp_path: Path) -> None:
+    """As torchrun starts them. The gradients are those of a batch twice as large, to rounding."""
+    options = {"steps": 3, "warmup": 0, "learning_rate": 1e-3}
+    assert main(arguments(given, tmp_path / "one", batch_size=4, **options)) == 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "kdkernels", *arguments(given, tmp_path / "two", batch_size=2, **options)]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    started = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        (shown, errors), (nothing, more_errors) = (process.communicate(timeout=200) for process in started)
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], errors + more_errors
+    assert nothing == ""
+    assert shown.count("step 3 of 3: loss") == 1
+    for text in (shown, errors):
+        assert not {"\r", "\x1b"} & set(text)
+    runs = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
+    for when in ("before", "after"):
+        assert runs[1][when] == pytest.approx(runs[0][when], rel=1e-4)
+    norms = [[entry["grad_norm"] for entry in run["log"] if "grad_norm" in entry] for run in runs]
+    assert len(norms[0]) == 3
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
 # ---- models and tokenizers ----

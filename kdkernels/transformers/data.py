@@ -222,7 +222,7 @@ def _labelled(text: str, spans: list[tuple[int, int]], tokenizer: Any, *, add_sp
     ids: list[int] = encoded["input_ids"]
     labels = [IGNORED] * len(ids)
     for place, (start, end) in enumerate(encoded["offset_mapping"]):
-        if any(start < last and end > first for first, last in spans) and start < end:
+        if any(start < last and end > first for first, last in spans):
             labels[place] = ids[place]
     return ids, labels
 

@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from kdkernels import files
 from kdkernels.errors import CommandError
-from kdkernels.transformers.cache import TopKCache, is_cache
+from kdkernels.transformers.cache import TOKENIZER, TopKCache, is_cache
 from kdkernels.transformers.config import KDConfig
 from kdkernels.transformers.data import Collator, Example, prepare
 from kdkernels.transformers.distill_command import FREE
@@ -82,17 +82,23 @@ def distill(settings: argparse.Namespace, *, resume: bool = False, console: Cons
         say(f"{len(train):,} examples to learn from, {len(held_out):,} held out")
 
         before = None if earlier is None else earlier["before"]
-        if before is None:
-            before = _evaluation(trainer)
-            if first:
-                run = {"settings": _kept(settings), "data": digest, "before": before}
-                files.write(out / RUN, json.dumps(run, indent=1).encode())
+
+        def begin() -> None:
+            nonlocal before
+            if before is None:
+                before = _evaluation(trainer)
+                if first:
+                    run = {"settings": _kept(settings), "data": digest, "before": before}
+                    files.write(out / RUN, json.dumps(run, indent=1).encode())
+
         started = time.monotonic()
         with _refused(), _Watch(console if first else None) as watch:
-            reports = watch.callback()
-            trainer.add_callback(reports)
+            callbacks = watch.callback(), _AtStart(begin)
+            for callback in callbacks:
+                trainer.add_callback(callback)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            trainer.remove_callback(reports)
+            for callback in callbacks:
+                trainer.remove_callback(callback)
         seconds = time.monotonic() - started
         after = _evaluation(trainer)
         with _refused():
@@ -236,11 +242,12 @@ def _data(
     settings: argparse.Namespace, tokenizer: Any, cache: TopKCache | None, say: Callable[[str], None]
 ) -> tuple[int, Sequence[Example], Sequence[Example]]:
     """How many ids both models know, the examples to learn from, and those that are held out."""
-    if cache is not None:
-        shared = cache.vocab_size
-    else:
+    theirs = settings.teacher if cache is None else cache.folder / TOKENIZER
+    # A program may have made a cache without a tokenizer; then its height is all that is known.
+    shared = cache.vocab_size if cache is not None else 2**63
+    if cache is None or theirs.is_dir():
         with _refused():
-            shared = shared_vocabulary(tokenizer, _for("teacher", load_tokenizer, settings.teacher))
+            shared = min(shared, shared_vocabulary(tokenizer, _for("teacher", load_tokenizer, theirs)))
 
     def read(option: str, source: str, split: str, limit: int | None) -> list[Example]:
         prepared = _for(option, prepare, source, tokenizer, max_length=settings.max_length, split=split, limit=limit)
@@ -313,7 +320,7 @@ def _refused() -> Iterator[None]:
         raise CommandError(f"--out cannot be written: {error}") from error
 
 
-def _for(option: str, load: Callable[..., Any], name: str, *arguments: Any, **options: Any) -> Any:
+def _for(option: str, load: Callable[..., Any], name: str | Path, *arguments: Any, **options: Any) -> Any:
     """What ``load`` makes of an option's value; its error names the option."""
     try:
         return load(name, *arguments, **options)
@@ -367,6 +374,20 @@ def _evaluation(trainer: KDTrainer) -> dict[str, float]:
         trainer.taid = taid
     times = ("_second", "_runtime", "_time", "epoch")
     return {name.removeprefix("eval_"): value for name, value in metrics.items() if not name.endswith(times)}
+
+
+class _AtStart(TrainerCallback):
+    """Calls a function when the models are where training has them and no step is taken yet.
+
+    An evaluation before ``train`` would prepare the model for evaluations alone: accelerate then takes it for prepared, and several
+    processes would each train a model of their own, with gradients that nobody averages.
+    """
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.function()
 
 
 class _Watch:
