@@ -18,7 +18,7 @@ import os
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -360,18 +360,11 @@ def _said(value: Any) -> str:
 
 
 def _evaluation(trainer: KDTrainer) -> dict[str, float]:
-    """Means over the held-out tokens, against the teacher itself; empty where nothing is held out.
-
-    TAID's target and OKD's teacher move during training, and losses against two targets do not compare.
-    """
+    """Means over the held-out tokens; empty where nothing is held out."""
     if trainer.eval_dataset is None:
         return {}
-    taid, trainer.taid = trainer.taid, None
-    try:
-        with _refused(), nullcontext() if trainer.online is None else trainer.online.model.disable_adapter():
-            metrics = trainer.evaluate()
-    finally:
-        trainer.taid = taid
+    with _refused():
+        metrics = trainer.evaluate()
     times = ("_second", "_runtime", "_time", "epoch")
     return {name.removeprefix("eval_"): value for name, value in metrics.items() if not name.endswith(times)}
 
@@ -379,8 +372,7 @@ def _evaluation(trainer: KDTrainer) -> dict[str, float]:
 class _AtStart(TrainerCallback):
     """Calls a function when the models are where training has them and no step is taken yet.
 
-    An evaluation before ``train`` would prepare the model for evaluations alone: accelerate then takes it for prepared, and several
-    processes would each train a model of their own, with gradients that nobody averages.
+    Before ``train`` transformers evaluates no model that FSDP2 is to shard.
     """
 
     def __init__(self, function: Callable[[], None]) -> None:

@@ -112,8 +112,9 @@ class KDTrainer(Trainer):
 
     Both heads are verified (``verify_lm_head``) before anything else. What is logged besides the loss, as means over the tokens
     since the last log: kd, ce, target_entropy, student_entropy, agreement, overlap, in TAID t, in OKD teacher_loss; in evaluations
-    the same with the prefix "eval_", over the whole data set. A checkpoint holds all that a run needs to go on as if it had not
-    been interrupted. With "okd" the LoRA stays on the teacher after training; ``trainer.online.unload()`` gives it back without.
+    the same with the prefix "eval_", over the whole data set and against the teacher itself (t = 1, without LoRA). A checkpoint
+    holds all that a run needs to go on as if it had not been interrupted. With "okd" the LoRA stays on the teacher after training;
+    ``trainer.online.unload()`` gives it back without.
 
     Raises ValueError or TypeError that names the argument, what came and what is accepted.
     """
@@ -249,6 +250,10 @@ class KDTrainer(Trainer):
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.teacher)
             rate = self.args.learning_rate if self.args.okd_learning_rate is None else self.args.okd_learning_rate
             self.online.optimize_with(cls, {name: value for name, value in options.items() if name != "lr"}, rate)
+        if not self.is_fsdp_enabled and self.model_wrapped is self.model:
+            # An evaluation before has let accelerate mark the model as prepared, which would now leave it without
+            # DistributedDataParallel.
+            vars(self.model).pop("_is_accelerate_prepared", None)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.is_fsdp_enabled:
             verify_lm_head(self.model)
@@ -333,7 +338,7 @@ class KDTrainer(Trainer):
             loss = student + (teacher - teacher.detach())
             means["teacher_loss"] = teacher.detach()
         else:
-            if self.taid is not None:
+            if self.taid is not None and training:
                 options["t"] = self.taid.t
             if self.cache is not None:
                 loss, means = linear_topk_kd_loss(hidden, head, **targets, labels=labels, tail=args.topk_tail, **options)
@@ -371,7 +376,7 @@ class KDTrainer(Trainer):
         """The Trainer's, with the means over the tokens since the last log."""
         if "loss" in logs:
             means = self._logged.drained()
-            logs.update({name: float(value) for name, value in means.items() if name not in ("loss", "tokens")})
+            logs.update({name: float(value) for name, value in means.items() if name != "tokens"})
             if self.taid is not None:
                 logs["t"] = float(self.taid.t)
             if self.on_policy is not None:
@@ -406,9 +411,13 @@ class KDTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """The Trainer's, with means over all tokens of the data set in place of means over batches."""
+        """The Trainer's, with means over all tokens of the data set in place of means over batches.
+
+        The loss is against the teacher itself, which does not move: losses against two targets would not compare.
+        """
         self._evaluated = TokenMeans()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with contextlib.nullcontext() if self.online is None else self.online.model.disable_adapter():
+            output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self._evaluated.drained()
         metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in means.items() if name != "tokens"}
         return output._replace(metrics={**(output.metrics or {}), **metrics})
