@@ -62,8 +62,6 @@ def trained(folder: Path, method: str, kind: str, *, resume: bool = False, **mor
         "teacher": {} if trainer.online is None else trainer.online.state_dict()["lora"],
         "logs": logs(trainer),
         "evaluation": {name: evaluation[name] for name in evaluation if not name.endswith(("_time", "_runtime", "_second"))},
-            name: value for name, value in trainer.evaluate().items() if not name.endswith(("_time", "_runtime", "_second"))
-        },
         "t": 1.0 if trainer.taid is None else float(trainer.taid.t),
     }
     trainer.accelerator.free_memory()
