@@ -35,21 +35,19 @@ OTHER_PIECE_BYTES = 32 * 2**20
 class Part:
     """What is known of some entries of each row, [rows] each, in float64.
 
-    log_sum: of exp(x / T), log_sum_1: of exp(x). entropy: of the softmax of x / T over these entries. top: the largest x / T, best:
-    its token.
+    log_sum: of exp(x / T), log_sum_1: of exp(x). entropy: of the softmax of x / T over these entries. top: the largest x / T.
     """
 
     log_sum: Tensor
     log_sum_1: Tensor
     entropy: Tensor
     top: Tensor
-    best: Tensor
 
     def rows(self, index: slice) -> Part:
         return Part(*(statistic[index] for statistic in vars(self).values()))
 
     def merged(self, other: Part) -> Part:
-        """Of both parts' entries together; of equal largest ones this part's wins."""
+        """Of both parts' entries together."""
         log_sum = torch.logaddexp(self.log_sum, other.log_sum)
         shares = [_difference(part.log_sum, log_sum).exp() for part in (self, other)]
         inside = shares[0] * self.entropy + shares[1] * other.entropy
@@ -58,7 +56,6 @@ class Part:
             torch.logaddexp(self.log_sum_1, other.log_sum_1),
             inside + torch.special.entr(shares[0]) + torch.special.entr(shares[1]),
             torch.maximum(self.top, other.top),
-            torch.where(other.top > self.top, other.best, self.best),
         )
 
 
@@ -76,15 +73,14 @@ def _exponentials(v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return e, total, shift.double() + total.log(), top
 
 
-def part_of(v: Tensor, temperature: float, ce: bool, metrics: bool, first: int = 0) -> Part:
-    """Of logits v [rows, columns], the first of which is the token ``first``. ce: whether log_sum_1 is wanted."""
+def part_of(v: Tensor, temperature: float, ce: bool, metrics: bool) -> Part:
+    """Of logits v [rows, columns]. ce, metrics: whether log_sum_1 and the entropy are wanted."""
     e, total, log_sum, top = _exponentials(v if temperature == 1.0 else v / temperature)
-    entropy, best = torch.zeros_like(total), torch.full_like(total, -1, dtype=torch.int64)
+    entropy = torch.zeros_like(total)
     if metrics:
         entropy = (total.log() - torch.special.xlogy(e, e).sum(1).double() / total).masked_fill(total == 0.0, 0.0)
-        best = v.argmax(1) + first
     log_sum_1 = _exponentials(v)[2] if ce and temperature != 1.0 else log_sum
-    return Part(log_sum, log_sum_1, entropy, top.double(), best)
+    return Part(log_sum, log_sum_1, entropy, top.double())
 
 
 def _softmax(v: Tensor, log_sum: Tensor) -> Tensor:
@@ -107,7 +103,7 @@ class Outcomes:
         self.ce = self.labels is not None and (self.terms.ce_scale != 0.0 or step.metrics)
         self.weights = step.weights[index].double()
         nothing = torch.full_like(self.weights, -torch.inf)
-        self.rest = Part(nothing, nothing, torch.zeros_like(nothing), nothing, torch.zeros_like(nothing, dtype=torch.int64))
+        self.rest = Part(nothing, nothing, torch.zeros_like(nothing), nothing)
         # Of the k tokens: logits after the head, and the gradient before it; both [rows, K].
         self.logits = torch.full_like(self.ids, -torch.inf, dtype=step.sum_dtype)
         self.at_chosen = torch.zeros_like(self.logits)
@@ -156,7 +152,7 @@ class Outcomes:
                 found = v.gather(1, label_at[:, None])[:, 0]
                 self.label_logit[piece] = torch.where(labelled, found.double(), self.label_logit[piece])
             rest = self._rest(v, here, at)
-            parts.append(part_of(rest, self.terms.temperature, self.ce, self.step.metrics, columns.start))
+            parts.append(part_of(rest, self.terms.temperature, self.ce, self.step.metrics))
         of_rows = Part(*(torch.cat(statistic) for statistic in zip(*(vars(part).values() for part in parts), strict=True)))
         self.rest = self.rest.merged(of_rows)
 
@@ -166,8 +162,7 @@ class Outcomes:
 
     def _finished(self, piece: slice) -> Tensor:
         temperature, metrics, rest = self.terms.temperature, self.step.metrics, self.rest.rows(piece)
-        ids, used, logits = self.ids[piece], self.used[piece], self.logits[piece].double()
-        log_probs = self.log_probs[piece].double()
+        used, logits, log_probs = self.used[piece], self.logits[piece].double(), self.log_probs[piece].double()
         chosen = part_of(logits, temperature, self.ce, metrics)
         whole = rest.merged(chosen)
         own, given, is_outcome, log_sum = logits / temperature, log_probs, used, whole.log_sum
@@ -190,13 +185,13 @@ class Outcomes:
         nothing = torch.zeros_like(kd)
         columns = [kd, whole.log_sum_1 - self.label_logit[piece] if self.ce else nothing, *[nothing] * 4]
         if metrics:
-            best = [ids.gather(1, place[:, None])[:, 0] for place in (chosen.best, log_probs.argmax(1))]
-            student = torch.where(chosen.top > rest.top, best[0], rest.best)
+            # The teacher's most likely token is one of the k, so the student's has to be too.
+            agreement = (chosen.top >= rest.top) & (logits.argmax(1) == log_probs.argmax(1))
             columns[2:] = [
                 torch.special.entr(lp.exp()).sum(1),
                 whole.entropy,
-                ((student == best[1]) & used.any(1)).double(),
-                torch.minimum(lq[:, : ids.shape[1]].exp(), log_probs.exp()).where(used, 0.0).sum(1),
+                agreement.double(),
+                torch.minimum(lq[:, : logits.shape[1]].exp(), log_probs.exp()).sum(1),
             ]
         return torch.stack(columns, 1)
 

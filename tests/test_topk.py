@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import outcomes
+from kdkernels import outcomes, step
 from tests import oracle
 from tests.cases import Case, InsideOperators, Result, assert_as_good_as_eager, draw, dressed, keywords, ratios, strided
 from tests.oracle import Options
@@ -377,7 +377,9 @@ class TestSlots:
             torch.testing.assert_close(found["losses"][2], torch.tensor(0.0), rtol=0, atol=0)
             assert found["student_hidden"][2].abs().max() <= 1e-6
             assert (found["losses"][[0, 1, 3, 4, 5]] != 0).all() or t == 0.0
-            assert kept.loss(return_metrics=True)[1]["agreement"] <= 5 / 6
+            _, metrics = kept.loss(return_metrics=True)
+            assert all(value.isfinite() for value in metrics.values())
+            assert metrics["agreement"] <= 5 / 6
 
     def test_the_order_of_the_slots_is_nothing(self) -> None:
         kept = full("bucket", torch.float64)
@@ -597,6 +599,15 @@ class TestSpecialValues:
 
     @both_tails
     @both_strategies
+    def test_a_divergence_of_weight_zero_is_left_out_whatever_it_came_to(self, strategy: str, tail: str) -> None:
+        kept = full(tail, kd_weight=0.0)
+        right = kept.run(strategy=strategy)
+        wrong = kept.log_probs.masked_fill(kept.log_probs != -INF, NAN)
+        found = replace(kept, log_probs=wrong).run(strategy=strategy)
+        assert_same(list(found.values()), list(right.values()))
+
+    @both_tails
+    @both_strategies
     @every_reduction
     def test_all_tokens_masked(self, reduction: str, strategy: str, tail: str) -> None:
         kept = full(tail)
@@ -801,14 +812,14 @@ def test_a_compiled_graph_has_no_breaks(reduction: str) -> None:
         graphs.append(graph)
         return inner(graph, inputs)
 
-    def step(leaves: dict[str, Tensor], t: Tensor) -> Any:
+    def stepped(leaves: dict[str, Tensor], t: Tensor) -> Any:
         loss, metrics = kept.loss(leaves, t=t, reduction=reduction, return_metrics=True)
         return (loss * 1.5).sum(), metrics
 
-    compiled = torch.compile(step, fullgraph=True, backend=counting)
+    compiled = torch.compile(stepped, fullgraph=True, backend=counting)
     for t in (1.0, 0.4):
         results = []
-        for function in (step, compiled):
+        for function in (stepped, compiled):
             leaves = {name: leaf.clone().requires_grad_() for name, leaf in kept.learned().items()}
             loss, metrics = function(leaves, torch.tensor(t))
             loss.backward()
@@ -881,3 +892,12 @@ def test_bad_input_is_refused_before_any_work(
         call(labels=LABELS)
     with refused(error, *words):
         call(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [37, -1, int(KEPT.ids[3, 0])])
+def test_bad_ids_are_found_in_whatever_pieces_they_are_looked_at(wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for slots in (1, 8, 100):
+        monkeypatch.setattr(step, "SLOTS", slots)
+        assert call().isfinite()
+        with refused(ValueError, f"topk_ids holds {wrong}"):
+            call(topk_ids=with_id(wrong))
