@@ -10,7 +10,8 @@ initialised by the seed, takes the same steps on the same windows through ``KDTr
 Held-out losses are computed in plain PyTorch on whole files that no model has seen. The methods take turns within a seed, so that a
 machine that slows down does so for all of them.
 
-Results go to benchmarks/results/methods.json, after each run, and from there to methods.png.
+Results go to benchmarks/results/methods.json after each run, from there to methods.png, and by ``python -m benchmarks.readme`` into
+the README.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.readme import METHODS, methods_table
 from kdkernels import files, info
 from kdkernels.demo import corpus as corpora
 from kdkernels.demo.corpus import Corpus
@@ -38,8 +40,7 @@ from kdkernels.demo.settings import Settings
 from kdkernels.demo.train import teacher_phase, train
 from kdkernels.transformers import KDConfig, KDTrainer
 
-RESULTS = Path(__file__).parent / "results" / "methods.json"
-PLOT = RESULTS.with_suffix(".png")
+PLOT = METHODS.with_suffix(".png")
 CACHE = Path("demo-output") / "methods"
 SEEDS, STEPS = 3, 500
 WARM_UP = 5  # steps that are not timed
@@ -142,19 +143,6 @@ def run(name: str, seed: int, steps: int, settings: Settings, corpus: Corpus, te
     return {**found, "seconds_per_step": clock.seconds()}
 
 
-def table(results: dict[str, Any]) -> str:
-    """Markdown: mean and range over the seeds."""
-    lines = ["| method | held-out loss, nats | next-token accuracy | seconds per step |", "|---|---|---|---|"]
-    for name, seeds in results["runs"].items():
-        columns = {key: [one[key] for one in seeds.values()] for key in ("loss", "accuracy", "seconds_per_step")}
-        loss, accuracy, seconds = (statistics.mean(column) for column in columns.values())
-        spread = f"{min(columns['loss']):.3f} to {max(columns['loss']):.3f}"
-        lines.append(f"| {name} | {loss:.3f} ({spread}) | {accuracy:.1%} | {seconds:.3f} |")
-    teacher = results["teacher"]
-    lines.append(f"| the teacher itself | {teacher['loss']:.3f} | {teacher['accuracy']:.1%} | |")
-    return "\n".join(lines) + "\n"
-
-
 def draw(results: dict[str, Any], path: Path) -> None:
     """Held-out loss and seconds per step: a point for each seed, a line at their mean."""
     import matplotlib
@@ -224,11 +212,11 @@ def main() -> int:
         parser.error(f"--only {arguments.only!r} is in no name; accepted: parts of {', '.join(RUNS)}")
     transformers_logging.set_verbosity_error()
     if arguments.draw:
-        results = json.loads(RESULTS.read_text())
+        results = json.loads(METHODS.read_text())
     else:
-        results = measure(SETTINGS, CACHE, RESULTS, steps=STEPS, seeds=SEEDS, names=names, fresh=arguments.fresh)
+        results = measure(SETTINGS, CACHE, METHODS, steps=STEPS, seeds=SEEDS, names=names, fresh=arguments.fresh)
     draw(results, PLOT)
-    print(table(results))
+    print(methods_table(results))
     return 0
 
 

@@ -1,15 +1,17 @@
-"""Writes the README's measured table from benchmarks/results/linear.json: ``python -m benchmarks.readme``."""
+"""Writes the README's tables from benchmarks/results: ``python -m benchmarks.readme``."""
 
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 from benchmarks.linear import DTYPES, LOSSES, MIB, RESULTS, SHAPES, Case, name
 
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- measured -->\n", "<!-- end -->"
+METHODS = RESULTS.with_name("methods.json")
+END = "<!-- end -->"
 # Rows of the table of memory: what they are called, the loss, tokens and budget.
 MEMORY = (
     ("forward KL", "forward_kl", 1024, None),
@@ -81,11 +83,39 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def updated(readme: str, results: dict[str, Any]) -> str:
-    """The README with the table between its marks."""
-    before, rest = readme.split(BEGIN)
-    return before + BEGIN + table(results) + END + rest.split(END, 1)[1]
+def methods_table(results: dict[str, Any]) -> str:
+    """The methods side by side: means over the seeds, and the range of their losses."""
+    machine = results["machine"]
+    where = f"{machine['processor']}, {machine['threads']} thread, torch {machine['torch']}, {machine['date']}"
+    lines = [
+        f"{where}; {results['steps']} steps, {len(results['seeds'])} seeds.",
+        "",
+        "| method | held-out loss, nats (lowest to highest seed) | next-token accuracy | seconds per step |",
+        "|---|---|---|---|",
+    ]
+    for method, seeds in results["runs"].items():
+        losses, accuracies, seconds = ([one[key] for one in seeds.values()] for key in ("loss", "accuracy", "seconds_per_step"))
+        cells = (
+            method,
+            f"{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})",
+            f"{statistics.mean(accuracies):.1%}",
+            f"{statistics.mean(seconds):.3f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    teacher = results["teacher"]
+    lines.append(f"| the teacher itself | {teacher['loss']:.3f} | {teacher['accuracy']:.1%} | |")
+    return "\n".join(lines).replace("%", " %") + "\n"
+
+
+def _between(readme: str, mark: str, content: str) -> str:
+    before, rest = readme.split(f"<!-- {mark} -->\n")
+    return f"{before}<!-- {mark} -->\n{content}{END}{rest.split(END, 1)[1]}"
+
+
+def updated(readme: str, measured: dict[str, Any], methods: dict[str, Any]) -> str:
+    """The README with its tables between their marks. measured: what linear.json holds; methods: methods.json."""
+    return _between(_between(readme, "measured", table(measured)), "methods", methods_table(methods))
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text(), json.loads(RESULTS.read_text())))
+    README.write_text(updated(README.read_text(), *(json.loads(path.read_text()) for path in (RESULTS, METHODS))))

@@ -17,8 +17,9 @@ from benchmarks.linear import RESULTS
 TEXT = readme.README.read_text()
 
 
-def test_the_measured_table_comes_from_the_results_file() -> None:
-    assert readme.updated(TEXT, json.loads(RESULTS.read_text())) == TEXT, "run python -m benchmarks.readme"
+def test_the_tables_come_from_the_results_files() -> None:
+    results = (json.loads(path.read_text()) for path in (RESULTS, readme.METHODS))
+    assert readme.updated(TEXT, *results) == TEXT, "run python -m benchmarks.readme"
 
 
 def test_the_two_sides_of_you_had_you_write_agree() -> None:
