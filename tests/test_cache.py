@@ -73,7 +73,7 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def own(model: Any, ids: list[int], vocab: int, temperature: float) -> Tensor:
@@ -673,7 +673,7 @@ def test_the_command_makes_a_cache_and_says_what_is_in_it(
     assert main(command(saved, out, temperature=2, vocab_size=10)) == 0
     shown = capsys.readouterr().out.splitlines()
     cache = TopKCache(out)
-    size = sum(path.stat().st_size for path in out.iterdir())
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     tail = f"of the probability, {cache.tail_mass:.4f} is outside the top 5 on average"
     assert shown == [f"10 examples, 75 tokens, {size:,} bytes in {out}/; {tail}"]
     assert (len(cache), cache.tokens, cache.temperature, cache.vocab_size) == (10, 75, 2.0, 10)

@@ -127,7 +127,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise CommandError("the teacher does not fit the GPU's memory: try a smaller --batch-size or --max-length") from error
     except OSError as error:
         raise CommandError(f"--out {arguments.out} cannot be written: {error.strerror}") from error
-    size = sum(path.stat().st_size for path in arguments.out.iterdir())
+    size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
     say(
         f"{len(cache):,} examples, {cache.tokens:,} tokens, {size:,} bytes in {arguments.out}/; of the probability, "
         f"{cache.tail_mass:.4f} is outside the top {cache.top_k} on average"
