@@ -199,15 +199,9 @@ class OnlineTeacher:
         Decoder layers are those that the model names in ``_no_split_modules``. Call it before ``optimize_with``, which raises
         RuntimeError here if it was first: its optimizer would hold parameters that are no longer the model's.
         """
-        from torch.distributed.fsdp import fully_shard  # absent from builds of torch without distributed
-
         if self._optimizer is not None:
             raise RuntimeError("shard(mesh) comes before optimize_with: sharding replaces the parameters that the optimizer holds")
-        layers = set(getattr(unwrapped(self.model), "_no_split_modules", None) or ())
-        for module in reversed(list(self.model.modules())):  # from the inside out, as fully_shard wants it
-            if type(module).__name__ in layers:
-                fully_shard(module, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
+        shard(self.model, mesh)
 
     def optimize_with(self, cls: Any, options: Mapping[str, Any], learning_rate: float) -> None:
         """Make the optimizer of the LoRA.
@@ -320,6 +314,17 @@ class OnlineTeacher:
         for name, module in model.named_modules():
             module.training = self._training[name]
         return model
+
+
+def shard(model: nn.Module, mesh: Any) -> None:
+    """fully_shard (FSDP2) over a DeviceMesh: each decoder layer that the model names in ``_no_split_modules``, and the rest."""
+    from torch.distributed.fsdp import fully_shard  # absent from builds of torch without distributed
+
+    layers = set(getattr(unwrapped(model), "_no_split_modules", None) or ())
+    for module in reversed(list(model.modules())):  # from the inside out, as fully_shard wants it
+        if type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def _checked_targets(targets: Any) -> Any:

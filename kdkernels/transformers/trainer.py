@@ -30,7 +30,7 @@ from kdkernels.transformers.data import IGNORED, Collator
 from kdkernels.transformers.heads import lm_head, unwrapped
 from kdkernels.transformers.hidden import hidden_states
 from kdkernels.transformers.on_policy import OnPolicy
-from kdkernels.transformers.online import OnlineTeacher
+from kdkernels.transformers.online import OnlineTeacher, shard
 from kdkernels.transformers.verify import verify_lm_head
 from kdkernels.transformers.vocabularies import shared_vocabulary
 
@@ -243,13 +243,9 @@ class KDTrainer(Trainer):
         )
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        if self.online is not None and not self._teacher_prepared:
+        if self.teacher is not None and not self._teacher_prepared:
             self._teacher_prepared = True
-            if self.is_fsdp_enabled:
-                self.online.shard(init_device_mesh(self.args.device.type, (self.args.world_size,)))
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.teacher)
-            rate = self.args.learning_rate if self.args.okd_learning_rate is None else self.args.okd_learning_rate
-            self.online.optimize_with(cls, {name: value for name, value in options.items() if name != "lr"}, rate)
+            self._prepare_teacher()
         if not self.is_fsdp_enabled and self.model_wrapped is self.model:
             # An evaluation before has let accelerate mark the model as prepared, which would now leave it without
             # DistributedDataParallel.
@@ -258,6 +254,16 @@ class KDTrainer(Trainer):
         if self.is_fsdp_enabled:
             verify_lm_head(self.model)
         return prepared
+
+    def _prepare_teacher(self) -> None:
+        """Shard it where the student is sharded, and give the one that learns its optimizer."""
+        if self.is_fsdp_enabled:
+            mesh = init_device_mesh(self.args.device.type, (self.args.world_size,))
+            shard(self.teacher, mesh) if self.online is None else self.online.shard(mesh)
+        if self.online is not None:
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.teacher)
+            rate = self.args.learning_rate if self.args.okd_learning_rate is None else self.args.okd_learning_rate
+            self.online.optimize_with(cls, options, rate)
 
     # ---- a step ----
 
