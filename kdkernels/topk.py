@@ -56,7 +56,9 @@ def linear_topk_kd_loss(
     Per token: kd_weight T² D(p, q) + ce_weight CE(label, softmax(x)), where D is over a few outcomes and not over the vocabulary:
 
         tail="renormalize": the k tokens. p is the teacher's distribution over them, q the student's softmax(x / T) over the whole
-            vocabulary: tokens outside count as banned by the teacher. This asks the student for no mass outside of the k.
+            vocabulary: tokens outside count as banned by the teacher. Divergences that p weighs then ask the student for no mass
+            outside of the k; reverse_kl and skew_reverse_kl, which q weighs, leave that mass free of cost and gain from moving
+            some there: take the other tail for them.
         tail="bucket": the k tokens and one outcome for all others, with what is left of each model's mass. How the student divides
             that among them is left to it.
 

@@ -349,3 +349,20 @@ def test_a_batch_that_makes_no_sense_is_refused() -> None:
         Collator(0)([])
     with pytest.raises(ValueError, match=r"one length: input_ids \(2,\), attention_mask \(2,\), labels \(1,\)"):
         Collator(0)([{"input_ids": [1, 2], "labels": [1]}])
+
+
+def test_the_ending_of_a_file_counts_in_any_case_and_tables_are_no_text(tmp_path: Path) -> None:
+    line = json.dumps({"text": "a b"})
+    (tmp_path / "data.JSONL").write_text(f"{line}\n{line}\n")
+    assert read(tmp_path / "data.JSONL") == [{"text": "a b"}] * 2
+    (tmp_path / "data.csv").write_text("text\na b\n")
+    with pytest.raises(CommandError, match=r"data.csv is a table; accepted: text, .jsonl, .json"):
+        read(tmp_path / "data.csv")
+
+
+def test_labels_and_masks_that_are_none_are_as_if_they_were_not_there() -> None:
+    given = [{"input_ids": [1, 2, 3], "labels": None, "attention_mask": None}, {"input_ids": [4], "labels": [4]}]
+    made = Collator(0)(given)
+    assert made["labels"].tolist() == [[1, 2, 3], [4, -100, -100]]
+    with pytest.raises(ValueError, match="an example has no input_ids; it has text"):
+        Collator(0)([{"text": "a"}])

@@ -310,6 +310,15 @@ def test_an_interrupted_run_is_the_uninterrupted_one(run: str, tmp_path: Path) -
         assert {k: v for k, v in entry.items() if k not in drop} == {k: v for k, v in other.items() if k not in drop}
 
 
+def test_a_run_with_students_writing_goes_on_from_one_without_only_by_saying_so(tmp_path: Path) -> None:
+    student, teacher = models(torch.float32)
+    given = {"save_strategy": "steps", "save_steps": 2, "on_policy_max_new_tokens": 4}
+    KDTrainer(student, settings(tmp_path, **given), train_dataset=examples(), teacher=teacher).train()
+    trainer = KDTrainer(student, settings(tmp_path, on_policy_fraction=0.5, **given), train_dataset=examples(), teacher=teacher)
+    with pytest.raises(ValueError, match=r"has no on_policy_0.pt: its run had no on_policy_fraction"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_accumulating_is_a_larger_batch(tmp_path: Path) -> None:
     """Micro-batches have different numbers of tokens; each token weighs the same."""
     found = []
@@ -447,6 +456,7 @@ def test_what_a_cached_teacher_cannot_do_is_refused(tmp_path: Path) -> None:
         ({"method": "okd"}, "method 'okd' trains the teacher along, but the teacher given is a cache"),
         ({"on_policy_fraction": 0.5}, "on_policy_fraction needs a teacher that can judge new text"),
         ({"temperature": 2.0}, "temperature=2.0, but the cache was made for 1.0"),
+        ({"method": "reverse_kl", "topk_tail": "renormalize"}, "reverse_kl moves mass outside the top-k"),
     ):
         with pytest.raises(ValueError, match=message):
             KDTrainer(student, settings(tmp_path, **given), train_dataset=examples(), teacher=folder)
@@ -468,6 +478,61 @@ def test_the_run_that_the_readme_shows_learns(tmp_path: Path, monkeypatch: pytes
     assert len(losses) == 4
     assert losses[-1] < losses[0]
     assert transformers.AutoModelForCausalLM.from_pretrained("run").config.vocab_size == VOCAB
+
+
+def test_a_cache_of_a_teacher_with_more_rows_leaves_them_to_the_rest(tmp_path: Path) -> None:
+    """The most likely tokens of a padded teacher may be ones that the student has no row for."""
+    student, teacher = build("llama").float(), build("llama", seed=1, vocab_size=VOCAB + 40).float()
+    data = examples()
+    cache = write_cache(teacher, data, tmp_path / "cache", top_k=16)
+    assert any(bool((cache.lookup(one["input_ids"])[0] >= VOCAB).any()) for one in data)
+    trainer = KDTrainer(student, settings(tmp_path / "run"), train_dataset=data, teacher=cache)
+    before = weights(student)
+    trainer.train()
+    assert all(entry["loss"] > 0 for entry in logs(trainer))
+    assert not torch.equal(weights(student)["lm_head.weight"], before["lm_head.weight"])
+
+
+def test_a_second_run_of_taid_starts_where_the_first_did(tmp_path: Path) -> None:
+    student, teacher = models(torch.float32)
+    trainer = KDTrainer(student, settings(tmp_path, method="taid"), train_dataset=examples(), teacher=teacher)
+    ts = []
+    for _ in range(2):
+        trainer.train()
+        ts.append([entry["t"] for entry in logs(trainer)])
+    assert ts[0] == pytest.approx(ts[1], abs=1e-3)
+    assert ts[0][0] < 0.6
+
+
+def test_a_step_without_a_token_that_counts_has_loss_0_and_moves_no_target(tmp_path: Path) -> None:
+    masked = [{"input_ids": one["input_ids"], "labels": [-100] * len(one["input_ids"])} for one in examples()]
+    student, teacher = models(torch.float32)
+    args = settings(tmp_path, method="taid", taid_t_start=0.4, taid_t_end=0.4)
+    trainer = KDTrainer(student, args, train_dataset=masked, eval_dataset=masked, teacher=teacher)
+    before = weights(student)
+    trainer.train()
+    assert [entry["loss"] for entry in logs(trainer)] == [0.0] * STEPS
+    assert trainer.taid.previous.isnan()
+    assert trainer.evaluate()["eval_loss"] == 0.0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(student).items())
+
+
+def test_students_write_no_token_that_no_tokenizer_has(tmp_path: Path) -> None:
+    """Both heads are padded, by different numbers of rows."""
+    words = [f"w{number}" for number in range(VOCAB - 11)]
+    student, teacher = build("llama").float(), build("llama", seed=1, vocab_size=VOCAB + 3).float()
+    given = {"on_policy_fraction": 1.0, "on_policy_max_new_tokens": 12, "on_policy_temperature": 4.0}
+    args = settings(tmp_path, **given)
+    data = [{"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, 6]}] * 16
+    one = tokenizer(words)
+    trainer = KDTrainer(
+        student, args, train_dataset=data, teacher=teacher, processing_class=one, teacher_processing_class=tokenizer(words)
+    )
+    assert trainer.vocab_size == VOCAB
+    batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 4, torch.device("cpu"))
+    written = torch.cat([batch["input_ids"][batch["labels"] != -100] for batch in batches])
+    assert len(written) > 50
+    assert int(written.max()) < len(words)
 
 
 def tokenizer(words: list[str]) -> Any:
@@ -521,6 +586,7 @@ def test_a_token_that_only_the_student_has_is_cut_and_padding_alike_in_both_is_n
         ({"temperature": 0.0}, "temperature is a positive number, got 0"),
         ({"kd_weight": -1.0}, "kd_weight is a number of at least 0, got -1"),
         ({"on_policy_fraction": 1.5}, r"on_policy_fraction is a number in \[0, 1\], got 1.5"),
+        ({"on_policy_schedule": "adaptive"}, "on_policy_schedule='adaptive' goes by evaluations"),
         ({"on_policy_schedule": "linear"}, "on_policy_schedule 'linear' is not known; accepted: constant, adaptive"),
         ({"okd_teacher_alpha": 2.0}, r"okd_teacher_alpha is a number in \[0, 1\]"),
         ({"method": "taid", "taid_t_start": 0.9, "taid_t_end": 0.5}, "0 <= t_start <= t_end <= 1"),
@@ -545,5 +611,13 @@ def test_what_the_trainer_cannot_do_is_refused(tmp_path: Path) -> None:
         KDTrainer(student, args, teacher=student)
     with pytest.raises(TypeError, match=r"teacher is a causal language model, its folder or name, .*, got int"):
         KDTrainer(student, args, teacher=3)
+    with pytest.raises(ValueError, match="teacher 'no/such/folder' cannot be loaded"):
+        KDTrainer(student, args, teacher="no/such/folder")
+    with pytest.raises(ValueError, match="has no parameter that requires a gradient"):
+        KDTrainer(models(torch.float32)[0].requires_grad_(False), args, teacher=teacher)
+    with pytest.raises(ValueError, match="loss that balances experts, which this loss does not add"):
+        KDTrainer(build("qwen3_moe", output_router_logits=True).float(), args, teacher=teacher)
+    with pytest.raises(ValueError, match="an example has no input_ids; it has text"):
+        KDTrainer(student, args, train_dataset=[{"text": "abc"}] * 4, teacher=teacher).train()
     with pytest.raises(ValueError, match=f"vocab_size=99; accepted: 1 to {VOCAB}"):
         KDTrainer(student, settings(tmp_path, vocab_size=99), teacher=teacher)

@@ -29,6 +29,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "on_policy_schedule": "adaptive",
         "on_policy_max_new_tokens": 4,
         "replay_buffer_size": 6,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
     },
 }
 SHARDED = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}

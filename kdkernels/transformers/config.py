@@ -108,6 +108,10 @@ class KDConfig(TrainingArguments):
         for name in ("on_policy_fraction", "okd_teacher_alpha"):
             if number(name, getattr(self, name), "a number in [0, 1]", 0.0) > 1.0:
                 raise ValueError(f"{name} is a number in [0, 1], got {getattr(self, name)}")
+        if self.on_policy_schedule == "adaptive" and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+            raise ValueError(
+                "on_policy_schedule='adaptive' goes by evaluations, but eval_strategy is 'no'; accepted: 'steps' or 'epoch'"
+            )
         if self.okd_learning_rate is not None:
             number("okd_learning_rate", self.okd_learning_rate, "a number of at least 0, or None", 0.0)
         if self.method == TAID:

@@ -21,8 +21,9 @@ from kdkernels.errors import CommandError
 
 IGNORED = -100
 KINDS = '"text" (a string), "messages" (a list of {"role", "content"}), or "prompt" and "completion" (strings)'
+TABLES = (".csv", ".tsv", ".parquet", ".arrow")
 # a missing file of these names is not looked for on the hub
-FILES = (".txt", ".md", ".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+FILES = (".txt", ".md", ".json", ".jsonl", ".ndjson", *TABLES)
 
 Example = dict[str, list[int]]
 
@@ -46,17 +47,20 @@ def read(source: str | Path, *, split: str = "train") -> Sequence[Mapping[str, A
         return _named(str(source), split)
     if split != "train":
         raise CommandError(f"{path} has no split {split!r}: a file is all one split, train")
+    suffix = path.suffix.lower()
+    if suffix in TABLES:
+        raise CommandError(f"{path} is a table; accepted: text, .jsonl, .json, or a folder that datasets saved")
     try:
         text = path.read_bytes().decode("utf-8-sig")  # as it stands: text mode would change line ends
     except UnicodeDecodeError as error:
         raise CommandError(f"{path} is not text in UTF-8 (byte {error.start:,}); accepted: text, .jsonl, .json") from error
     except OSError as error:
         raise CommandError(f"{path} cannot be read: {error.strerror}") from error
-    if path.suffix in (".jsonl", ".ndjson"):
+    if suffix in (".jsonl", ".ndjson"):
         # by "\n" alone: splitlines would also cut at separators that JSON lets stand inside a string
         lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
         return [_checked(_json(line, f"{path}, line {number}"), f"{path}, line {number}") for number, line in lines]
-    if path.suffix == ".json":
+    if suffix == ".json":
         records = _json(text, str(path))
         if not isinstance(records, list):
             raise CommandError(f"{path} holds {_what(records)}; accepted in a .json file: a list of records")
@@ -148,9 +152,12 @@ class Collator:
         }
 
     def _row(self, example: Mapping[str, Any]) -> dict[str, Tensor]:
+        if example.get("input_ids") is None:
+            raise ValueError(f"an example has no input_ids; it has {', '.join(map(str, example)) or 'nothing'}")
         ids = torch.as_tensor(example["input_ids"], dtype=torch.int64)
-        mask = torch.as_tensor(example.get("attention_mask", torch.ones_like(ids)), dtype=torch.int64)
-        labels = torch.as_tensor(example.get("labels", ids.where(mask == 1, IGNORED)), dtype=torch.int64)
+        mask, labels = example.get("attention_mask"), example.get("labels")
+        mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask, dtype=torch.int64)
+        labels = ids.where(mask == 1, IGNORED) if labels is None else torch.as_tensor(labels, dtype=torch.int64)
         if not ids.shape == mask.shape == labels.shape or ids.dim() != 1:
             shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("attention_mask", mask), ("labels", labels)))
             raise ValueError(f"an example's lists have one length: input_ids {tuple(ids.shape)}, {shapes}")
@@ -280,7 +287,7 @@ def _saved(path: Path, split: str) -> Sequence[Mapping[str, Any]]:
 
 def _named(source: str, split: str) -> Sequence[Mapping[str, Any]]:
     name, _, configuration = source.partition(":")
-    if Path(name).is_absolute() or name[:1] in ("", ".", "~") or name.count("/") > 1 or Path(name).suffix in FILES:
+    if Path(name).is_absolute() or name[:1] in ("", ".", "~") or name.count("/") > 1 or Path(name).suffix.lower() in FILES:
         raise CommandError(f"{source!r}: there is no such file or folder")
     datasets = _datasets(source)
     try:

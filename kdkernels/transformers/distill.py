@@ -222,8 +222,8 @@ def _earlier(out: Path, settings: argparse.Namespace, resume: bool) -> dict[str,
     """run.json of the run to go on with, if there is one. An earlier run is neither overwritten nor continued as another."""
     if out.exists():
         files.claim(out, COMMAND)  # refuses what is not ours; a new folder is made when all that was given has been read
-    if not (out / RUN).exists():
-        return None  # new, or cut off before it had computed anything
+    if not (out / RUN).exists() or not ((out / RESULTS).exists() or last_checkpoint(out)):
+        return None  # new, or cut off before it had computed anything that is worth keeping
     if not resume:
         state = "a finished run" if (out / RESULTS).exists() else "a run that is not finished"
         raise CommandError(f"--out {out} holds {state}; accepted: --resume, or another folder")

@@ -135,7 +135,10 @@ class OnlineTeacher:
             raise ImportError("OnlineTeacher needs peft: pip install 'kdkernels[transformers]'") from error
         base = unwrapped(model)
         if hasattr(model, "get_base_model") or any(isinstance(module, BaseTunerLayer) for module in base.modules()):
-            raise ValueError("model carries adapters of peft already; accepted: a model without (merge_and_unload() makes one)")
+            raise ValueError(
+                "model carries adapters of peft already; accepted: a model without (those of an earlier KDTrainer go by "
+                "trainer.online.unload(), others into the weights by merge_and_unload())"
+            )
         if base is not model:
             raise ValueError(
                 f"model is wrapped in {type(model).__name__}; accepted: the transformers model itself "

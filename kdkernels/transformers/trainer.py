@@ -69,7 +69,7 @@ class TokenMeans:
             dist.all_reduce(stacked)
         found = dict(zip(sums, stacked, strict=True))
         tokens = found.pop("tokens")
-        return {**{name: value / tokens for name, value in found.items()}, "tokens": tokens}
+        return {**{name: value / tokens.clamp(min=1) for name, value in found.items()}, "tokens": tokens}
 
 
 class _Steps(TrainerCallback):
@@ -111,10 +111,10 @@ class KDTrainer(Trainer):
     The rest is the Trainer's. No logits are made, so compute_metrics and preprocess_logits_for_metrics are refused.
 
     Both heads are verified (``verify_lm_head``) before anything else. What is logged besides the loss, as means over the tokens
-    since the last log: kd, ce, target_entropy, student_entropy, agreement, overlap, in TAID t, in OKD teacher_loss; in evaluations
-    the same with the prefix "eval_", over the whole data set and against the teacher itself (t = 1, without LoRA). A checkpoint
-    holds all that a run needs to go on as if it had not been interrupted. With "okd" the LoRA stays on the teacher after training;
-    ``trainer.online.unload()`` gives it back without.
+    since the last log: kd (the divergence, without T² and weights), ce, target_entropy, student_entropy, agreement, overlap, in
+    TAID t, in OKD teacher_loss; in evaluations the same with the prefix "eval_", over the whole data set and against the teacher
+    itself (t = 1, without LoRA). A checkpoint holds all that a run needs to go on as if it had not been interrupted. With "okd" the
+    LoRA stays on the teacher after training; ``trainer.online.unload()`` gives it back without.
 
     Raises ValueError or TypeError that names the argument, what came and what is accepted.
     """
@@ -146,6 +146,7 @@ class KDTrainer(Trainer):
             raise ValueError(
                 f"one process sees {args.n_gpu} GPUs, which transformers would run as DataParallel: start one for each"
             )
+        _check_student(model)
         self.cache = _cache(teacher)
         self.teacher: Any = None
         if self.cache is not None:
@@ -172,7 +173,7 @@ class KDTrainer(Trainer):
             verify_lm_head(model)
         if self.teacher is not None:
             verify_lm_head(self.teacher)
-        self.vocab_size = self._shared_vocabulary(teacher_processing_class)
+        self.vocab_size, self._known_tokens = self._shared_vocabulary(teacher_processing_class)
         if self.teacher is not None:
             self._place_teacher()
         self.taid = args.taid_schedule().to(args.device) if args.method == TAID else None
@@ -182,14 +183,15 @@ class KDTrainer(Trainer):
 
     # ---- what is set up once ----
 
-    def _shared_vocabulary(self, teacher_processing_class: Any) -> int | None:
-        """How many rows of both heads are compared; None for all of them."""
+    def _shared_vocabulary(self, teacher_processing_class: Any) -> tuple[int | None, int | None]:
+        """How many rows of both heads are compared, and how many of them are tokens that both know; None for all."""
         rows = [lm_head(self.model).weight.shape[0]]
         rows.append(lm_head(self.teacher).weight.shape[0] if self.cache is None else self.cache.vocab_size)
         if self.args.vocab_size is not None:
             if not 1 <= self.args.vocab_size <= min(rows):
                 raise ValueError(f"vocab_size={self.args.vocab_size}; accepted: 1 to {min(rows)}, the rows that both heads have")
-            return self.args.vocab_size
+            return self.args.vocab_size, self.args.vocab_size
+        agreed: int | None = None
         theirs = teacher_processing_class
         if theirs is None:
             theirs = _tokenizer_of(self.teacher) if self.cache is None else _tokenizer_at(self.cache.folder / TOKENIZER)
@@ -202,7 +204,8 @@ class KDTrainer(Trainer):
             # Rows behind all tokens, alike in both heads, stay: a student has to learn that they mean nothing.
             if agreed <= max(max(tokenizer.get_vocab().values()) for tokenizer in (self.processing_class, theirs)):
                 rows.append(agreed)
-        return min(rows) if len(set(rows)) > 1 else None
+        cut = min(rows) if len(set(rows)) > 1 else None
+        return cut, min([size for size in (cut, agreed) if size is not None], default=None)
 
     def _place_teacher(self) -> None:
         if getattr(self.teacher, "hf_device_map", None) is None and getattr(self.teacher, "quantization_method", None) is None:
@@ -239,10 +242,12 @@ class KDTrainer(Trainer):
             seed=args.seed,
             pad_token_id=getattr(self.processing_class, "pad_token_id", None),
             eos_token_id=sorted(ends) or None,
-            vocab_size=self.vocab_size,
+            vocab_size=self._known_tokens,
         )
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if self.taid is not None:  # a second run starts where the first did; a checkpoint's state comes after this
+            self.taid.load_state_dict(self.args.taid_schedule().state_dict())
         if self.teacher is not None and not self._teacher_prepared:
             self._teacher_prepared = True
             self._prepare_teacher()
@@ -347,6 +352,9 @@ class KDTrainer(Trainer):
             if self.taid is not None and training:
                 options["t"] = self.taid.t
             if self.cache is not None:
+                if self.vocab_size is not None:  # what the student has no row for belongs to the rest
+                    unknown = targets["topk_ids"] >= self.vocab_size
+                    targets["topk_logprobs"] = targets["topk_logprobs"].masked_fill(unknown, -torch.inf)
                 loss, means = linear_topk_kd_loss(hidden, head, **targets, labels=labels, tail=args.topk_tail, **options)
             else:
                 loss, means = linear_kd_loss(hidden, head, target, lm_head(self.teacher), labels, **options)
@@ -376,7 +384,8 @@ class KDTrainer(Trainer):
         means = self._stepped.drained()
         if not self.accelerator.optimizer_step_was_skipped:
             progress = min(1.0, self.state.global_step / self.state.max_steps)
-            self.taid.update(means["kd"] + means["target_entropy"], progress)
+            loss = means["kd"] + means["target_entropy"]
+            self.taid.update(torch.where(means["tokens"] > 0, loss, torch.nan), progress)  # of no tokens it learns nothing
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's, with the means over the tokens since the last log."""
@@ -473,11 +482,26 @@ class KDTrainer(Trainer):
         if self.online is not None:
             self.online.load_state_dict(state["teacher"])
         if self.on_policy is not None:
-            self.on_policy.load_state_dict(torch.load(self._on_policy_state(checkpoint), map_location="cpu", weights_only=True))
+            written = self._on_policy_state(checkpoint)
+            if not written.exists():
+                why = "its run had no on_policy_fraction, or fewer processes"
+                raise ValueError(f"resume_from_checkpoint={checkpoint} has no {written.name}: {why}")
+            self.on_policy.load_state_dict(torch.load(written, map_location="cpu", weights_only=True))
 
     def _on_policy_state(self, folder: str) -> Path:
         """Each rank has a replay buffer of its own."""
         return Path(folder) / f"on_policy_{self.args.process_index}.pt"
+
+
+def _check_student(model: Any) -> None:
+    """It learns something, and what it learns from is this loss alone."""
+    base = unwrapped(model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"model ({type(base).__name__}) has no parameter that requires a gradient: there is nothing to train")
+    if getattr(getattr(base, "config", None), "output_router_logits", False):
+        raise ValueError(
+            "model.config.output_router_logits asks for a loss that balances experts, which this loss does not add; accepted: False"
+        )
 
 
 def _cache(teacher: Any) -> TopKCache | None:
@@ -494,7 +518,10 @@ def _model(teacher: Any) -> Any:
             "teacher is a causal language model, its folder or name, or a folder made by `python -m kdkernels cache`, got "
             f"{type(teacher).__name__}"
         )
-    return AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
+    try:
+        return AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"teacher {str(teacher)!r} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def _tokenizer_of(model: Any) -> Any:
@@ -518,5 +545,10 @@ def _check_cache(args: KDConfig, cache: TopKCache) -> None:
         raise ValueError("method 'okd' trains the teacher along, but the teacher given is a cache of its log-probabilities")
     if args.on_policy_fraction > 0.0 or args.on_policy_schedule != "constant":
         raise ValueError("on_policy_fraction needs a teacher that can judge new text; the teacher given is a cache")
+    divergence = args.resolved_divergence().name
+    if args.topk_tail == "renormalize" and divergence in ("reverse_kl", "skew_reverse_kl"):  # weighed by the student
+        raise ValueError(
+            f"with topk_tail='renormalize' {divergence} moves mass outside the top-k, free of cost; accepted: 'bucket'"
+        )
     if args.temperature != cache.temperature:
         raise ValueError(f"temperature={args.temperature}, but the cache was made for {cache.temperature}")
