@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ transformers = pytest.importorskip("transformers")
 
 from kdkernels.transformers import KDConfig, KDTrainer, TopKCache, hidden_states, write_cache  # noqa: E402
 from kdkernels.transformers.config import methods  # noqa: E402
-from tests.tiny_models import VOCAB, build  # noqa: E402
+from kdkernels.transformers.online import query_value_modules  # noqa: E402
+from tests.tiny_models import MODELS, VOCAB, build  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
@@ -217,6 +219,33 @@ def test_okd_trains_both_as_a_plain_loop_does(tmp_path: Path) -> None:
     assert max(float(up.detach().abs().max()) for _, up in lora.values()) > 1e-3
     back = weights(online.unload())
     assert all(torch.equal(tensor, back[name]) for name, tensor in before.items()), "the base has moved"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_is_distilled_into_itself(name: str, tmp_path: Path) -> None:
+    """By OKD where the model has queries and values; the first step's loss is that of the models' own logits."""
+    dropouts = ("attn_pdrop", "resid_pdrop", "embd_pdrop", "dropout", "attention_dropout")
+    dropouts += ("hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout", "layerdrop")
+    without = dict.fromkeys(dropouts, 0.0) if name in ("gpt2", "opt", "biogpt") else {}
+    student, teacher = build(name, **without).float(), build(name, seed=1, **without).float()
+    try:
+        method = "okd" if query_value_modules(teacher) else "forward_kl"
+    except ValueError:  # no attention: RWKV, Mamba
+        method = "forward_kl"
+    data = examples(2 * BATCH)
+    ids, mask, following = padded(data[:BATCH])
+    with torch.no_grad():
+        x, z = (copy.deepcopy(model)(input_ids=ids, attention_mask=mask).logits for model in (student, teacher))
+    options = Options(divergence="reverse_kl" if method == "okd" else "forward_kl")
+    expected = oracle.mean(oracle.losses(x, z, following, None, options), following, None, options)
+    divergence = {"divergence": "reverse_kl"} if method == "okd" else {}
+    args = settings(tmp_path, method=method, max_steps=2, gradient_accumulation_steps=1, **divergence)
+    before = weights(student)
+    trainer = KDTrainer(student, args, train_dataset=data, teacher=teacher)
+    trainer.train()
+    assert logs(trainer)[0]["loss"] == pytest.approx(float(expected), rel=1e-3)
+    after = weights(student)
+    assert any(not torch.equal(tensor, before[key]) for key, tensor in after.items())
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
