@@ -169,7 +169,7 @@ def test_what_is_too_long_is_cut_and_counted_and_what_teaches_nothing_is_dropped
     made = tokenizer()
     found = prepare(source, made, max_length=10)
     assert [learned(one, made) for one in found.examples] == ["bb", "c</s>"]
-    assert (found.cut, found.dropped) == (2, 2)
+    assert (found.cut, found.dropped) == (2, 3)
     for one in found.examples:
         assert len(one["input_ids"]) == len(one["labels"]) <= 10
 

@@ -400,6 +400,7 @@ def test_a_file_gives_options_and_the_command_line_comes_first(
         ("data: 3", "data is 3; accepted: text"),
         ("method: kl", "method is 'kl'; accepted: one of forward_kl,"),
         ("batch-size: 2\nbatch_size: 2", "batch_size is there twice"),
+        ("method: taid\nmethod: okd", "method is there twice"),
         ("- a\n- b", "holds no names with values"),
         ("a: [", "is not YAML"),
         ("{'a': 1", "is not YAML"),
@@ -416,8 +417,14 @@ def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path: Path, content: st
 
 def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{")
+    (tmp_path / "twice.json").write_text('{"steps": 1, "steps": 2}')
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe")
-    for name, expected in (("a.json", "is not JSON"), ("b.yaml", "not text in UTF-8"), ("c.yaml", "No such file")):
+    for name, expected in (
+        ("a.json", "is not JSON"),
+        ("twice.json", "steps is there twice"),
+        ("b.yaml", "not text in UTF-8"),
+        ("c.yaml", "No such file"),
+    ):
         with pytest.raises(CommandError, match=expected):
             read_config(tmp_path / name)
 

@@ -114,7 +114,9 @@ def prepare(source: str | Path, tokenizer: Any, *, max_length: int, split: str =
 
     def kept() -> Iterator[Example]:
         for number, record in enumerate(records, 1):
-            for example in _tokenized(record, tokenizer, max_length, f"{source}, record {number}"):
+            parts = list(_tokenized(record, tokenizer, max_length, f"{source}, record {number}"))
+            count["dropped"] += not parts  # an empty text
+            for example in parts:
                 if len(example["input_ids"]) > max_length:  # never a window of a text
                     count["cut"] += 1
                     example = {name: values[:max_length] for name, values in example.items()}

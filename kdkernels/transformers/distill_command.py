@@ -11,7 +11,7 @@ import difflib
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -255,17 +255,33 @@ def merged(given: Mapping[str, Any], configured: Mapping[str, Any]) -> argparse.
 
 
 def _parsed(text: str, path: Path) -> Any:
+    def paired(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _check_once([name for name, _ in pairs], path)
+        return dict(pairs)
+
     if path.suffix == ".json":
         try:
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=paired)
+        except CommandError:
+            raise
         except ValueError as error:
             raise CommandError(f"--config {path} is not JSON: {error}") from error
     import yaml  # type: ignore[import-untyped]  # comes with transformers
 
     try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if isinstance(node, yaml.MappingNode):
+            _check_once([key.value for key, _ in node.value], path)
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise CommandError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _check_once(names: Sequence[Any], path: Path) -> None:
+    """Both readers would take the last of two values of one name, and say nothing."""
+    for name in names:
+        if names.count(name) > 1:
+            raise CommandError(f"--config {path}: {name} is there twice")
 
 
 def _shown(value: Any) -> str:
