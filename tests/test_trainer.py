@@ -311,9 +311,6 @@ def test_an_interrupted_run_is_the_uninterrupted_one(run: str, tmp_path: Path) -
     straight = trainer("whole", whole, max_steps=6)
     straight.train()
 
-    class Interrupted(Exception):
-        pass
-
     class Stop(transformers.TrainerCallback):
         def on_step_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
             if state.global_step == 3:
@@ -533,6 +530,96 @@ def test_a_second_run_of_taid_starts_where_the_first_did(tmp_path: Path) -> None
     assert ts[0][0] < 0.6
 
 
+class Interrupted(Exception):
+    pass
+
+
+class StopAtSubstep(transformers.TrainerCallback):  # type: ignore[misc]
+    """Between a backward and the step."""
+
+    def on_substep_end(self, *_: Any, **__: Any) -> None:
+        raise Interrupted
+
+
+@pytest.mark.parametrize("run", ["okd", "taid", "gkd"])
+def test_an_aborted_run_leaves_nothing_to_the_next(run: str, tmp_path: Path) -> None:
+    found = []
+    for aborted in (False, True):
+        student, teacher = models(torch.float32)
+        args = settings(tmp_path / str(aborted), **RUNS[run], seed=3)
+        trainer = KDTrainer(student, args, train_dataset=examples(), teacher=teacher)
+        if aborted:
+            stop = StopAtSubstep()
+            trainer.add_callback(stop)
+            with pytest.raises(Interrupted):
+                trainer.train()
+            trainer.remove_callback(stop)
+            student.zero_grad()
+        transformers.set_seed(3)
+        trainer.train()
+        found.append((logs(trainer), weights(student)))
+    assert [entry["loss"] for entry in found[0][0]] == [entry["loss"] for entry in found[1][0]]
+    assert all(torch.equal(tensor, found[1][1][name]) for name, tensor in found[0][1].items())
+
+
+@pytest.mark.parametrize("method", ["forward_kl", "okd"])
+def test_a_run_resumed_at_its_end_takes_no_further_step(method: str, tmp_path: Path) -> None:
+    """In the middle of an epoch, with a rate that does not fall."""
+    given = {"method": method, "lr_scheduler_type": "constant", "max_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    ends = []
+    for resume in (None, str(tmp_path / "checkpoint-3")):
+        student, teacher = models(torch.float32)
+        trainer = KDTrainer(student, settings(tmp_path, **given), train_dataset=examples(20), teacher=teacher)
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer.state.global_step == 3
+        ends.append({**weights(student), **weights(trainer.teacher)})
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_the_best_student_comes_with_the_teacher_that_it_had(tmp_path: Path) -> None:
+    student, teacher = models(torch.float32)
+    args = settings(
+        tmp_path,
+        method="okd",
+        learning_rate=3.0,  # each step is worse than the one before
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        save_teacher=True,
+    )
+    trainer = KDTrainer(student, args, train_dataset=examples(), eval_dataset=examples(3, seed=3), teacher=teacher)
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name != f"checkpoint-{STEPS}"
+    saved = torch.load(best / "distillation.pt", weights_only=True)["teacher"]["lora"]
+    assert all(torch.equal(tensor, trainer.online.state_dict()["lora"][name]) for name, tensor in saved.items())
+
+
+def test_a_padding_token_that_only_the_student_has_reaches_no_teacher(tmp_path: Path) -> None:
+    words = [f"w{number}" for number in range(VOCAB)]
+    ours = tokenizer(words)
+    ours.pad_token = words[-1]
+    student, teacher = build("llama").float(), build("llama", seed=1, vocab_size=VOCAB - 1).float()
+    data = [{**one, "input_ids": [min(token, VOCAB - 2) for token in one["input_ids"]]} for one in examples()]
+    data = [{**one, "labels": [min(label, VOCAB - 2) for label in one["labels"]]} for one in data]
+    for name, fraction in (("data", 0.0), ("written", 1.0)):
+        trainer = KDTrainer(
+            student,
+            settings(tmp_path / name, on_policy_fraction=fraction, on_policy_max_new_tokens=4),
+            train_dataset=data,
+            teacher=teacher,
+            processing_class=ours,
+            teacher_processing_class=tokenizer(words[:-1]),
+        )
+        assert trainer.vocab_size == VOCAB - 1
+        trainer.train()
+
+
 def test_a_step_without_a_token_that_counts_has_loss_0_and_moves_no_target(tmp_path: Path) -> None:
     masked = [{"input_ids": one["input_ids"], "labels": [-100] * len(one["input_ids"])} for one in examples()]
     student, teacher = models(torch.float32)
@@ -621,6 +708,9 @@ def test_a_token_that_only_the_student_has_is_cut_and_padding_alike_in_both_is_n
         ({"method": "taid", "taid_t_start": 0.9, "taid_t_end": 0.5}, "0 <= t_start <= t_end <= 1"),
         ({"strategy": "rows"}, "strategy 'rows' is not known"),
         ({"topk_tail": "drop"}, "topk_tail 'drop' is not known; accepted: "),
+        ({"okd_lora_rank": 0}, "okd_lora_rank is a whole number of at least 1, got 0"),
+        ({"on_policy_max_new_tokens": 0}, "on_policy_max_new_tokens is a whole number of at least 1"),
+        ({"memory_budget": 1.5}, "memory_budget is a whole number of at least 1, got 1.5"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
     ],
 )

@@ -103,6 +103,11 @@ class KDConfig(TrainingArguments):
             )
         self.resolved_divergence()
         number("temperature", self.temperature, "a positive number", 0.0, above=True)
+        counts = ("okd_lora_rank", "on_policy_max_new_tokens", "replay_buffer_size", "vocab_size", "memory_budget")
+        for name in counts:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is a whole number of at least 1, got {value!r}")
         for name in ("kd_weight", "ce_weight"):
             number(name, getattr(self, name), "a number of at least 0", 0.0)
         for name in ("on_policy_fraction", "okd_teacher_alpha"):

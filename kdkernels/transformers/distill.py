@@ -33,7 +33,7 @@ from kdkernels import files
 from kdkernels.errors import CommandError
 from kdkernels.transformers.cache import TOKENIZER, TopKCache, is_cache
 from kdkernels.transformers.config import KDConfig
-from kdkernels.transformers.data import Collator, Example, prepare
+from kdkernels.transformers.data import Example, prepare
 from kdkernels.transformers.distill_command import FREE
 from kdkernels.transformers.load import load_model, load_tokenizer
 from kdkernels.transformers.trainer import KDTrainer
@@ -67,7 +67,7 @@ def distill(settings: argparse.Namespace, *, resume: bool = False, console: Cons
 
     cache = TopKCache(settings.teacher) if is_cache(settings.teacher) else None
     tokenizer = _for("student", load_tokenizer, settings.student)
-    shared, train, held_out = _data(settings, tokenizer, cache, say)
+    train, held_out = _data(settings, tokenizer, cache, say)
     digest = _digest(train, held_out)
     if earlier is not None and earlier["data"] != digest:
         raise CommandError(f"--resume: the data is not that of the run in {out}; accepted: the same, or another --out")
@@ -75,25 +75,26 @@ def distill(settings: argparse.Namespace, *, resume: bool = False, console: Cons
         files.claim(out, COMMAND)
 
     with _quiet():
-        trainer = _trainer(settings, config, tokenizer, shared, train, held_out)
+        trainer = _trainer(settings, config, tokenizer, train, held_out)
         checkpoint = last_checkpoint(out) if earlier is not None else None
         if resume:
             say(f"continuing from {checkpoint}" if checkpoint else "there is no checkpoint yet: starting from the beginning")
         say(f"{len(train):,} examples to learn from, {len(held_out):,} held out")
 
         before = None if earlier is None else earlier["before"]
+        started, first_step = 0.0, 0
 
         def begin() -> None:
-            nonlocal before
+            nonlocal before, started, first_step
             if before is None:
                 before = _evaluation(trainer)
                 if first:
                     run = {"settings": _kept(settings), "data": digest, "before": before}
                     files.write(out / RUN, json.dumps(run, indent=1).encode())
+            started, first_step = time.monotonic(), trainer.state.global_step
 
-        started = time.monotonic()
         with _refused(), _Watch(console if first else None) as watch:
-            callbacks = watch.callback(), _AtStart(begin)
+            callbacks = _AtStart(begin), watch.callback()
             for callback in callbacks:
                 trainer.add_callback(callback)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -106,6 +107,7 @@ def distill(settings: argparse.Namespace, *, resume: bool = False, console: Cons
     results = {
         "settings": _kept(settings),
         "steps": trainer.state.global_step,
+        "timed_steps": trainer.state.global_step - first_step,  # of this run, where it goes on with another
         "seconds": round(seconds, 2),
         "train_examples": len(train),
         "eval_examples": len(held_out),
@@ -123,7 +125,6 @@ def _trainer(
     settings: argparse.Namespace,
     config: KDConfig,
     tokenizer: Any,
-    shared: int,
     train: Sequence[Example],
     held_out: Sequence[Example],
 ) -> KDTrainer:
@@ -135,12 +136,10 @@ def _trainer(
         teacher = _for("teacher", load_model, settings.teacher, dtype=settings.teacher_dtype)
         _check_length("teacher", teacher, longest)
         teacher_tokenizer = _for("teacher", load_tokenizer, settings.teacher)
-    pad = tokenizer.pad_token_id
     with _refused():
         trainer = KDTrainer(
             student,
             config,
-            Collator(pad if pad is not None and pad < shared else None),  # padding is masked, but the teacher must have the token
             train_dataset=train,
             eval_dataset=held_out or None,
             processing_class=tokenizer,
@@ -240,8 +239,8 @@ def _earlier(out: Path, settings: argparse.Namespace, resume: bool) -> dict[str,
 
 def _data(
     settings: argparse.Namespace, tokenizer: Any, cache: TopKCache | None, say: Callable[[str], None]
-) -> tuple[int, Sequence[Example], Sequence[Example]]:
-    """How many ids both models know, the examples to learn from, and those that are held out."""
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """The examples to learn from, and those that are held out."""
     theirs = settings.teacher if cache is None else cache.folder / TOKENIZER
     # A program may have made a cache without a tokenizer; then its height is all that is known.
     shared = cache.vocab_size if cache is not None else 2**63
@@ -271,13 +270,14 @@ def _data(
                 "--eval-data, more data, a smaller --max-length, or --eval-fraction 0"
             )
         train, held_out = train[: len(train) - count], train[len(train) - count :]
-    largest = max(max(example["input_ids"]) for part in (train, held_out) for example in part)
-    if largest >= shared:
-        token = tokenizer.convert_ids_to_tokens(largest)
-        raise CommandError(
-            f"--data has the token {token!r} ({largest}), which the teacher does not know: what both know is the first {shared:,}"
-        )
-    return shared, train, held_out
+    for option, part in (("--data", train), ("--eval-data" if settings.eval_data else "--data", held_out)):
+        largest = max((max(example["input_ids"]) for example in part), default=0)
+        if largest >= shared:
+            token = tokenizer.convert_ids_to_tokens(largest)
+            raise CommandError(
+                f"{option} has the token {token!r} ({largest}), which the teacher does not know: both know the first {shared:,}"
+            )
+    return train, held_out
 
 
 def _digest(*parts: Sequence[Example]) -> str:
@@ -452,5 +452,6 @@ def _show(console: Console, results: dict[str, Any], out: Path) -> None:
             if name in results["after"]:
                 table.add_row(name, *(f"{results[when][name]:.4f}" for when in ("before", "after")))
         console.print(table)
-    say(f"{results['steps']:,} steps in {results['seconds']:.0f} s")
+    steps, timed = results["steps"], results["timed_steps"]
+    say(f"{steps:,} steps{'' if timed == steps else f', the last {timed:,}'} in {results['seconds']:.0f} s")
     say(f"student: {out / STUDENT}")

@@ -26,11 +26,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from kdkernels.checks import number
+from kdkernels.transformers.data import IGNORED
 from kdkernels.transformers.heads import unwrapped
 
 SCHEDULES = ("constant", "adaptive")
 DATA, GENERATED, REPLAYED = "data", "generated", "replayed"
-IGNORED = -100
 GROWTH = 0.1  # of lambda, as DistiLLM has it
 KEYS = ("input_ids", "attention_mask", "labels")
 

@@ -72,6 +72,15 @@ class TokenMeans:
         return {**{name: value / tokens.clamp(min=1) for name, value in found.items()}, "tokens": tokens}
 
 
+def _floats(means: Mapping[str, Tensor]) -> dict[str, float]:
+    """What is logged of them, in one transfer."""
+    if not means:
+        return {}
+    values = dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
+    del values["tokens"]
+    return values
+
+
 class _Steps(TrainerCallback):
     """Hands the Trainer's events on to the trainer itself."""
 
@@ -106,7 +115,7 @@ class KDTrainer(Trainer):
     processing_class, teacher_processing_class: the tokenizers, whose vocabularies must be the same. Where one is not given, the one
         saved with its model is looked for. Heads of different height (padded vocabularies) are cut to what both know.
     train_dataset, eval_dataset: examples with "input_ids" and, unless each token counts, "labels" (-100: does not count), both not
-        shifted. With a cached teacher the train_dataset may be left out: its examples are in the cache.
+        shifted. With a cached teacher both must be in the cache, and the train_dataset may be left out: the cache holds its own.
     data_collator: makes {"input_ids", "attention_mask", "labels"} of them (default: pads on the right).
     The rest is the Trainer's. No logits are made, so compute_metrics and preprocess_logits_for_metrics are refused.
 
@@ -160,7 +169,8 @@ class KDTrainer(Trainer):
         if processing_class is None:
             processing_class = _tokenizer_of(model)
         if data_collator is None:
-            data_collator = Collator(getattr(processing_class, "pad_token_id", None))
+            # The student's own padding may be a token that the teacher has no row for; what stands at padding does not matter.
+            data_collator = Collator(None)
         if self.cache is not None:
             data_collator = _WithTargets(data_collator, self.cache)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **options)
@@ -172,10 +182,11 @@ class KDTrainer(Trainer):
         if not self.is_fsdp_enabled:  # there it waits until the weights are where they belong
             verify_lm_head(model)
         if self.teacher is not None:
+            self._place_teacher()
             verify_lm_head(self.teacher)
         self.vocab_size, self._known_tokens = self._shared_vocabulary(teacher_processing_class)
-        if self.teacher is not None:
-            self._place_teacher()
+        if args.method == OKD:
+            self._let_teacher_learn()
         self.taid = args.taid_schedule().to(args.device) if args.method == TAID else None
         self.on_policy = self._student_writes()
         self._logged, self._stepped, self._evaluated = TokenMeans(), TokenMeans(), TokenMeans()
@@ -208,21 +219,23 @@ class KDTrainer(Trainer):
         return cut, min([size for size in (cut, agreed) if size is not None], default=None)
 
     def _place_teacher(self) -> None:
-        if getattr(self.teacher, "hf_device_map", None) is None and getattr(self.teacher, "quantization_method", None) is None:
-            self.teacher.to(self.args.device)
         self.teacher.eval()
-        if self.args.method == OKD:
-            self.online = OnlineTeacher(
-                self.teacher,
-                rank=self.args.okd_lora_rank,
-                alpha=self.args.okd_lora_alpha,
-                dropout=self.args.okd_lora_dropout,
-                target_modules=self.args.okd_target_modules,
-                seed=self.args.seed,
-            )
-            self.teacher = self.online.model
-            if self.args.activation_checkpointing:
-                self.online.checkpoint_activations()
+        placed = (getattr(self.teacher, name, None) is not None for name in ("hf_device_map", "quantization_method"))
+        if not self.is_fsdp_enabled and not any(placed):  # FSDP2 moves each shard, where the whole may not fit
+            self.teacher.to(self.args.device)
+
+    def _let_teacher_learn(self) -> None:
+        self.online = OnlineTeacher(
+            self.teacher,
+            rank=self.args.okd_lora_rank,
+            alpha=self.args.okd_lora_alpha,
+            dropout=self.args.okd_lora_dropout,
+            target_modules=self.args.okd_target_modules,
+            seed=self.args.seed,
+        )
+        self.teacher = self.online.model
+        if self.args.activation_checkpointing:
+            self.online.checkpoint_activations()
 
     def _student_writes(self) -> OnPolicy | None:
         args = self.args
@@ -240,14 +253,19 @@ class KDTrainer(Trainer):
             top_p=args.on_policy_top_p,
             replay_size=args.replay_buffer_size,
             seed=args.seed,
-            pad_token_id=getattr(self.processing_class, "pad_token_id", None),
+            pad_token_id=0,  # masked, and known to both
             eos_token_id=sorted(ends) or None,
             vocab_size=self._known_tokens,
         )
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        if self.taid is not None:  # a second run starts where the first did; a checkpoint's state comes after this
+        # A second run starts where the first did, however that ended; a checkpoint's state comes after this.
+        self._logged, self._stepped = TokenMeans(), TokenMeans()
+        self.on_policy = self._student_writes()
+        if self.taid is not None:
             self.taid.load_state_dict(self.args.taid_schedule().state_dict())
+        for parameter in [] if self.online is None else self.online.parameters():
+            parameter.grad = None
         if self.teacher is not None and not self._teacher_prepared:
             self._teacher_prepared = True
             self._prepare_teacher()
@@ -267,6 +285,11 @@ class KDTrainer(Trainer):
             shard(self.teacher, mesh) if self.online is None else self.online.shard(mesh)
         if self.online is not None:
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.teacher)
+            of_its_own = {"params", "model", "optimizer_dict"} & options.keys()
+            if of_its_own or not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+                raise ValueError(
+                    f"optim={self.args.optim!s} chooses parameters by itself; accepted with 'okd': adamw_torch and such"
+                )
             rate = self.args.learning_rate if self.args.okd_learning_rate is None else self.args.okd_learning_rate
             self.online.optimize_with(cls, options, rate)
 
@@ -274,6 +297,10 @@ class KDTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of a step and how many tokens count in them on all ranks; some may be the student's own writing."""
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from its last step: the Trainer looks whether it is done only after one more.
+            self.control.should_training_stop = True
+            return [], None
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.on_policy is None or not batches:
             return batches, count
@@ -391,7 +418,7 @@ class KDTrainer(Trainer):
         """The Trainer's, with the means over the tokens since the last log."""
         if "loss" in logs:
             means = self._logged.drained()
-            logs.update({name: float(value) for name, value in means.items() if name != "tokens"})
+            logs.update(_floats(means))
             if self.taid is not None:
                 logs["t"] = float(self.taid.t)
             if self.on_policy is not None:
@@ -405,7 +432,8 @@ class KDTrainer(Trainer):
     ) -> tuple[Tensor, None, None]:
         """The loss of a batch; there are no logits to return."""
         inputs = self._prepare_inputs(inputs)
-        inputs["labels"] = self._counted_once(inputs["labels"])
+        if "labels" in inputs:
+            inputs["labels"] = self._counted_once(inputs["labels"])
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
@@ -434,7 +462,7 @@ class KDTrainer(Trainer):
         with contextlib.nullcontext() if self.online is None else self.online.model.disable_adapter():
             output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self._evaluated.drained()
-        metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in means.items() if name != "tokens"}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in _floats(means).items()}
         return output._replace(metrics={**(output.metrics or {}), **metrics})
 
     def _evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
@@ -488,6 +516,11 @@ class KDTrainer(Trainer):
                 raise ValueError(f"resume_from_checkpoint={checkpoint} has no {written.name}: {why}")
             self.on_policy.load_state_dict(torch.load(written, map_location="cpu", weights_only=True))
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.online is not None and (path := Path(self.state.best_model_checkpoint or ".") / STATE).exists():
+            self.online.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["teacher"])
+
     def _on_policy_state(self, folder: str) -> Path:
         """Each rank has a replay buffer of its own."""
         return Path(folder) / f"on_policy_{self.args.process_index}.pt"
@@ -535,7 +568,7 @@ def _tokenizer_at(place: str | Path) -> Any:
         return None
     try:
         return AutoTokenizer.from_pretrained(place, local_files_only=True)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, ImportError):
         return None
 
 
