@@ -297,7 +297,7 @@ class KDTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of a step and how many tokens count in them on all ranks; some may be the student's own writing."""
-        if self.state.global_step >= self.state.max_steps:
+        if 0 < self.state.max_steps <= self.state.global_step:
             # Resumed from its last step: the Trainer looks whether it is done only after one more.
             self.control.should_training_stop = True
             return [], None
