@@ -1,6 +1,6 @@
 """The methods of the papers side by side on the demo's corpus: held-out loss, next-token accuracy and time per step of a student.
 
-    python -m benchmarks.methods                       # 9 runs for each of 3 seeds; about 25 minutes on 2 cores
+    python -m benchmarks.methods                       # 9 runs for each of 3 seeds; about half an hour on 2 cores
     python -m benchmarks.methods --only taid --fresh   # these runs again, the others kept
     python -m benchmarks.methods --draw                # the plot alone, from the results
 

@@ -25,7 +25,9 @@ from huggingface_hub import constants
 import kdkernels as kd
 from kdkernels.cli import main
 from kdkernels.errors import CommandError
+from kdkernels.outcomes import TAILS
 from kdkernels.transformers import distill_command
+from kdkernels.transformers.config import methods
 from kdkernels.transformers.distill import last_checkpoint
 from kdkernels.transformers.distill_command import BY_NAME, merged, read_config
 from kdkernels.transformers.load import load_model, load_tokenizer
@@ -427,6 +429,13 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(CommandError, match=expected):
             read_config(tmp_path / name)
+
+
+def test_the_command_offers_the_methods_and_tails_of_the_library() -> None:
+    """They are named again there, so that --help imports no transformers."""
+    for option, names in (("method", methods()), ("topk_tail", TAILS)):
+        accepted = BY_NAME[option].kind.accepted.removeprefix("one of ").split(", ")
+        assert sorted(accepted) == sorted(names)
 
 
 def test_every_default_is_a_value_that_its_option_accepts() -> None:
