@@ -22,15 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import gc
 import json
-import platform
-import re
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +31,7 @@ from typing import Any
 import torch
 
 import kdkernels as kd
-from kdkernels import info
-from kdkernels.backends import native
+from benchmarks.measure import MIB, in_own_process, interleaved, machine, peak_above, seconds
 from kdkernels.products import product_dtype
 
 RESULTS = Path(__file__).parent / "results" / "linear.json"
@@ -54,7 +45,6 @@ LOSSES: dict[str, dict[str, Any]] = {
     "okd": {"teacher_alpha": 0.5},
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -146,28 +136,6 @@ class Inputs:
         return run
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _status(key: str) -> int:
-    """VmRSS or VmHWM of this process in bytes (Linux)."""
-    match = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert match is not None
-    return int(match[1]) * 1024
-
-
-def peak_above(run: Callable[[], object]) -> int:
-    """Bytes by which the process's resident memory rose above its start while ``run`` ran."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    run()
-    return _status("VmHWM") - before
-
-
 def measure(case: Case) -> dict[str, Any]:
     inputs = Inputs(case)
     returned = sum(tensor.nbytes for tensor in (inputs.hidden, inputs.head, inputs.teacher_hidden) if tensor.requires_grad)
@@ -193,20 +161,9 @@ def measure(case: Case) -> dict[str, Any]:
     dtype = DTYPES[case.dtype]
     product = product_dtype(dtype, torch.device("cpu"))
     yardstick = (lambda: inputs.step(case, inputs.labels)) if case.masked else inputs.products(product)
-    ratios, times = [], []
-    before = seconds(yardstick)
-    for _ in range(case.repeats):
-        took = seconds(step)
-        after = seconds(yardstick)
-        ratios.append(2 * took / (before + after))
-        times.append((took, after))
-        before = after
     result |= {
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
-        "seconds": statistics.median(took for took, _ in times),
+        **interleaved(step, yardstick, case.repeats),
         "yardstick": "the step with every label" if case.masked else f"products in {product}",
-        "yardstick_seconds": statistics.median(after for _, after in times),
     }
     if product != dtype and case.loss == "forward_kl":
         del yardstick
@@ -236,22 +193,9 @@ def main() -> int:
         key = name(case)
         if arguments.only not in key:
             continue
-        child = [sys.executable, "-m", "benchmarks.linear", "--case", json.dumps(dataclasses.asdict(case))]
-        done = subprocess.run(child, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            kept[key] = {"failed": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"}
-        else:
-            kept[key] = json.loads(done.stdout.splitlines()[-1])
+        kept[key] = in_own_process("benchmarks.linear", dataclasses.asdict(case))
         report(key, kept[key])
-        machine = {
-            "processor": info.processor(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "instruction_sets": list(native.instruction_sets()),
-            "date": datetime.date.today().isoformat(),
-        }
-        RESULTS.write_text(json.dumps({"machine": machine, "cases": kept}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps({"machine": machine(), "cases": kept}, indent=1) + "\n")
     print(f"wrote {RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS}")
     return 0
 

@@ -7,7 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.linear import DTYPES, LOSSES, MIB, RESULTS, SHAPES, Case, name
+from benchmarks.linear import DTYPES, LOSSES, RESULTS, SHAPES, Case, name
+from benchmarks.measure import MIB
 
 README = Path(__file__).parent.parent / "README.md"
 METHODS = RESULTS.with_name("methods.json")
