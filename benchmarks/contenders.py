@@ -1,12 +1,15 @@
 """The distillation losses that are timed side by side: ours, plain PyTorch, and the libraries that offer the same loss.
 
-Every contender is a function of one ``Problem`` that returns the mean loss over its tokens as a 0-dim tensor with a gradient to the
-student's hidden states and head. Nothing of another library is imported before its contender is asked for; whatever is raised then
-is the reason in the result file.
+Every contender is a function of one ``Problem`` that returns the mean loss over its kept tokens as a 0-dim tensor with a gradient
+to the student's hidden states and head. Nothing of another library is imported before its contender is asked for; whatever is
+raised then is the reason in the result file, ``NotOfferedError`` where it has no such loss.
 
-Conventions of the others, read from their source: Liger's and TRL's beta is 0 for KL(teacher ‖ student), and at 1/2 their
-divergence is the symmetric Jensen-Shannon one, as here. The teacher's rows past the student's vocabulary (Qwen2.5 pads its larger
-models further) are cut off by a view for those that have no option for it.
+Conventions of the others, read from their source: Liger's and TRL's beta is 0 for KL(teacher ‖ student) and 1 for
+KL(student ‖ teacher), and at 1/2 their divergence is the symmetric Jensen-Shannon one, as here. The teacher's rows past the
+student's vocabulary (Qwen2.5 pads its larger models further) are cut off by a view for those that have no option for it.
+
+Masked tokens: ours, Liger's and the published TAID take all rows and the labels (or a mask). Plain PyTorch gets hidden[kept], as
+one writes it; TRL too, as its trainer does on a GPU.
 """
 
 from __future__ import annotations
@@ -19,11 +22,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
+from torch.utils.checkpoint import checkpoint
 
 import kdkernels as kd
 
-LOSSES = ("forward_kl", "jsd")
-_BETA = {"forward_kl": 0.0, "jsd": 0.5}
+LOSSES = ("forward_kl", "reverse_kl", "jsd", "taid")
+TAID_T = 0.4  # the teacher's share in the target at the start of one of the published runs
+IGNORED = -100
+CHECKPOINTED_TOKENS = 256  # per chunk
+_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
+
+
+class NotOfferedError(Exception):
+    """Says which loss a contender does not have."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +58,16 @@ HEADS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """hidden: [N, D_s] and head: [V, D_s], both leaves; teacher_hidden: [N, D_t]; teacher_head: [at least V, D_t]."""
+    """hidden: [N, D_s] and head: [V, D_s], both leaves; teacher_hidden: [N, D_t]; teacher_head: [at least V, D_t].
+
+    labels: [N] int64, ``IGNORED`` where a token does not count; None counts all of them.
+    """
 
     hidden: Tensor
     head: Tensor
     teacher_hidden: Tensor
     teacher_head: Tensor
+    labels: Tensor | None = None
 
     @property
     def vocab(self) -> int:
@@ -62,12 +77,20 @@ class Problem:
     def cut_teacher_head(self) -> Tensor:
         return self.teacher_head[: self.vocab]
 
+    @property
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """The hidden states of student and teacher, [K, D_s] and [K, D_t], without the tokens that do not count."""
+        if self.labels is None:
+            return self.hidden, self.teacher_hidden
+        keep = self.labels != IGNORED
+        return self.hidden[keep], self.teacher_hidden[keep]
+
 
 Loss = Callable[[Problem], Tensor]
 
 
-def problem(head: Head, tokens: int, dtype: torch.dtype, device: str) -> Problem:
-    """Random hidden states and heads whose logits have standard deviation 1, the same ones at every call."""
+def problem(head: Head, tokens: int, dtype: torch.dtype, device: str, spread: float = 1.0) -> Problem:
+    """Random hidden states and heads whose logits have standard deviation ``spread``, the same ones at every call."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(rows: int, dim: int, scale: float = 1.0) -> Tensor:
@@ -75,23 +98,38 @@ def problem(head: Head, tokens: int, dtype: torch.dtype, device: str) -> Problem
 
     return Problem(
         normal(tokens, head.student_dim).requires_grad_(),
-        normal(head.vocab, head.student_dim, head.student_dim**-0.5).requires_grad_(),
+        normal(head.vocab, head.student_dim, spread * head.student_dim**-0.5).requires_grad_(),
         normal(tokens, head.teacher_dim),
-        normal(head.teacher_vocab, head.teacher_dim, head.teacher_dim**-0.5),
+        normal(head.teacher_vocab, head.teacher_dim, spread * head.teacher_dim**-0.5),
     )
 
 
-def products(given: Problem, block: int) -> Callable[[], None]:
-    """The four bare products x, z, dH and dW (3 Us + Ut operations) in blocks of ``block`` tokens, into tensors made on the way.
+def half_masked(tokens: int, device: str = "cpu") -> Tensor:
+    """Labels [N], int64. The first half of every 64 is ignored (of all N where they are fewer), like a prompt before its answer."""
+    span = min(64, tokens)
+    position = torch.arange(tokens, device=device)
+    return torch.where(position % span < span // 2, IGNORED, 0)
 
-    They are what no loss with both gradients can do without. x stands in for its gradient: the values are as random.
+
+def products(given: Problem, block: int, dtype: torch.dtype | None = None) -> Callable[[], None]:
+    """The four bare products x, z, dH and dW (3 Us + Ut operations) of the kept tokens, in blocks of ``block`` of them.
+
+    They are what no loss with both gradients can do without. x stands in for its gradient: the values are as random. dH and dW are
+    new tensors, as a gradient is. The logits of a block are new ones too on a GPU, whose allocator hands out the same memory again;
+    on a CPU, where the first touch of memory costs time, they are made here. dtype: what to multiply in, if not as given.
     """
-    hidden, head = given.hidden.detach(), given.head.detach()
-    teacher_hidden, teacher_head = given.teacher_hidden, given.cut_teacher_head
+    hidden, teacher_hidden = (part.detach().to(dtype or part.dtype).contiguous() for part in given.kept)
+    head, teacher_head = (part.detach().to(dtype or part.dtype) for part in (given.head, given.cut_teacher_head))
+
+    def logits() -> tuple[Tensor, Tensor]:
+        shape = min(block, len(hidden)), given.vocab
+        return hidden.new_empty(shape), hidden.new_empty(shape)
+
+    made = logits() if hidden.device.type == "cpu" else None
 
     def run() -> None:
         hidden_grad, head_grad = torch.empty_like(hidden), torch.empty_like(head)
-        x, z = (hidden.new_empty(min(block, len(hidden)), given.vocab) for _ in range(2))
+        x, z = made or logits()
         for begin in range(0, len(hidden), block):
             rows = hidden[begin : begin + block]
             here = slice(begin, begin + len(rows))
@@ -104,13 +142,18 @@ def products(given: Problem, block: int) -> Callable[[], None]:
 
 
 def _ours(loss: str, strategy: str) -> Loss:
+    divergence, t = ("forward_kl", TAID_T) if loss == "taid" else (loss, 1.0)
+
     def run(given: Problem) -> Tensor:
         value: Tensor = kd.linear_kd_loss(
             given.hidden,
             given.head,
             given.teacher_hidden,
             given.teacher_head,
-            divergence=loss,
+            given.labels,
+            divergence=divergence,
+            t=t,
+            ignore_index=IGNORED,
             vocab_size=given.vocab,
             strategy=strategy,
         )
@@ -119,46 +162,106 @@ def _ours(loss: str, strategy: str) -> Loss:
     return run
 
 
-def _eager_forward_kl(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
-    lq = (hidden @ head.t()).log_softmax(-1)
-    lp = (teacher_hidden @ teacher_head.t()).log_softmax(-1)
-    return kl_div(lq, lp, reduction="sum", log_target=True) / len(hidden)
+def _forward_kl(x: Tensor, z: Tensor) -> Tensor:
+    return kl_div(x.log_softmax(-1), z.log_softmax(-1), reduction="sum", log_target=True)
 
 
-def _eager_jsd(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
-    lq = (hidden @ head.t()).log_softmax(-1)
-    lp = (teacher_hidden @ teacher_head.t()).log_softmax(-1)
+def _reverse_kl(x: Tensor, z: Tensor) -> Tensor:
+    return kl_div(z.log_softmax(-1), x.log_softmax(-1), reduction="sum", log_target=True)
+
+
+def _jsd(x: Tensor, z: Tensor) -> Tensor:
+    lq, lp = x.log_softmax(-1), z.log_softmax(-1)
     lm = torch.logaddexp(lp, lq) - math.log(2.0)
-    both = kl_div(lm, lp, reduction="sum", log_target=True) + kl_div(lm, lq, reduction="sum", log_target=True)
-    return 0.5 * both / len(hidden)
+    return 0.5 * (kl_div(lm, lp, reduction="sum", log_target=True) + kl_div(lm, lq, reduction="sum", log_target=True))
 
 
-_EAGER = {"forward_kl": _eager_forward_kl, "jsd": _eager_jsd}
+def _taid(x: Tensor, z: Tensor) -> Tensor:
+    return _forward_kl(x, torch.lerp(x.detach(), z, TAID_T))
+
+
+# Sums over the tokens, from the logits of student and teacher.
+_EAGER = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "taid": _taid}
+Formula = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _from_hidden(loss: str) -> Formula:
+    """The loss as one writes it, in the dtype of the hidden states throughout: faster and smaller than with float32 logits."""
+    formula = _EAGER[loss]
+
+    def run(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
+        return formula(hidden @ head.t(), teacher_hidden @ teacher_head.t())
+
+    return run
+
+
+def _mean(formula: Formula, given: Problem) -> Tensor:
+    hidden, teacher_hidden = given.kept
+    return formula(hidden, given.head, teacher_hidden, given.cut_teacher_head) / len(hidden)
 
 
 def _eager(loss: str) -> Loss:
-    """As one writes it, in the dtype of the hidden states throughout: faster and smaller than with logits widened to float32."""
-    formula = _EAGER[loss]
-    return lambda given: formula(given.hidden, given.head, given.teacher_hidden, given.cut_teacher_head)
+    formula = _from_hidden(loss)
+    return lambda given: _mean(formula, given)
 
 
 def _compiled(loss: str) -> Loss:
     torch._dynamo.reset()
     # with the interpreter there is nothing to be fast for, and compiling takes longer than all else
     backend = "eager" if os.environ.get("TRITON_INTERPRET") == "1" else "inductor"
-    formula = torch.compile(_EAGER[loss], dynamic=False, backend=backend)
-    return lambda given: formula(given.hidden, given.head, given.teacher_hidden, given.cut_teacher_head)
+    formula = torch.compile(_from_hidden(loss), dynamic=False, backend=backend)
+    return lambda given: _mean(formula, given)
 
 
-def _liger_chunked(loss: str) -> Loss:
-    """Liger-Kernel's chunked loss in torch, compiled by itself; without its hard-label term."""
+def _checkpointed(loss: str) -> Loss:
+    """Chunks of tokens, whose logits are thrown away and made again in the backward."""
+    formula = _from_hidden(loss)
+
+    def run(given: Problem) -> Tensor:
+        hidden, teacher_hidden = given.kept
+        sums: list[Tensor] = [
+            checkpoint(formula, rows, given.head, teacher_rows, given.cut_teacher_head, use_reentrant=False)
+            for rows, teacher_rows in zip(hidden.split(CHECKPOINTED_TOKENS), teacher_hidden.split(CHECKPOINTED_TOKENS), strict=True)
+        ]
+        return torch.stack(sums).sum() / len(hidden)
+
+    return run
+
+
+def _published_taid(loss: str) -> Loss:
+    """TAID as its authors' code computes it: float32 probabilities of all tokens, and the cross-entropy with them."""
+    if loss != "taid":
+        raise NotOfferedError("the published formula of TAID alone")
+
+    def run(given: Problem) -> Tensor:
+        x = given.hidden @ given.head.t()
+        z = given.teacher_hidden @ given.cut_teacher_head.t()
+        p = torch.softmax((1 - TAID_T) * x.detach() + TAID_T * z, -1, dtype=torch.float32)
+        per_token = -(p * torch.log_softmax(x, -1, dtype=torch.float32)).sum(-1)
+        counts = torch.ones_like(per_token) if given.labels is None else (given.labels != IGNORED).to(per_token.dtype)
+        return (per_token * counts).sum() / counts.sum()
+
+    return run
+
+
+def _beta(library: str, loss: str) -> float:
+    if loss not in _BETA:
+        raise NotOfferedError(f"{library} has no {loss.upper()}")
+    return _BETA[loss]
+
+
+def _liger(loss: str, compiled: bool) -> Loss:
+    """Liger-Kernel's chunked loss in torch, compiled by itself or not; without its hard-label term."""
+    beta = _beta("Liger-Kernel", loss)
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     torch._dynamo.reset()
-    module = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=_BETA[loss])
+    module = LigerFusedLinearJSDLoss(0.0, 1.0, beta=beta, ignore_index=IGNORED, compiled=compiled)
 
     def run(given: Problem) -> Tensor:
-        labels = torch.zeros(len(given.hidden), dtype=torch.int64, device=given.hidden.device)
+        labels = given.labels
+        if labels is None:
+            labels = torch.zeros(len(given.hidden), dtype=torch.int64, device=given.hidden.device)
         inputs = (given.hidden, given.head, given.teacher_hidden, given.cut_teacher_head, labels)
         value: Tensor = module(*inputs, student_bias=None, teacher_bias=None)
         return value
@@ -168,12 +271,13 @@ def _liger_chunked(loss: str) -> Loss:
 
 def _liger_triton(loss: str) -> Loss:
     """Liger-Kernel's fused linear JSD around its Triton kernel."""
+    beta = _beta("Liger-Kernel", loss)
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
-    module = LigerFusedLinearJSD(jsd_beta=_BETA[loss])
+    module = LigerFusedLinearJSD(jsd_beta=beta, ignore_index=IGNORED)
 
     def run(given: Problem) -> Tensor:
-        value: Tensor = module(given.hidden, given.head, given.teacher_hidden, given.cut_teacher_head, None)
+        value: Tensor = module(given.hidden, given.head, given.teacher_hidden, given.cut_teacher_head, given.labels)
         return value
 
     return run
@@ -181,11 +285,13 @@ def _liger_triton(loss: str) -> Loss:
 
 def _trl(loss: str) -> Loss:
     """TRL's chunked divergence: a value per token, whose mean is taken."""
+    beta = _beta("TRL", loss)
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     def run(given: Problem) -> Tensor:
-        student, teacher = (given.hidden, given.head, None), (given.teacher_hidden, given.cut_teacher_head, None)
-        divergence, _ = ChunkedDivergenceFunction.apply(*student, *teacher, _BETA[loss])
+        hidden, teacher_hidden = given.kept
+        student, teacher = (hidden, given.head, None), (teacher_hidden, given.cut_teacher_head, None)
+        divergence, _ = ChunkedDivergenceFunction.apply(*student, *teacher, beta)
         value: Tensor = divergence.mean()
         return value
 
@@ -197,7 +303,12 @@ CONTENDERS: dict[str, Callable[[str], Loss]] = {
     "vocab": lambda loss: _ours(loss, "vocab"),
     "eager": _eager,
     "compiled": _compiled,
-    "liger chunked": _liger_chunked,
+    "checkpointed": _checkpointed,
+    "liger": lambda loss: _liger(loss, compiled=False),
+    "liger compiled": lambda loss: _liger(loss, compiled=True),
     "liger triton": _liger_triton,
     "trl": _trl,
 }
+# Not among them, because its value is another one: the cross-entropy, which has the same gradient.
+PUBLISHED: dict[str, Callable[[str], Loss]] = {"taid published": _published_taid}
+COMPILED = ("compiled", "liger compiled")  # their first step is the compiler's

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -81,15 +80,9 @@ def said(*command: str) -> str | None:
     return lines[-1] if lines else None
 
 
-def version(library: str) -> str | None:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def machine(size: str) -> dict[str, Any]:
     """Device, versions, date and command."""
+    from benchmarks.measure import version
     from kdkernels import info
 
     facts = info.facts()

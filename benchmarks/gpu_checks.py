@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from benchmarks.gpu_times import freed, peak_bytes, why
+from benchmarks.gpu_times import freed, peak_bytes
+from benchmarks.measure import why
 from tests.cases import Case, Result, assert_as_good_as_eager, draw, dressed, ratios
 from tests.oracle import Options
 

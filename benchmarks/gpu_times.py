@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.contenders import CONTENDERS, HEADS, Head, Loss, Problem, problem, products
+from benchmarks.measure import why
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,6 @@ EXTENTS = {
     # float32, so that the losses of all contenders agree to more than two digits
     "toy": Extent({"toy": Head("toy", "toy", 150, 160, 16, 24)}, (6, 12), 2, 1, device="cpu", dtype=torch.float32, block=8),
 }
-
-
-def why(error: BaseException) -> str:
-    """One line of an error for a result file."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:400]}" if lines else type(error).__name__
 
 
 def milliseconds(run: Callable[[], object], device: str) -> float:
