@@ -13,7 +13,8 @@ class Gradients:
     """Gradients of the student's hidden states, weight and bias; what is not needed is neither computed nor allocated.
 
     hidden, weight, bias: what the gradients belong to, not cut to the vocabulary. parts: over how many blocks a gradient that no
-    single product makes is added up; a 16-bit one is then summed in float32.
+    single product makes is added up; a 16-bit one is then summed in float32. Where ranks share the vocabulary, each adds up its
+    part of the hidden states' gradient, and that of all is rounded.
     """
 
     def __init__(
@@ -28,15 +29,30 @@ class Gradients:
         if self.weight_sum is not None and weight_parts > 1 and weight.dtype.itemsize == 2:
             self.weight_sum = torch.empty_like(self.weight_sum, dtype=step.sum_dtype)
         self.hidden_sum: Tensor | None = None
-        if self.hidden is not None and hidden_parts > 1:
+        if self.hidden is not None and (hidden_parts > 1 or not step.ranks.alone):
             whole = step.rows is None and self.hidden.dtype == step.sum_dtype
             self.hidden_sum = self.hidden if whole else self.hidden.new_empty((step.count, hidden.shape[1]), dtype=step.sum_dtype)
+            if self.vocab == 0:  # a rank that holds no column of the vocabulary adds nothing
+                self.hidden_sum.zero_()
 
-    def add_rows(self, head: HeadProducts, dx: Tensor, hidden: Tensor, index: slice | Tensor, buffer: Tensor, first: bool) -> None:
-        """A chunk's logit gradients dx [C, V] and hidden states [C, D], which are the rows ``index`` of all."""
+    def add_rows(
+        self,
+        head: HeadProducts,
+        dx: Tensor,
+        hidden: Tensor,
+        index: slice | Tensor,
+        buffer: Tensor,
+        first: bool,
+        counted: slice | None = None,
+    ) -> None:
+        """A chunk's logit gradients dx [C, V] and hidden states [C, D], which are the rows ``index`` of all; ``counted``: of those
+        that count, where ranks share the vocabulary."""
         if self.bias is not None:
             self.bias[: self.vocab] += dx.sum(0, dtype=self.bias.dtype)
-        if self.hidden is not None:
+        if self.hidden_sum is not None:
+            assert counted is not None
+            head.hidden_grad(dx, self.hidden_sum[counted])
+        elif self.hidden is not None:
             if self.hidden.dtype == hidden.dtype and isinstance(index, slice):
                 head.hidden_grad(dx, self.hidden[index])
             else:
@@ -69,8 +85,10 @@ class Gradients:
 
     def finished(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of hidden states, weight and bias in their dtypes; an empty tensor for each that was not needed."""
-        if self.hidden_sum is not None and self.hidden_sum is not self.hidden and self.step.count:
-            self._scatter(self.hidden_sum)
+        if self.hidden_sum is not None and self.step.count:
+            self.step.ranks.sum(self.hidden_sum)
+            if self.hidden_sum is not self.hidden:
+                self._scatter(self.hidden_sum)
         if self.weight is not None and self.weight_sum is not None:
             if self.step.count == 0:
                 self.weight.zero_()

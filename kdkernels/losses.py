@@ -6,6 +6,7 @@ p = softmax(y / T); N tokens, V vocabulary, D hidden size. Losses are in nats.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from kdkernels import ops  # noqa: F401  (registers the operators)
 from kdkernels.autograd import LossPerToken, SummedLoss
 from kdkernels.backends.operators import accumulate_dtype
-from kdkernels.checks import LMHead, Loss, checked, float_tensor, kept_weight, linear_of, rows_of
+from kdkernels.checks import Linear, LMHead, Loss, checked, cut_vocabulary, float_tensor, kept_weight, linear_of, rows_of
 from kdkernels.divergences import Divergence, resolve
+from kdkernels.ranks import group_name, told
 from kdkernels.step import METRICS
 
 
@@ -61,6 +63,32 @@ def reduced(
     return values, metrics
 
 
+def models_of(
+    student_hidden: Any,
+    student_head: Any,
+    teacher_hidden: Any,
+    teacher_head: Any,
+    vocab_size: int | None,
+    strategy: Any,
+    memory_budget: Any,
+    constant_target: str | None,
+    group: str,
+) -> tuple[Linear, int | None]:
+    """``linear_of``, and what to cut both heads to. Ranks of a ``group`` know the height of a whole head later: there that is
+    vocab_size as it came."""
+    if not group:
+        models = linear_of(
+            *(student_hidden, student_head, teacher_hidden, teacher_head, vocab_size, strategy, memory_budget), constant_target
+        )
+        return models, models.vocab
+    if vocab_size is not None:
+        cut_vocabulary(sys.maxsize, vocab_size, "the rows that both heads have over all ranks")
+    # every rank has a first row of both heads
+    return linear_of(
+        *(student_hidden, student_head, teacher_hidden, teacher_head, 1, strategy, memory_budget), constant_target
+    ), vocab_size
+
+
 def terms_of(loss: Loss, head: list[float]) -> tuple[Any, ...]:
     return (loss.divergence.name, loss.divergence.a, loss.temperature, loss.kd_scale, loss.ce_weight, head)
 
@@ -85,6 +113,7 @@ def linear_kd_loss(
     vocab_size: int | None = None,
     strategy: str = "auto",
     memory_budget: int | None = None,
+    process_group: Any = None,
     return_metrics: bool = False,
 ) -> Any:
     """Distillation loss from hidden states and heads; the [N, V] logits never exist whole.
@@ -107,31 +136,40 @@ def linear_kd_loss(
         for the logits and takes the least memory; "auto" is the one that ``kd.plan`` predicts to be faster.
     memory_budget: bytes of scratch for logits (default 1 GiB; 512 MiB on a CPU, where the scratch stays allocated for the next call
         until ``kd.free_scratch()``).
+    process_group: a torch.distributed.ProcessGroup over whose ranks the vocabulary is split. Each rank passes its own rows of both
+        heads (and biases): those of rank r follow those of rank r - 1, as many as it has, at least one, the same of both heads.
+        Everything else is the same on every rank: hidden states, labels (tokens of the whole vocabulary), weights, options, and
+        vocab_size, which is that of the whole. Every rank gets the same loss and metrics, the gradient of its own rows, and the
+        whole gradient of the hidden states, which must not be summed over the group again. memory_budget is then each rank's, and
+        the least of them is taken. Ranks that were called with different options, counts or labels raise the same ValueError.
     return_metrics: also return a dict of detached 0-dim tensors, means over kept tokens, of the same pass: kd (D, without factors)
         and target_entropy, ce (if there are labels), student_entropy, agreement (of the most likely tokens of student and teacher),
         overlap (sum of min(q, softmax(z / T))), and tokens, how many were kept. Entropies in nats, at temperature T.
 
     Returns the loss in float32 (float64 for float64 inputs). Raises ValueError or TypeError for bad input before any work.
     """
-    models = linear_of(
-        *(student_hidden, student_head, teacher_hidden, teacher_head, vocab_size, strategy, memory_budget), "linear_kd_loss"
-    )
-    loss = checked(
-        student_hidden,
-        "student_hidden",
-        labels,
-        divergence=divergence,
-        t=t,
-        temperature=temperature,
-        square_temperature=square_temperature,
-        kd_weight=kd_weight,
-        ce_weight=ce_weight,
-        token_weight=token_weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        normalizer=normalizer,
-        return_metrics=return_metrics,
-    )
+    group = group_name(process_group)
+    with told(group, student_hidden, teacher_hidden):
+        models, vocab = models_of(
+            *(student_hidden, student_head, teacher_hidden, teacher_head, vocab_size, strategy, memory_budget),
+            *("linear_kd_loss", group),
+        )
+        loss = checked(
+            student_hidden,
+            "student_hidden",
+            labels,
+            divergence=divergence,
+            t=t,
+            temperature=temperature,
+            square_temperature=square_temperature,
+            kd_weight=kd_weight,
+            ce_weight=ce_weight,
+            token_weight=token_weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            normalizer=normalizer,
+            return_metrics=return_metrics,
+        )
     sum_dtype = accumulate_dtype(models.dtypes[0])
     student, teacher = models.student, models.teacher
     others = (
@@ -141,7 +179,7 @@ def linear_kd_loss(
         loss.labels,
         loss.t.to(device=models.device, dtype=sum_dtype),
         *terms_of(loss, models.head),
-        *(loss.ignore_index, models.vocab, *models.dtypes, models.strategy, models.budget),
+        *(loss.ignore_index, vocab, *models.dtypes, models.strategy, models.budget, group),
     )
     differentiable = (rows_of(student_hidden), student.weight, student.bias)
     (value,), metrics = reduced(loss, torch.ops.kdkernels.linear_kd, differentiable, (0, 0, 0), sum_dtype, others)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.operators import accumulate_dtype
-from kdkernels.checks import LMHead, checked, linear_of, number, rows_of
+from kdkernels.checks import LMHead, checked, number, rows_of
 from kdkernels.divergences import Divergence
-from kdkernels.losses import reduced, terms_of
+from kdkernels.losses import models_of, reduced, terms_of
+from kdkernels.ranks import group_name, told
 
 
 class OKDLoss(tuple[Any, ...]):
@@ -60,6 +61,7 @@ def linear_okd_loss(
     vocab_size: int | None = None,
     strategy: str = "auto",
     memory_budget: int | None = None,
+    process_group: Any = None,
     return_metrics: bool = False,
 ) -> OKDLoss:
     """Losses of a student and of the teacher that adapts to it (OKD, arXiv 2409.12512), from hidden states and heads.
@@ -74,39 +76,43 @@ def linear_okd_loss(
 
     teacher_alpha: number in [0, 1]; 1 leaves the teacher without an anchor in the data. The paper does not say what it took; 0.5 is
         this library's. labels may be None only where no term looks at them: teacher_alpha 1 and ce_weight 0.
+    process_group: as there; the gradient of the teacher's hidden states is whole on every rank too.
     The other arguments, metrics (of the student's loss), dtypes and errors are those of ``linear_kd_loss``; token weights,
     reduction and normalizer apply to both losses.
     """
-    models = linear_of(
-        *(student_hidden, student_head, teacher_hidden, teacher_head, vocab_size, strategy, memory_budget), constant_target=None
-    )
-    accepted = "a number in [0, 1]"
-    if number("teacher_alpha", teacher_alpha, accepted, 0.0) > 1.0:
-        raise ValueError(f"teacher_alpha is {accepted}, got {teacher_alpha}")
-    if labels is None and teacher_alpha < 1.0:
-        raise ValueError(f"labels is None, but teacher_alpha={teacher_alpha} asks for the teacher's cross-entropy on them")
-    loss = checked(
-        student_hidden,
-        "student_hidden",
-        labels,
-        divergence=divergence,
-        t=1.0,
-        temperature=temperature,
-        square_temperature=square_temperature,
-        kd_weight=kd_weight,
-        ce_weight=ce_weight,
-        token_weight=token_weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        normalizer=normalizer,
-        return_metrics=return_metrics,
-    )
+    group = group_name(process_group)
+    with told(group, student_hidden, teacher_hidden):
+        models, vocab = models_of(
+            *(student_hidden, student_head, teacher_hidden, teacher_head, vocab_size, strategy, memory_budget),
+            *(None, group),
+        )
+        accepted = "a number in [0, 1]"
+        if number("teacher_alpha", teacher_alpha, accepted, 0.0) > 1.0:
+            raise ValueError(f"teacher_alpha is {accepted}, got {teacher_alpha}")
+        if labels is None and teacher_alpha < 1.0:
+            raise ValueError(f"labels is None, but teacher_alpha={teacher_alpha} asks for the teacher's cross-entropy on them")
+        loss = checked(
+            student_hidden,
+            "student_hidden",
+            labels,
+            divergence=divergence,
+            t=1.0,
+            temperature=temperature,
+            square_temperature=square_temperature,
+            kd_weight=kd_weight,
+            ce_weight=ce_weight,
+            token_weight=token_weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            normalizer=normalizer,
+            return_metrics=return_metrics,
+        )
     square = math.pow(temperature, 2) if square_temperature else 1.0
     others = (
         loss.labels,
         *terms_of(loss, models.head),
         *(teacher_alpha * square, 1.0 - teacher_alpha),
-        *(loss.ignore_index, models.vocab, *models.dtypes, models.strategy, models.budget),
+        *(loss.ignore_index, vocab, *models.dtypes, models.strategy, models.budget, group),
     )
     differentiable = tuple(
         part

@@ -1,6 +1,7 @@
 """The library operators behind the public functions, one opaque node each in a compiled graph.
 
-They take what the strategies take, flat, and return losses and gradients; autograd.py gives them their backward.
+They take what the strategies take, flat, and return losses and gradients; autograd.py gives them their backward. ``group`` is the
+name of a torch.distributed group whose ranks share the vocabulary, "" for none; the collectives stay inside the node.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from kdkernels import logits, outcomes, tokens, vocab
 from kdkernels.backends.operators import accumulate_dtype, library
 from kdkernels.plan import choose
 from kdkernels.products import product_dtype
-from kdkernels.step import METRICS, Inputs, Outcome, Step, Terms, prepare, prepare_both, summary
+from kdkernels.step import METRICS, Inputs, Outcome, Split, Step, Terms, prepare, prepare_both, summary
 
 _HEADS = (
     "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, ",
@@ -26,13 +27,13 @@ _TERMS = "str divergence, float a, float temperature, float kd_scale, float ce_s
 
 library.define(
     f"linear_kd({_HEADS[0]}Tensor? token_weight, Tensor grad_scale, Tensor? lift, {_HEADS[1]}Tensor? labels, "
-    f"Tensor t, {_TERMS}, int ignore_index, int vocab, ScalarType student_dtype, ScalarType teacher_dtype, "
-    "str strategy, int memory_budget, bool[] needs, bool metrics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"Tensor t, {_TERMS}, int ignore_index, int? vocab, ScalarType student_dtype, ScalarType teacher_dtype, "
+    "str strategy, int memory_budget, str group, bool[] needs, bool metrics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
     f"linear_okd({_HEADS[0]}{_HEADS[1]}Tensor? token_weight, Tensor? teacher_token_weight, Tensor grad_scale, Tensor? lift, "
-    f"Tensor? labels, {_TERMS}, float teacher_kd_scale, float teacher_ce_scale, int ignore_index, int vocab, "
-    "ScalarType student_dtype, ScalarType teacher_dtype, str strategy, int memory_budget, bool[] needs, bool metrics) "
+    f"Tensor? labels, {_TERMS}, float teacher_kd_scale, float teacher_ce_scale, int ignore_index, int? vocab, "
+    "ScalarType student_dtype, ScalarType teacher_dtype, str strategy, int memory_budget, str group, bool[] needs, bool metrics) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
@@ -53,6 +54,9 @@ _STRATEGIES = {"tokens": tokens.run, "vocab": vocab.run}
 def _run(strategy: str, steps: tuple[Step, ...], inputs: tuple[Inputs, ...]) -> tuple[list[Outcome], Tensor]:
     """Outcomes of the learners, and the first one's metrics (empty if not wanted)."""
     step = steps[0]
+    if strategy == "auto" and step.backend == "triton" and not step.ranks.alone:
+        # There is no row operation over ranks, and kernels that multiply themselves have nothing to gain from chunks of tokens.
+        strategy = "vocab"
     done = _STRATEGIES[choose(strategy, step.size)](steps, inputs)
     means = summary(done[0].metric_sums, step.count, step.sum_dtype) if step.metrics else done[0].losses.new_empty(0)
     return done, means
@@ -62,12 +66,13 @@ def linear_kd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     student, (token_weight, grad_scale, lift), teacher, (labels, t) = (
         arguments[begin:end] for begin, end in ((0, 3), (3, 6), (6, 9), (9, 11))
     )
-    ignore_index, vocab_size, student_dtype, teacher_dtype, strategy, budget, needs, metrics = arguments[17:]
+    ignore_index, vocab_size, student_dtype, teacher_dtype, strategy, budget, group, needs, metrics = arguments[17:]
     # The products' dtypes are decided already; an ambient autocast must not change them.
     with torch.autocast(student[0].device.type, enabled=False):
         step = prepare(
             *(student, teacher, token_weight, grad_scale, lift, labels, t, Terms(*arguments[11:17])),
             *(ignore_index, vocab_size, (student_dtype, teacher_dtype), tuple(needs), metrics, budget),
+            split=Split(group, "linear_kd_loss", strategy) if group else None,
         )
         (done,), means = _run(strategy, (step,), (student,))
     return done.losses, *done.grads, means
@@ -78,15 +83,15 @@ def linear_okd(*arguments: Any) -> tuple[Tensor, ...]:
         arguments[begin:end] for begin, end in ((0, 3), (3, 6), (6, 8), (8, 11))
     )
     terms = Terms(*arguments[11:17])
-    teacher_kd, teacher_ce, ignore_index, vocab_size, student_dtype, teacher_dtype, strategy, budget, needs, metrics = arguments[
-        17:
-    ]
+    teacher_kd, teacher_ce, ignore_index, vocab_size, student_dtype, teacher_dtype = arguments[17:23]
+    strategy, budget, group, needs, metrics = arguments[23:]
     # KL(q || p) for the teacher is forward KL with the student as its constant target.
     swapped = Terms("forward_kl", 0.0, terms.temperature, teacher_kd, teacher_ce, [*terms.head[2:], *terms.head[:2]])
     with torch.autocast(student[0].device.type, enabled=False):
         steps = prepare_both(
             *(student, teacher, weights, grad_scale, lift, labels, (terms, swapped)),
             *(ignore_index, vocab_size, (student_dtype, teacher_dtype), tuple(needs), metrics, budget),
+            split=Split(group, "linear_okd_loss", strategy) if group else None,
         )
         (one, other), means = _run(strategy, steps, (student, teacher))
     return one.losses, other.losses, *one.grads, *other.grads, means

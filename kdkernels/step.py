@@ -10,9 +10,11 @@ from torch import Tensor
 
 from kdkernels import backends
 from kdkernels.backends.operators import accumulate_dtype
-from kdkernels.divergences import Divergence, resolve
-from kdkernels.plan import Size
+from kdkernels.checks import FLOATS
+from kdkernels.divergences import Divergence, divergences, resolve
+from kdkernels.plan import STRATEGIES, Size
 from kdkernels.products import logits_dtype, product_dtype
+from kdkernels.ranks import ALONE, LOSSES, Fact, Ranks, agree, one_of
 
 METRICS = ("kd", "ce", "target_entropy", "student_entropy", "agreement", "overlap", "tokens")
 
@@ -44,7 +46,8 @@ Inputs = tuple[Tensor, Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Model:
-    """One model's side: hidden [N, D], weight [V, D] and bias [V] or None as they came, cut to the vocabulary.
+    """One model's side: hidden [N, D], weight [V, D] and bias [V] or None as they came, cut to the vocabulary; where ranks share
+    one, V is how much of it this rank holds.
 
     dtype: what its products run in. logits: what their results are kept in.
     """
@@ -63,9 +66,12 @@ class Model:
 class Step:
     """A step after its checks. Rows of ``hidden`` that do not count are never touched.
 
+    labels: [N] or None, counted from this rank's first column; -1 where another rank holds the column.
+
     rows: indices of those that count, None for all; count: how many. weights: [N], token weights; scale: 0-dim, on top of them for
     gradients. needs: which of hidden, weight and bias take one. alone: the loss does not look at the teacher, so its logits are
-    not computed, and ``teacher`` is the student. teacher_needs: as needs, of a teacher that learns in a step of its own; else None.
+    not computed, and ``teacher`` is the student. ranks: over which the vocabulary is split. teacher_needs: as needs, of a teacher
+    that learns in a step of its own; else None.
     """
 
     student: Model
@@ -83,10 +89,12 @@ class Step:
     lift: Tensor | None
     backend: str
     budget: int
+    ranks: Ranks = ALONE
     teacher_needs: tuple[bool, bool, bool] | None = None
 
     @property
     def vocab(self) -> int:
+        """Columns of the logits here."""
         return self.student.weight.shape[0]
 
     @property
@@ -104,11 +112,11 @@ class Step:
 
     @property
     def size(self) -> Size:
-        """What its plan depends on."""
+        """What its plan depends on; the same on every rank."""
         student, teacher = self.student, self.teacher
         return Size(
             tokens=self.count,
-            vocab=self.vocab,
+            vocab=max(self.vocab, self.ranks.widest),
             student_dim=student.weight.shape[1],
             teacher_dim=0 if self.alone else teacher.weight.shape[1],
             dtype=student.dtype,
@@ -124,6 +132,11 @@ class Step:
     def index(self, begin: int, end: int) -> slice | Tensor:
         """The counted rows ``begin`` to ``end``, as an index into all."""
         return slice(begin, end) if self.rows is None else self.rows[begin:end]
+
+    def chunk(self, begin: int, end: int) -> Step:
+        """The same of the counted rows ``begin`` to ``end`` alone."""
+        rows = torch.arange(begin, end, device=self.device) if self.rows is None else self.rows[begin:end]
+        return replace(self, rows=rows, count=end - begin)
 
     def labels_at(self, index: slice | Tensor) -> Tensor | None:
         return None if self.labels is None else self.labels[index].contiguous()
@@ -149,6 +162,109 @@ def _model(inputs: Inputs, dtype: torch.dtype, vocab: int, sum_dtype: torch.dtyp
 SLOTS = 2**22
 # The k tokens that an offline teacher kept of each row, and their log-probabilities: [N, K] each, -inf where a slot is not used.
 Known = tuple[Tensor, Tensor]
+_DIVISOR = "what the mean divides by (the normalizer, or the token weights that are kept)"
+
+
+@dataclass(frozen=True)
+class Split:
+    """A vocabulary over the ranks of ``group``, by its name, and what they call: the loss, and its strategy as it was asked for."""
+
+    group: str
+    loss: str
+    strategy: str
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """Which rows count, and what of the vocabulary is worked on here."""
+
+    ranks: Ranks
+    rows: Tensor | None
+    labels: Tensor | None
+    vocab: int
+    budget: int
+
+
+def _shares(
+    split: Split | None,
+    models: tuple[Inputs, Inputs],
+    weight: Tensor | None,
+    labels: Tensor | None,
+    ignore_index: int,
+    vocab: int | None,
+    budget: int,
+    same: list[Fact],
+) -> _Shares:
+    """weight: token weights, by which tokens are dropped. same: facts that ranks must agree on besides; tensors last."""
+    if split is None:
+        assert vocab is not None
+        return _Shares(ALONE, kept_rows(labels, weight, ignore_index, vocab), labels, vocab, budget)
+    (hidden, student, _), (teacher_hidden, teacher, _) = models
+    keep, labelled = _keep(labels, weight, ignore_index)
+    tokens = hidden.shape[0]
+    read = [Fact("the number of tokens that labels and token_weight keep", tokens if keep is None else keep.sum())]
+    if labels is not None and labelled is not None and tokens:
+        counted = labels.where(labelled, 0)
+        read += [
+            Fact("labels (the largest)", counted.max()),
+            Fact("labels (the least)", counted.min()),
+            Fact("labels (a checksum)", _checksum(counted, labelled)),
+        ]
+    # Whatever decides about the facts that follow comes first: where it differs, these are not looked at.
+    told = [
+        one_of("the loss", split.loss, LOSSES),
+        Fact("whether labels are given", labels is not None),
+        Fact("whether token_weight is given", weight is not None),
+        Fact("the number of tokens in student_hidden", tokens),
+        Fact("the last dimension of student_hidden", hidden.shape[1]),
+        Fact("the last dimension of teacher_hidden", teacher_hidden.shape[1]),
+        one_of("strategy", split.strategy, STRATEGIES),
+        Fact("ignore_index", ignore_index),
+        Fact("vocab_size (-1 for None)", -1 if vocab is None else vocab),
+        *same,
+        *read,
+    ]
+    facts = sorted(told, key=lambda fact: isinstance(fact.value, Tensor))
+    agreed = agree(split.group, hidden.device, (student.shape[0], teacher.shape[0]), vocab, budget, facts)
+    of = {fact.name: code for fact, code in zip(facts, agreed.codes, strict=True)}
+    if labels is not None:
+        if tokens:
+            _check_labels(of["labels (the largest)"], of["labels (the least)"], agreed.vocab, ignore_index)
+        here = labels - agreed.ranks.begin
+        labels = here.where((here >= 0) & (here < agreed.held), -1)
+    rows = None if keep is None else _places(keep, of[read[0].name])
+    return _Shares(agreed.ranks, rows, labels, agreed.held, agreed.budget)
+
+
+def _checksum(counted: Tensor, labelled: Tensor) -> Tensor:
+    """Of labels and which of them are ignored; it tells orders apart."""
+    # An odd factor loses no bits; the shift brings the upper ones down, so that sums of labels do not add up to the same.
+    mixed = (counted + labelled) * 0x2545F4914F6CDD1D
+    return ((mixed ^ (mixed >> 29)) * (2 * torch.arange(len(mixed), device=mixed.device) + 1)).sum()
+
+
+def _facts_of(terms: Terms, models: tuple[Inputs, Inputs], dtypes: tuple[torch.dtype, torch.dtype], metrics: bool) -> list[Fact]:
+    """What ranks must agree on about a loss, apart from its tokens."""
+    device = models[0][0].device
+    logits = [logits_dtype(dtype, device) for dtype in dtypes]
+    floats = [str(dtype) for dtype in FLOATS]
+    sides = dict(zip(("student", "teacher"), models, strict=True))
+    names = [f"{side}_head.{part}" for side in sides for part in ("logit_scale", "softcap (0 for None)")]
+    return [
+        one_of("divergence", terms.divergence, divergences()),
+        Fact("divergence's parameter", terms.a),
+        Fact("temperature", terms.temperature),
+        Fact("kd_weight (times temperature² unless square_temperature=False)", terms.kd_scale),
+        Fact("ce_weight", terms.ce_scale),
+        *(Fact(name, value) for name, value in zip(names, terms.head, strict=True)),
+        Fact("return_metrics", metrics),
+        *(Fact(f"whether {name}_head has a bias", bias is not None) for name, (_, _, bias) in sides.items()),
+        *(
+            one_of(f"the dtype of the {name}'s products", str(product_dtype(dtype, device)), floats)
+            for name, dtype in zip(sides, dtypes, strict=True)
+        ),
+        one_of("the backend (kdkernels.backend)", backends.select(device, *logits), backends.NAMES),
+    ]
 
 
 def prepare(
@@ -161,40 +277,53 @@ def prepare(
     t: Tensor,
     terms: Terms,
     ignore_index: int,
-    vocab: int,
+    vocab: int | None,
     dtypes: tuple[torch.dtype, torch.dtype],
     needs: tuple[bool, bool, bool],
     metrics: bool,
     budget: int,
     known: Known | None = None,
+    split: Split | None = None,
 ) -> Step:
     """teacher: None where it is not a model; ``known`` is then what it left. lift: a factor on top of grad_scale that only the
-    gradient of the hidden states keeps."""
+    gradient of the hidden states keeps. vocab: None for all rows, with a ``split`` only."""
     tokens, device = student[0].shape[0], student[0].device
     sum_dtype = accumulate_dtype(product_dtype(dtypes[0], device))
+    if known is None:
+        models = student, student if teacher is None else teacher
+        same = [] if split is None else [
+            *_facts_of(terms, models, dtypes, metrics),
+            Fact("whether student_hidden requires grad", needs[0]),
+            Fact("t", t),
+            Fact(_DIVISOR, grad_scale),
+        ]  # fmt: skip
+        shares = _shares(split, models, token_weight, labels, ignore_index, vocab, budget, same)
+    else:
+        assert vocab is not None
+        shares = _Shares(ALONE, kept_rows(labels, token_weight, ignore_index, vocab, known), labels, vocab, budget)
     # Where the loss does not look at the teacher, the student stands in for it.
     alone = teacher is None or (terms.kd_scale == 0.0 and not metrics)
-    learner = _model(student, dtypes[0], vocab, sum_dtype)
-    constant = learner if alone or teacher is None else _model(teacher, dtypes[1], vocab, sum_dtype)
+    learner = _model(student, dtypes[0], shares.vocab, sum_dtype)
+    constant = learner if alone or teacher is None else _model(teacher, dtypes[1], shares.vocab, sum_dtype)
     if alone:
         terms = Terms(*terms.loss, terms.head[:2] * 2)
-    rows = kept_rows(labels, token_weight, ignore_index, vocab, known)
     return Step(
         student=learner,
         teacher=constant,
-        labels=labels,
+        labels=shares.labels,
         weights=_weights(token_weight, tokens, sum_dtype, device),
         scale=grad_scale if lift is None else grad_scale * lift,
         t=t,
         terms=terms,
-        rows=rows,
-        count=tokens if rows is None else rows.shape[0],
+        rows=shares.rows,
+        count=tokens if shares.rows is None else shares.rows.shape[0],
         needs=needs,
         metrics=metrics,
         alone=alone,
         lift=lift,
         backend=backends.select(device, learner.logits, constant.logits),
-        budget=budget,
+        budget=shares.budget,
+        ranks=shares.ranks,
     )
 
 
@@ -207,11 +336,12 @@ def prepare_both(
     labels: Tensor | None,
     terms: tuple[Terms, Terms],
     ignore_index: int,
-    vocab: int,
+    vocab: int | None,
     dtypes: tuple[torch.dtype, torch.dtype],
     needs: tuple[bool, ...],
     metrics: bool,
     budget: int,
+    split: Split | None = None,
 ) -> tuple[Step, Step]:
     """The student's step and the teacher's, which is the same with the roles swapped: each holds the other's logits constant.
 
@@ -219,28 +349,37 @@ def prepare_both(
     """
     device = student[0].device
     sum_dtype = accumulate_dtype(torch.promote_types(*dtypes))
-    learners = [_model(inputs, dtype, vocab, sum_dtype) for inputs, dtype in zip((student, teacher), dtypes, strict=True)]
     weights = [_weights(weight, student[0].shape[0], sum_dtype, device) for weight in token_weights]
     given = [weight for weight in token_weights if weight is not None]
     # A token counts if it does for either.
     either = given[0].abs() + given[1].abs() if len(given) == 2 else None
-    rows = kept_rows(labels, either, ignore_index, vocab)
+    same = [] if split is None else [
+        *_facts_of(terms[0], (student, teacher), dtypes, metrics),
+        Fact("teacher_alpha (times temperature² unless square_temperature=False)", terms[1].kd_scale),
+        Fact("teacher_alpha", terms[1].ce_scale),
+        Fact("whether student_hidden requires grad", needs[0]),
+        Fact("whether teacher_hidden requires grad", needs[3]),
+        Fact(_DIVISOR, grad_scale),
+    ]  # fmt: skip
+    shares = _shares(split, (student, teacher), either, labels, ignore_index, vocab, budget, same)
+    learners = [_model(inputs, dtype, shares.vocab, sum_dtype) for inputs, dtype in zip((student, teacher), dtypes, strict=True)]
     one = Step(
         student=learners[0],
         teacher=learners[1],
-        labels=labels,
+        labels=shares.labels,
         weights=weights[0],
         scale=grad_scale if lift is None else grad_scale * lift,
         t=torch.ones((), dtype=sum_dtype, device=device),
         terms=terms[0],
-        rows=rows,
-        count=student[0].shape[0] if rows is None else rows.shape[0],
+        rows=shares.rows,
+        count=student[0].shape[0] if shares.rows is None else shares.rows.shape[0],
         needs=(needs[0], needs[1], needs[2]),
         metrics=metrics,
         alone=False,
         lift=lift,
         backend=backends.select(device, *(model.logits for model in learners)),
-        budget=budget,
+        budget=shares.budget,
+        ranks=shares.ranks,
         teacher_needs=(needs[3], needs[4], needs[5]),
     )
     other = replace(
@@ -270,12 +409,7 @@ def kept_rows(
     """
     if labels is None and weight is None and known is None:
         return None
-    keep = labelled = None
-    if weight is not None:
-        keep = weight != 0
-    if labels is not None:
-        labelled = labels != ignore_index
-        keep = labelled if keep is None else keep & labelled
+    keep, labelled = _keep(labels, weight, ignore_index)
     if keep is None:
         assert known is not None
         keep = torch.ones_like(known[0][:, 0], dtype=torch.bool)
@@ -290,9 +424,7 @@ def kept_rows(
     count, *found = torch.stack(facts).tolist()
     if labels is not None:
         largest, least, *found = found
-        if largest >= vocab or least < 0:
-            wrong = largest if largest >= vocab else least
-            raise ValueError(f"labels holds {wrong}; accepted: 0 to {vocab - 1}, or ignore_index={ignore_index}")
+        _check_labels(largest, least, vocab, ignore_index)
     if known is not None:
         largest, least, twice = found
         if largest >= vocab or least < 0:
@@ -305,6 +437,25 @@ def kept_rows(
                 f"topk_ids holds {twice} twice in one row; accepted: distinct tokens in each row, and topk_logprobs of -inf for "
                 "slots that are not used"
             )
+    return _places(keep, count)
+
+
+def _keep(labels: Tensor | None, weight: Tensor | None, ignore_index: int) -> tuple[Tensor | None, Tensor | None]:
+    """[N] bool, None for all: rows that count, and rows whose label is not ignored."""
+    keep = None if weight is None else weight != 0
+    if labels is None:
+        return keep, None
+    labelled = labels != ignore_index
+    return labelled if keep is None else keep & labelled, labelled
+
+
+def _check_labels(largest: int, least: int, vocab: int, ignore_index: int) -> None:
+    if largest >= vocab or least < 0:
+        wrong = largest if largest >= vocab else least
+        raise ValueError(f"labels holds {wrong}; accepted: 0 to {vocab - 1}, or ignore_index={ignore_index}")
+
+
+def _places(keep: Tensor, count: int) -> Tensor | None:
     return None if count == keep.numel() else torch.nonzero_static(keep, size=count)[:, 0]
 
 

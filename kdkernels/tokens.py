@@ -3,16 +3,21 @@
 For each chunk both logit tiles come from two library products into a reused scratch, one row operation overwrites a learner's tile
 by its gradient, and two more products carry that to the hidden states and the head. These are the fewest products there are,
 3 Us + Ut (U = 2 N V D) for a student alone, for every divergence, and Ut or 2 Ut more for a teacher that learns too.
+
+Where ranks share the vocabulary, a row's statistics span them. The row operation is then taken apart into the sweeps of vocab.py,
+whose one block is what this rank holds: its logits stay in the scratch between them, so that the products are the same.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from kdkernels import backends
+from kdkernels import backends, vocab
 from kdkernels.gradients import Gradients
-from kdkernels.plan import chunk_rows, logit_bytes
+from kdkernels.plan import chunk_rows, column_bytes, logit_bytes
 from kdkernels.products import HeadProducts, block_size
 from kdkernels.scratch import borrowed
 from kdkernels.step import Inputs, Outcome, Step, empty_sums, weighted
@@ -57,14 +62,16 @@ def run(steps: tuple[Step, ...], inputs: tuple[Inputs, ...]) -> list[Outcome]:
     """steps: the student's, and that of a teacher that learns too, with the roles swapped. inputs: hidden states, weight and bias
     of each learner, not cut to the vocabulary, which its gradients are shaped like."""
     step, both = steps[0], len(steps) == 2
-    tokens, vocab, count = inputs[0][0].shape[0], step.vocab, step.count
+    if not step.ranks.alone:
+        return _on_ranks(steps, inputs)
+    tokens, width, count = inputs[0][0].shape[0], step.vocab, step.count
     per_logit = logit_bytes(step.student.dtype, step.teacher.dtype, step.device, learners=len(steps))
-    size = chunk_rows(count, vocab, per_logit, step.budget)
+    size = chunk_rows(count, width, per_logit, step.budget)
     # Kept rows may all fit one chunk where all rows would not; the plan, which does not know them, counts the latter.
-    chunks = -(-tokens // chunk_rows(tokens, vocab, per_logit, step.budget))
+    chunks = -(-tokens // chunk_rows(tokens, width, per_logit, step.budget))
     learners = [_Learner(*pair, chunks) for pair in zip(steps, inputs, strict=True)]
     models = (step.student,) if step.alone else (step.student, step.teacher)
-    block = max(block_size(vocab, model.weight.shape[1], step.device) for model in models)
+    block = max(block_size(width, model.weight.shape[1], step.device) for model in models)
     tiles = {"x": step.student.logits}
     if not step.alone:
         tiles["z"] = step.teacher.logits
@@ -75,7 +82,7 @@ def run(steps: tuple[Step, ...], inputs: tuple[Inputs, ...]) -> list[Outcome]:
         for name, model in zip(("dx", "dz"), models[: len(steps)], strict=False)
         if model.dtype != model.logits or (both and name == "dx")
     }
-    shapes = [((1, block), torch.float32), *(((size, vocab), dtype) for dtype in tiles.values())]
+    shapes = [((1, block), torch.float32), *(((size, width), dtype) for dtype in tiles.values())]
     with borrowed(shapes, step.budget + 4 * block, step.device) as (blocks, *scratch):
         buffer = blocks[0]
         heads = [HeadProducts(model.weight, model.dtype, buffer) for model in models]
@@ -89,3 +96,36 @@ def run(steps: tuple[Step, ...], inputs: tuple[Inputs, ...]) -> list[Outcome]:
             for learner, (own, other, out), head, rows in zip(learners, pairs, heads, hidden, strict=False):
                 learner.add(tile[own], tile[other], tile.get(out), head, rows, index, buffer, begin == 0)
     return [Outcome(learner.losses, learner.metric_sums, learner.grads.finished()) for learner in learners]
+
+
+def _on_ranks(steps: tuple[Step, ...], inputs: tuple[Inputs, ...]) -> list[Outcome]:
+    step, count = steps[0], steps[0].count
+    student, teacher = step.student, step.teacher
+    # By what all ranks know, so that each has as many chunks as the others.
+    per_logit = column_bytes(student.dtype, teacher.dtype, step.device, len(steps))
+    size = chunk_rows(count, step.ranks.widest, per_logit, step.budget)
+    grads = [Gradients(one, *source, weight_parts=-(-count // size)) for one, source in zip(steps, inputs, strict=True)]
+    losses = [torch.zeros(len(one.weights), dtype=one.sum_dtype, device=one.device) for one in steps]
+    metric_sums = [empty_sums(step.device) for _ in steps]
+    # A head in another dtype than its products is cast once, and not in each sweep of each chunk.
+    cast = {
+        id(model): replace(model, weight=HeadProducts(model.weight, model.dtype, model.weight).weight)
+        for model in (student, teacher)
+    }
+    steps = tuple(replace(one, student=cast[id(one.student)], teacher=cast[id(one.teacher)]) for one in steps)
+    with vocab.scratch(steps, size, max(1, step.vocab)) as (tiles, buffer):
+        for begin in range(0, count, size):
+            counted = slice(begin, min(begin + size, count))
+            index = step.index(counted.start, counted.stop)
+            rows = student.rows(index), teacher.rows(index)
+            part = tuple(one.chunk(counted.start, counted.stop) for one in steps)
+            swept = vocab.Swept(part, rows, [tile[: len(rows[0])] for tile in tiles], buffer)
+            if any(any(one.needs) for one in steps):
+                for at, _, head, dx in swept.gradients():
+                    grads[at].add_rows(head, dx, rows[at], index, buffer, begin == 0, counted)
+            for at, learner in enumerate(steps):
+                columns = swept.columns(at)
+                losses[at][index] = (learner.weights[index] * weighted(columns, learner.terms)).to(step.sum_dtype)
+                if learner.metrics:
+                    metric_sums[at] += columns.sum(0)
+    return [Outcome(loss, sums, grad.finished()) for loss, sums, grad in zip(losses, metric_sums, grads, strict=True)]

@@ -6,11 +6,15 @@ that part of the head is written once and that of the hidden states added up. Ea
 4 Us + 2 Ut products (5 Us + 3 Ut with two forward sweeps) instead of 3 Us + Ut, and the least memory: no float32 copy of a 16-bit
 head's gradient, and a scratch that is free to be a thin slice of the vocabulary. A teacher that learns too adds the products of its
 own gradients; kernels that multiply themselves go over the vocabulary for each of the two.
+
+Where ranks share the vocabulary, each sweeps over its own columns, statistics and sums are merged over the ranks after their sweep,
+and the gradient needs nothing more of the others, except for the sum of the hidden states' in the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,39 +27,52 @@ from kdkernels.divergences import Divergence
 from kdkernels.gradients import Gradients
 from kdkernels.plan import block_columns, column_bytes
 from kdkernels.products import HeadProducts, block_size
+from kdkernels.ranks import ALONE, Ranks
 from kdkernels.scratch import borrowed
 from kdkernels.step import Inputs, Outcome, Step, empty_sums, weighted
 
 _AT = {name: column for column, name in enumerate(STATS_COLUMNS)}
+_SIDES = ("x_T", "y_T", "x", "z_T")
+_LARGEST, _LOG_SUMS = ([_AT[f"{kind}_{side}"] for side in _SIDES] for kind in ("max", "log_sum"))
+_PLACES, _OF_PLACES = [_AT["argmax_x"], _AT["argmax_z"]], [_SIDES.index("x_T"), _SIDES.index("z_T")]
+_ADDED = [_AT["label_logit"], _AT["mass"], _AT["moment"]]
 
 
-def merged(parts: Tensor, weigh: str) -> Tensor:
-    """Statistics [N, STATS_COLUMNS] of whole rows from those of their blocks, parts [B, N, STATS_COLUMNS], in block order.
+def merged(parts: Tensor, weigh: str, ranks: Ranks = ALONE, places: bool = True) -> Tensor:
+    """Statistics [N, STATS_COLUMNS] of whole rows from those of their blocks, parts [B, N, STATS_COLUMNS], on every rank.
 
-    Sums of exponentials are counted from a block's own largest entry, and here from the row's. Of equal largest entries the first
-    wins. argmax columns hold places in the row already.
+    Sums of exponentials are counted from a block's own largest entry, and here from the row's. argmax columns hold places in the
+    row already; of equal largest entries the first wins. places: whether other ranks' are asked for.
     """
-    whole = torch.empty_like(parts[0])
-    shifts = {}
-    for side in ("x_T", "y_T", "x", "z_T"):
-        largest, log_sum = parts[..., _AT[f"max_{side}"]], parts[..., _AT[f"log_sum_{side}"]]
-        top = largest.amax(0)
-        # A block or a row that is banned whole has no largest entry to count from: exp(-inf - 0) = 0.
-        shifts[side] = largest - top.masked_fill(top == -torch.inf, 0.0)
-        whole[:, _AT[f"max_{side}"]] = top
-        whole[:, _AT[f"log_sum_{side}"]] = torch.logsumexp(shifts[side] + log_sum, 0)
-        if (place := f"argmax_{side[0]}") in _AT and side in ("x_T", "z_T"):
-            whole[:, _AT[place]] = parts[..., _AT[place]].gather(0, largest.argmax(0)[None])[0]
-    whole[:, _AT["label_logit"]] = parts[..., _AT["label_logit"]].sum(0)
-    mass, moment = parts[..., _AT["mass"]], parts[..., _AT["moment"]]
+    # NaN equals nothing, and the largest over ranks may lose it. As +inf it makes the sums NaN just the same.
+    largest = parts[..., _LARGEST]
+    largest = torch.where(largest.isnan(), torch.inf, largest)
+    top = ranks.max(largest.amax(0))
+    # A block or a row that is banned whole has no largest entry to count from: exp(-inf - 0) = 0.
+    shifts = largest - top.masked_fill(top == -torch.inf, 0.0)
+    label_logit, mass, moment = (parts[..., column] for column in _ADDED)
     if weigh:
-        u, v = (shifts["y_T"], shifts["x_T"]) if weigh == "target" else (shifts["x_T"], shifts["y_T"])
+        own, other = ("y_T", "x_T") if weigh == "target" else ("x_T", "y_T")
+        u, v = shifts[..., _SIDES.index(own)], shifts[..., _SIDES.index(other)]
         empty = mass == 0  # shifts may be infinite there
         factor = u.exp().masked_fill(empty, 0.0)
         moment = factor * (moment + (mass * (u - v)).masked_fill(empty, 0.0))
         mass = factor * mass
-    whole[:, _AT["mass"]], whole[:, _AT["moment"]] = mass.sum(0), moment.sum(0)
+    exponentials = (shifts + parts[..., _LOG_SUMS]).exp_().sum(0)
+    added = ranks.sum(torch.cat([exponentials, torch.stack([label_logit, mass, moment], -1).sum(0)], 1))
+    found = torch.where(largest[..., _OF_PLACES] == top[:, _OF_PLACES], parts[..., _PLACES], torch.inf).amin(0)
+    whole = torch.empty_like(parts[0])
+    whole[:, _LARGEST], whole[:, _LOG_SUMS], whole[:, _ADDED] = top, added[:, : len(_SIDES)].log(), added[:, len(_SIDES) :]
+    whole[:, _PLACES] = ranks.min(found) if places else found
     return whole
+
+
+def _nothing(count: int, device: torch.device) -> Tensor:
+    """Statistics of no columns: they add nothing to others."""
+    stats = torch.zeros((count, len(STATS_COLUMNS)), dtype=torch.float64, device=device)
+    stats[:, _LARGEST + _LOG_SUMS] = -torch.inf
+    stats[:, _PLACES] = torch.inf
+    return stats
 
 
 def sums_of_one_sweep(stats: Tensor, divergence: Divergence) -> Tensor:
@@ -117,7 +134,8 @@ class BlockSweeps:
             yield block, heads, logits, None if self.labels is None else self.labels - begin
 
     def statistics(self, wanted: Sequence[tuple[str, bool]]) -> list[Tensor]:
-        found: list[Tensor] = []
+        step = self.steps[0]
+        found = [] if step.vocab else [_nothing(step.count, step.device) for _ in self.steps]
         for block, _, logits, labels in self.blocks():
             for at, (step, own, (weigh, ce)) in enumerate(zip(self.steps, logits, wanted, strict=True)):
                 part = self.operators.block_stats(
@@ -160,49 +178,92 @@ def run(steps: tuple[Step, ...], inputs: tuple[Inputs, ...]) -> list[Outcome]:
     """steps: the student's, and that of a teacher that learns too, with the roles swapped. inputs: hidden states, weight and bias
     of each learner, not cut to the vocabulary, which its gradients are shaped like."""
     step = steps[0]
-    count, vocab, learners = step.count, step.vocab, len(steps)
+    count, vocab = step.count, step.vocab
     dtypes = step.student.dtype, step.teacher.dtype
-    width = block_columns(count, vocab, column_bytes(*dtypes, step.device, learners), step.budget)
+    width = block_columns(count, vocab, column_bytes(*dtypes, step.device, len(steps)), step.budget)
     grads = [Gradients(one, *source, hidden_parts=-(-vocab // width)) for one, source in zip(steps, inputs, strict=True)]
     losses = [torch.zeros(step.weights.shape[0], dtype=step.sum_dtype, device=step.device) for _ in steps]
     if count == 0:
         return [Outcome(loss, empty_sums(step.device), grad.finished()) for loss, grad in zip(losses, grads, strict=True)]
     index = step.index(0, count)
     rows = step.student.rows(index), step.teacher.rows(index)
-    models = (step.student,) if step.alone else (step.student, step.teacher)
-    block = max(block_size(vocab, model.weight.shape[1], step.device) for model in models)
-    fused = step.backend == "triton"
-    # One gradient at a time where the kernels multiply themselves; else both logits, and the student's again for a second learner.
-    again = [step.student.logits] if learners == 2 else []
-    tiles = [max(dtypes[:learners], key=lambda dtype: dtype.itemsize)] if fused else [*(model.logits for model in models), *again]
-    shapes = [((1, block), torch.float32), *(((count, width), dtype) for dtype in tiles)]
-    with borrowed(shapes, step.budget + 4 * block, step.device) as (blocks, *scratch):
-        sweeps: Sweeps
-        if fused:
-            from kdkernels.backends.triton.vocabulary import FusedSweeps
-
-            sweeps = FusedSweeps(steps, rows, scratch[0], blocks[0])
-        else:
-            sweeps = BlockSweeps(steps, rows[: len(models)], scratch, blocks[0])
-        of = [_Kind.of(one) for one in steps]
-        stats = sweeps.statistics([(kind.weigh, kind.ce) for kind in of])
-        swept: list[Tensor | None] = [None] * learners
-        if any(kind.two_sweeps for kind in of):
-            swept = sweeps.sums([one if kind.two_sweeps else None for kind, one in zip(of, stats, strict=True)])
-        sums = [
-            sums_of_one_sweep(one, learner.terms.resolved()) if kind.weigh else stats[0].new_zeros((count, len(SUMS_COLUMNS)))
-            if total is None else total
-            for kind, learner, one, total in zip(of, steps, stats, swept, strict=True)
-        ]  # fmt: skip
+    with scratch(steps, count, width) as (tiles, buffer):
+        swept = Swept(steps, rows, tiles, buffer)
         if any(any(one.needs) for one in steps):
-            for at, columns, head, dx in sweeps.gradients(stats, sums):
-                grads[at].add_columns(head, dx, rows[at], columns, blocks[0])
+            for at, columns, head, dx in swept.gradients():
+                grads[at].add_columns(head, dx, rows[at], columns, buffer)
     done = []
-    for learner, kind, loss, one, total, grad in zip(steps, of, losses, stats, sums, grads, strict=True):
-        of_rows = row_columns(one, total, kind.ce, learner.metrics)
+    for at, (learner, loss, grad) in enumerate(zip(steps, losses, grads, strict=True)):
+        of_rows = swept.columns(at)
         loss[index] = (learner.weights[index] * weighted(of_rows, learner.terms)).to(step.sum_dtype)
         done.append(Outcome(loss, of_rows.sum(0) if learner.metrics else empty_sums(step.device), grad.finished()))
     return done
+
+
+def _fused(step: Step) -> bool:
+    """Whether the kernels multiply themselves; they take no vocabulary without a column, which a rank may be left with."""
+    return step.backend == "triton" and step.vocab > 0
+
+
+@contextmanager
+def scratch(steps: tuple[Step, ...], rows: int, width: int) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Tiles [rows, width] that the sweeps take, and the buffer of a head's block."""
+    step = steps[0]
+    models = (step.student,) if step.alone else (step.student, step.teacher)
+    block = max(block_size(step.vocab, model.weight.shape[1], step.device) for model in models)
+    # One gradient at a time where the kernels multiply themselves; else both logits, and the student's again for a second learner.
+    again = [step.student.logits] if len(steps) == 2 else []
+    widest = max((one.student.dtype for one in steps), key=lambda dtype: dtype.itemsize)
+    tiles = [widest] if _fused(step) else [*(model.logits for model in models), *again]
+    shapes = [((1, block), torch.float32), *(((rows, width), dtype) for dtype in tiles)]
+    with borrowed(shapes, step.budget + 4 * block, step.device) as (blocks, *found):
+        yield found, blocks[0]
+
+
+class Swept:
+    """Statistics and sums of the counted rows over the whole vocabulary, for each learner, and the gradients that they lead to."""
+
+    def __init__(self, steps: tuple[Step, ...], rows: tuple[Tensor, Tensor], tiles: list[Tensor], buffer: Tensor) -> None:
+        """rows: both models' counted rows, in their products' dtype. tiles, buffer: as ``scratch`` gives them."""
+        step = steps[0]
+        self.steps, self.sweeps = steps, _sweeps(steps, rows, tiles, buffer)
+        self.kinds = [_Kind.of(one) for one in steps]
+        parts = self.sweeps.statistics([(kind.weigh, kind.ce) for kind in self.kinds])
+        self.stats = [
+            part if step.ranks.alone else self._over_ranks(learner, part, kind)
+            for learner, part, kind in zip(steps, parts, self.kinds, strict=True)
+        ]
+        swept: list[Tensor | None] = [None] * len(steps)
+        if any(kind.two_sweeps for kind in self.kinds):
+            asked = [one if kind.two_sweeps else None for kind, one in zip(self.kinds, self.stats, strict=True)]
+            swept = [None if total is None else step.ranks.sum(total) for total in self.sweeps.sums(asked)]
+        self.sums = [
+            sums_of_one_sweep(one, learner.terms.resolved()) if kind.weigh
+            else one.new_zeros((step.count, len(SUMS_COLUMNS))) if total is None
+            else total
+            for kind, learner, one, total in zip(self.kinds, steps, self.stats, swept, strict=True)
+        ]  # fmt: skip
+
+    @staticmethod
+    def _over_ranks(step: Step, part: Tensor, kind: _Kind) -> Tensor:
+        part[:, _PLACES] += step.ranks.begin
+        return merged(part[None], kind.weigh, step.ranks, places=step.metrics)
+
+    def gradients(self) -> Iterator[tuple[int, slice, HeadProducts, Tensor]]:
+        """As ``Sweeps`` says."""
+        return self.sweeps.gradients(self.stats, self.sums)
+
+    def columns(self, at: int) -> Tensor:
+        """ROW_COLUMNS of a learner's counted rows."""
+        return row_columns(self.stats[at], self.sums[at], self.kinds[at].ce, self.steps[at].metrics)
+
+
+def _sweeps(steps: tuple[Step, ...], rows: tuple[Tensor, Tensor], tiles: list[Tensor], buffer: Tensor) -> Sweeps:
+    if _fused(steps[0]):
+        from kdkernels.backends.triton.vocabulary import FusedSweeps
+
+        return FusedSweeps(steps, rows, tiles[0], buffer)
+    return BlockSweeps(steps, rows[:1] if steps[0].alone else rows, tiles, buffer)
 
 
 @dataclass(frozen=True)
