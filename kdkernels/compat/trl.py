@@ -251,8 +251,8 @@ class _Patch:
             holder, attribute = (module, name[1:]) if name[0] == "." else (cls, name)
             if _digest(getattr(holder, attribute)) != digest:
                 raise RuntimeError(
-                    f"{self.name} of TRL {installed} cannot be patched: its {attribute} is not the released one (edited, or replaced "
-                    f"by another patch); {supported}, as released"
+                    f"{self.name} of TRL {installed} cannot be patched: its {attribute} is not the released one (edited, or "
+                    f"replaced by another patch); {supported}, as released"
                 )
         return cls
 
