@@ -28,6 +28,8 @@ COLUMNS = 64
 LOSSES = ("linear_kd_loss", "linear_okd_loss")
 # The first columns: whether the rank refuses its own input, its rows of both heads, its memory budget.
 _REFUSES, _STUDENT_ROWS, _TEACHER_ROWS, _BUDGET, _SAME = range(5)
+# No option is that large, and as the bits of a number it is -0.0.
+_NONE = -(2**63)
 
 
 def group_name(process_group: Any) -> str:
@@ -52,11 +54,12 @@ def group_name(process_group: Any) -> str:
 class Fact:
     """Something that must be the same on every rank.
 
-    name: as the caller knows it. value: a number, or a 0-dim tensor that is read with the table. words: what an integer stands for.
+    name: as the caller knows it. value: a number, None, or a 0-dim tensor that is read with the table. words: what an integer
+    stands for.
     """
 
     name: str
-    value: int | float | Tensor
+    value: int | float | Tensor | None
     words: tuple[str, ...] = ()
 
     def code(self) -> Any:
@@ -65,9 +68,11 @@ class Fact:
             return self.value.double().view(torch.int64) if self.value.is_floating_point() else self.value.to(torch.int64)
         if isinstance(self.value, float):
             return struct.unpack("<q", struct.pack("<d", self.value))[0]
-        return int(self.value)
+        return _NONE if self.value is None else int(self.value)
 
     def text(self, code: int) -> str:
+        if code == _NONE:
+            return "None"
         if self.words:
             return self.words[code]
         exact = isinstance(self.value, float) or (isinstance(self.value, Tensor) and self.value.is_floating_point())

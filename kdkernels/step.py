@@ -220,9 +220,9 @@ def _shares(
         Fact("the last dimension of teacher_hidden", teacher_hidden.shape[1]),
         one_of("strategy", split.strategy, STRATEGIES),
         Fact("ignore_index", ignore_index),
-        Fact("vocab_size (-1 for None)", -1 if vocab is None else vocab),
-        *same,
+        Fact("vocab_size", vocab),
         *read,
+        *same,
     ]
     facts = sorted(told, key=lambda fact: isinstance(fact.value, Tensor))
     agreed = agree(split.group, hidden.device, (student.shape[0], teacher.shape[0]), vocab, budget, facts)
