@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ FLAGS = [
     "-Wextra",
     "-Wno-psabi",
 ]
+# `make sanitize` builds with these: any access out of bounds and any undefined operation then ends the process. Frames are kept
+# for the report. Some Pythons build extensions with -fwrapv, under which no overflow is undefined: others do not.
+SANITIZE = ["-g", "-fno-omit-frame-pointer", "-fno-wrapv", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
 class BuildOrGoWithout(BuildExtension):
@@ -51,13 +55,15 @@ class BuildOrGoWithout(BuildExtension):
 
 def extension() -> Any:
     generate.write(ROOT)
+    sanitize = SANITIZE if os.environ.get("KDKERNELS_SANITIZE") == "1" else []
     sources = ["register.cpp", "rows_plain.cpp", "rows_avx2.cpp", "rows_avx512.cpp"]
     return CppExtension(
         "kdkernels._C",
         [f"csrc/{source}" for source in sources],
         py_limited_api=True,
         define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
-        extra_compile_args={"cxx": FLAGS},
+        extra_compile_args={"cxx": [*FLAGS, *sanitize]},
+        extra_link_args=sanitize,
         depends=["csrc/vec.h", "csrc/rows.h", "csrc/kernels.h", "kdkernels/divergences.py"],
     )
 

@@ -86,6 +86,8 @@ def write(repository: Path) -> None:
     folder.mkdir(exist_ok=True)
     header = "// Generated from kdkernels/divergences.py by csrc/generate.py. Do not edit.\n"
     functors = "\n".join(functor(divergences, name) for name in names)
-    (folder / "divergences.inc").write_text(header + functors)
     rows = "\n".join(f"KD_DIVERGENCE({name})" for name in names)
-    (folder / "names.inc").write_text(f"{header}{rows}\n")
+    for file, text in {"divergences.inc": header + functors, "names.inc": f"{header}{rows}\n"}.items():
+        # Written anew it would be newer, and everything that includes it built again.
+        if not (folder / file).exists() or (folder / file).read_text() != text:
+            (folder / file).write_text(text)

@@ -218,7 +218,7 @@ inline F entropy_term(F probability, F log_probability) {
 
 // Second sweep: sums of value and slope. For a gradient, the slope replaces the target in b.y, and q is written to b.q.
 template <class Divergence, bool metrics, bool grad>
-void reduce_row(const Problem& p, int64_t row, const Buffers& b, const float* stats, float* sums) {
+void reduce_row(const Problem& p, const Buffers& b, const float* stats, float* sums) {
   double value_sum = 0, slope_sum = 0, entropy_y = 0, entropy_x = 0, shared = 0;
   for (int64_t v0 = 0; v0 < p.vocabulary; v0 += block) {
     const int64_t end = std::min(v0 + block, p.vocabulary);
@@ -275,8 +275,10 @@ void grad_row(const Problem& p, int64_t row, const Buffers& b, const float* stat
     const float *x = b.x + v0, *slope = b.y + v0, *q = b.q + v0;
     if (p.kd_scale != 0.f)
       for (int64_t v = 0; v < n; v += KD_LANES) store(dx + v, kd * load(slope + v) + q_factor * load(q + v));
-    else
+    else if (q_factor != 0.f)
       for (int64_t v = 0; v < n; v += KD_LANES) store(dx + v, q_factor * load(q + v));
+    else
+      std::fill(dx, dx + padded(n), 0.f);
     if (own_x)
       for (int64_t v = 0; v < n; v += KD_LANES)
         store(dx + v, load(dx + v) + ce * exp<true>((load(x + v) * p.temperature - stats[max_x]) - stats[log_sum_x]));
@@ -303,10 +305,10 @@ void zero_row(const Problem& p, int64_t row) {
 inline bool dropped(const Problem& p, int64_t row) { return p.weight && p.weight[row] == 0.f; }
 
 template <class Divergence>
-void reduce(const Problem& p, int64_t row, const Buffers& b, const float* stats, float* sums) {
+void reduce(const Problem& p, const Buffers& b, const float* stats, float* sums) {
   const auto run = p.metrics ? (p.dx ? reduce_row<Divergence, true, true> : reduce_row<Divergence, true, false>)
                              : (p.dx ? reduce_row<Divergence, false, true> : reduce_row<Divergence, false, false>);
-  run(p, row, b, stats, sums);
+  run(p, b, stats, sums);
 }
 
 template <class Divergence>
@@ -321,7 +323,7 @@ void row_loss(const Problem& p, int64_t begin, int64_t end) {
     }
     float stats[stats_columns], sums[sums_columns];
     load_row<true>(p, row, b, stats);
-    reduce<Divergence>(p, row, b, stats, sums);
+    reduce<Divergence>(p, b, stats, sums);
     out[row_kd] = sums[sum_value];
     if (p.ce) out[row_ce] = stats[log_sum_x] - (stats[label_logit] - stats[max_x]);
     if (p.metrics) {
@@ -345,7 +347,7 @@ void block_reduce(const Problem& p, int64_t begin, int64_t end) {
   const Buffers b(p);
   for (int64_t row = begin; row < end; ++row) {
     load_row<false>(p, row, b, nullptr);
-    reduce<Divergence>(p, row, b, p.stats + row * stats_columns, p.sums + row * sums_columns);
+    reduce<Divergence>(p, b, p.stats + row * stats_columns, p.sums + row * sums_columns);
   }
 }
 
@@ -360,7 +362,7 @@ void block_grad(const Problem& p, int64_t begin, int64_t end) {
     }
     const float* stats = p.stats + row * stats_columns;
     load_row<false>(p, row, b, nullptr);
-    reduce_row<Divergence, false, true>(p, row, b, stats, unused);
+    reduce_row<Divergence, false, true>(p, b, stats, unused);
     grad_row(p, row, b, stats, p.sums[row * sums_columns + sum_slope]);
   }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,19 @@ from kdkernels.plan import STRATEGIES, default_budget
 
 REDUCTIONS = ("mean", "sum", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
+INTEGERS = (*_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+# Factors reach the backends as float32. Within these bounds they, and T² times a weight, are numbers there and not 0 or infinite.
+LARGEST = 1e18
+HOTTEST = 1e9
 
 
 @dataclass(frozen=True, eq=False)
 class LMHead:
     """An output head: logits = softcap * tanh(logit_scale * (H Wᵀ + bias) / softcap), without the tanh where softcap is None.
 
-    weight: (V, D). bias: (V,) or None. logit_scale: a positive factor (Cohere, Granite). softcap: a positive bound (Gemma 2).
+    weight: (V, D). bias: (V,) or None. logit_scale: a positive factor (Cohere, Granite). softcap: a positive bound (Gemma 2); both
+    from 1e-18 to 1e18.
     """
 
     weight: Tensor
@@ -29,18 +36,54 @@ class LMHead:
     softcap: float | None = None
 
 
-def number(name: str, value: Any, accepted: str, low: float = -math.inf, *, above: bool = False) -> float:
+def number(
+    name: str, value: Any, accepted: str, low: float = -math.inf, high: float = sys.float_info.max, *, above: bool = False
+) -> float:
+    """A number from low (``above``: greater than that) to high; by default any that float64 holds."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {accepted}, got {type(value).__name__}")
-    # not math.isfinite: a compiled graph may hold the number as a symbol
-    if not -math.inf < value < math.inf or value < low or (above and value == low):
+    # not math.isfinite: a compiled graph may hold the number as a symbol; written so that NaN is refused
+    if not (value >= low and -sys.float_info.max <= value <= high) or (above and value == low):
         raise ValueError(f"{name} is {accepted}, got {value}")
     return float(value)
+
+
+def positive(name: str, value: Any, otherwise: str = "", largest: float = LARGEST) -> float:
+    """otherwise: what is accepted besides, as " or None"."""
+    return number(name, value, f"a positive number from {1.0 / largest:g} to {largest:g}{otherwise}", 1.0 / largest, largest)
+
+
+def weight_of(name: str, value: Any) -> float:
+    return number(name, value, f"a number of at least 0 and at most {LARGEST:g}", 0.0, LARGEST)
+
+
+def share(name: str, value: Any, otherwise: str = "") -> float:
+    return number(name, value, f"a number in [0, 1]{otherwise}", 0.0, 1.0)
+
+
+def whole(name: str, value: Any, accepted: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {accepted}, got {type(value).__name__}")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is True or False, got {type(value).__name__}")
+    return value
+
+
+def one_of(name: str, value: Any, accepted: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in accepted:
+        raise ValueError(f"{name} {value!r} is not known; accepted: {', '.join(accepted)}")
+    return value
 
 
 def tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name} is {'nested' if value.is_nested else value.layout}; accepted: dense tensors (torch.strided)")
     if device is not None and value.device != device:
         raise ValueError(f"{name} is on {value.device}, the student on {device}; both must be on one device")
     return value
@@ -55,9 +98,19 @@ def float_tensor(name: str, value: Any, device: torch.device | None = None) -> T
 
 def integer_tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor:
     found = tensor(name, value, device)
-    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+    if found.dtype not in INTEGERS:
         raise TypeError(f"{name} is {found.dtype}; accepted: integers such as torch.int64")
     return found
+
+
+def scalar(name: str, value: Tensor, accepted: str, device: torch.device, dtypes: tuple[torch.dtype, ...] | None = None) -> Tensor:
+    """A 0-dim tensor that can be brought to the device; dtypes: those of FLOATS and others that are accepted, None for any float."""
+    fits = value.is_floating_point() if dtypes is None else value.dtype in dtypes
+    if value.dim() != 0 or not fits:
+        raise ValueError(f"{name} is {accepted}, got shape {tuple(value.shape)}, {value.dtype}")
+    if value.is_meta and device.type != "meta":
+        raise ValueError(f"{name} is on meta, where it has no value, the student on {device}")
+    return value.detach()
 
 
 def head_of(name: str, value: Any, hidden: Tensor, hidden_name: str) -> LMHead:
@@ -77,9 +130,9 @@ def head_of(name: str, value: Any, hidden: Tensor, hidden_name: str) -> LMHead:
         bias = float_tensor(f"{name}.bias", head.bias, hidden.device)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{name}.bias is ({weight.shape[0]},) like the rows of its weight, got {tuple(bias.shape)}")
-    number(f"{name}.logit_scale", head.logit_scale, "a positive number", 0.0, above=True)
+    positive(f"{name}.logit_scale", head.logit_scale)
     if head.softcap is not None:
-        number(f"{name}.softcap", head.softcap, "a positive number or None", 0.0, above=True)
+        positive(f"{name}.softcap", head.softcap, " or None")
     return head
 
 
@@ -131,18 +184,17 @@ def checked(
     """``leading``: the student's tensor, whose dimensions before the last are those of the tokens; ``name``: its name."""
     shape, device = leading.shape[:-1], leading.device
     chosen = resolve(divergence)
+    either = " or a 0-dim float tensor"
     if isinstance(t, Tensor):
-        if t.dim() != 0 or not t.is_floating_point():
-            raise ValueError(f"t is a number in [0, 1] or a 0-dim float tensor, got shape {tuple(t.shape)}, {t.dtype}")
-        t = t.detach()
+        t = scalar("t", t, f"a number in [0, 1]{either}", device)
     else:
-        if number("t", t, "a number in [0, 1] or a 0-dim float tensor", 0.0) > 1.0:
-            raise ValueError(f"t is a number in [0, 1] or a 0-dim float tensor, got {t}")
-    temperature = number("temperature", temperature, "a positive number", 0.0, above=True)
-    kd_weight = number("kd_weight", kd_weight, "a number of at least 0", 0.0)
-    ce_weight = number("ce_weight", ce_weight, "a number of at least 0", 0.0)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index is an integer, got {type(ignore_index).__name__}")
+        t = share("t", t, either)
+    temperature = positive("temperature", temperature, largest=HOTTEST)
+    flag("square_temperature", square_temperature)
+    kd_weight = weight_of("kd_weight", kd_weight)
+    ce_weight = weight_of("ce_weight", ce_weight)
+    if not -(2**63) <= whole("ignore_index", ignore_index, "an integer") < 2**63:
+        raise ValueError(f"ignore_index is an integer that int64 holds, got {ignore_index}")
     if labels is not None:
         integer_tensor("labels", labels, device)
         if labels.shape != shape:
@@ -157,16 +209,14 @@ def checked(
             )
         if token_weight.requires_grad:
             raise ValueError("token_weight is held constant, but requires grad; pass token_weight.detach()")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction {reduction!r} is not known; accepted: {', '.join(REDUCTIONS)}")
+    one_of("reduction", reduction, REDUCTIONS)
     if normalizer is not None:
         if reduction != "mean":
             raise ValueError(f"normalizer divides the sum of reduction='mean'; reduction is {reduction!r}")
-        accepted = "a positive number or a 0-dim tensor"
-        if not isinstance(normalizer, Tensor):
-            normalizer = number("normalizer", normalizer, accepted, 0.0, above=True)
-        elif normalizer.dim() != 0:
-            raise ValueError(f"normalizer is {accepted}, got shape {tuple(normalizer.shape)}")
+        if isinstance(normalizer, Tensor):
+            scalar("normalizer", normalizer, "a positive number or a 0-dim tensor of one", device, (*FLOATS, *INTEGERS))
+        else:
+            normalizer = positive("normalizer", normalizer, " or a 0-dim tensor of one")
     kd_scale = kd_weight * (temperature**2 if square_temperature else 1.0)
     return Loss(
         divergence=chosen,
@@ -179,7 +229,7 @@ def checked(
         ignore_index=ignore_index,
         reduction=reduction,
         normalizer=normalizer,
-        return_metrics=bool(return_metrics),
+        return_metrics=flag("return_metrics", return_metrics),
         shape=shape,
     )
 
@@ -208,24 +258,20 @@ def cut_vocabulary(rows: int, vocab_size: int | None, what: str) -> int:
     """vocab_size, or all ``rows``; ``what`` these are."""
     if vocab_size is None:
         return rows
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-        raise TypeError(f"vocab_size is an integer, got {type(vocab_size).__name__}")
-    if not 1 <= vocab_size <= rows:
+    if not 1 <= whole("vocab_size", vocab_size, "an integer") <= rows:
         raise ValueError(f"vocab_size={vocab_size}; accepted: 1 to {rows}, {what}")
     return vocab_size
 
 
 def scratch_of(strategy: Any, memory_budget: Any, device: torch.device) -> int:
     """The bytes of scratch for logits, after a look at both."""
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy {strategy!r} is not known; accepted: {', '.join(STRATEGIES)}")
+    one_of("strategy", strategy, STRATEGIES)
     if memory_budget is None:
         return default_budget(device)
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
-        raise TypeError(f"memory_budget is a number of bytes, got {type(memory_budget).__name__}")
-    if memory_budget < 1:
+    if whole("memory_budget", memory_budget, "a number of bytes") < 1:
         raise ValueError(f"memory_budget is a positive number of bytes, got {memory_budget}")
-    return memory_budget
+    # The operators take an int64; no scratch comes near it.
+    return min(memory_budget, 2**62)
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,10 @@ def divergences() -> tuple[str, ...]:
 def resolve(divergence: Divergence | str, parameter: float | None = None) -> Divergence:
     """The divergence itself, or the one of that name with this parameter (None: its default)."""
     if isinstance(divergence, Divergence):
+        if divergence.name not in _factories:
+            raise ValueError(f"divergence {divergence.name!r} is not known; accepted: {', '.join(_factories)}")
+        if not 0.0 < divergence.a < 1.0 and _factories[divergence.name]().a != 0.0:
+            raise ValueError(f"divergence {divergence.name!r} has the parameter {divergence.a}; accepted: a number in (0, 1)")
         return divergence
     if not isinstance(divergence, str):
         raise TypeError(

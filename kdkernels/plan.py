@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -193,6 +194,13 @@ def choose(strategy: str, size: Size) -> str:
     return min(("tokens", "vocab"), key=lambda name: roofline.seconds(_passes(name, size, on), on))
 
 
+def _at_least_1(name: str, value: Any, accepted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {accepted}, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} is {accepted}, at least 1, got {value}")
+
+
 def plan(
     tokens: int,
     vocab: int,
@@ -212,22 +220,28 @@ def plan(
     """What one step of ``linear_kd_loss``, or of ``linear_okd_loss`` with an ``online_teacher``, will take: losses and gradients.
 
     tokens: kept rows N. vocab: V. student_dim, teacher_dim: hidden sizes. dtype: of hidden states and heads (teacher_dtype: of the
-    teacher's, if different). device: "cpu" or "cuda", or a GPU of ``roofline.DEVICES`` such as "H100", which need not be here.
+    teacher's, if different), float32, bfloat16, float16 or float64. device: "cpu" or "cuda", or a GPU of ``roofline.DEVICES`` such as "H100", which need not be here.
     memory_budget: bytes for logits scratch. train_head: whether the student's head takes a gradient. strategy, divergence: as for
     the loss. online_teacher: the teacher's hidden states take a gradient too; train_teacher_head: and so does its head. Raises
-    ValueError for sizes below 1, a budget below 1 byte, names that are not known, and a teacher's head that is trained alone.
+    ValueError for sizes below 1, a budget below 1 byte, names that are not known, and a teacher's head that is trained alone, and
+    TypeError for what is of another type.
     """
-    for name, value in {
-        "tokens": tokens,
-        "vocab": vocab,
-        "student_dim": student_dim,
-        "teacher_dim": teacher_dim,
+    for name, value in {"tokens": tokens, "vocab": vocab, "student_dim": student_dim, "teacher_dim": teacher_dim}.items():
+        _at_least_1(name, value, "an integer")
+    if memory_budget is not None:
+        _at_least_1("memory_budget", memory_budget, "a number of bytes")
+    for name, of in {"dtype": dtype, "teacher_dtype": dtype if teacher_dtype is None else teacher_dtype}.items():
+        backends.check_dtype(name, of)
+    for name, chosen in {
+        "train_head": train_head,
+        "online_teacher": online_teacher,
+        "train_teacher_head": train_teacher_head,
     }.items():
-        if value < 1:
-            raise ValueError(f"{name} is at least 1, got {value}")
-    if memory_budget is not None and memory_budget < 1:
-        raise ValueError(f"memory_budget is a number of bytes, at least 1, got {memory_budget}")
-    if strategy not in STRATEGIES:
+        if not isinstance(chosen, bool):
+            raise TypeError(f"{name} is True or False, got {type(chosen).__name__}")
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device is a name or a torch.device, got {type(device).__name__}")
+    if not isinstance(strategy, str) or strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r} is not known; accepted: {', '.join(STRATEGIES)}")
     if train_teacher_head and not online_teacher:
         raise ValueError("train_teacher_head is True; accepted only with online_teacher=True")

@@ -2,6 +2,10 @@
 
 There a fresh page costs a fault, and faulting some hundred MiB in at every step costs as much as all row operations. So the scratch
 of the last call stays, never larger than that call's budget, until ``free_scratch``. Other devices' allocators do this themselves.
+
+Where the memory is not there, the error says what would take less. It is a torch.OutOfMemoryError on every device: a RuntimeError
+like the one that torch's CPU allocator raises, and one handler then serves both kinds of device. The allocator's own words are in
+its text, because by them programs that try again with a smaller batch know it.
 """
 
 from __future__ import annotations
@@ -18,17 +22,31 @@ _lock = threading.Lock()
 _held: Tensor | None = None
 
 
-def _allocate(size: int, device: torch.device) -> Tensor:
-    # A tensor made in inference mode could not be written to outside of it later.
-    with torch.inference_mode(False):
-        return torch.empty(size, dtype=torch.uint8, device=device)
+# By these words of a RuntimeError one knows that it is about memory (torch.OutOfMemoryError is known by its type).
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def _allocate(size: int, memory_budget: int, device: torch.device) -> Tensor:
+    try:
+        # A tensor made in inference mode could not be written to outside of it later.
+        with torch.inference_mode(False):
+            return torch.empty(size, dtype=torch.uint8, device=device)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        raise torch.OutOfMemoryError(
+            f"the scratch for logits wants {size} bytes on {device}, and they are not there; memory_budget is {memory_budget} bytes, "
+            "and a smaller memory_budget takes less (at least the logits of one token with strategy='tokens', of one column with "
+            f"strategy='vocab'). The allocator says: {error}"
+        ) from error
 
 
 @contextmanager
 def borrowed(shapes: list[tuple[tuple[int, int], torch.dtype]], budget: int, device: torch.device) -> Iterator[list[Tensor]]:
     """Uninitialised tensors of these shapes and dtypes, side by side in one allocation, for the time of the block.
 
-    budget: bytes that may stay allocated afterwards.
+    shapes: where the first has one row it is the block of a head, which comes on top of the memory budget. budget: bytes that may
+    stay allocated afterwards, the memory budget and that block's. Raises torch.OutOfMemoryError; nothing is held then.
     """
     global _held
     offsets, size = [], 0
@@ -42,14 +60,17 @@ def borrowed(shapes: list[tuple[tuple[int, int], torch.dtype]], budget: int, dev
             for offset, ((rows, columns), dtype) in zip(offsets, shapes, strict=True)
         ]
 
+    (rows_of_first, columns_of_first), dtype_of_first = shapes[0]
+    memory_budget = budget - (columns_of_first * dtype_of_first.itemsize if rows_of_first == 1 else 0)
+
     # A second thread that calls at the same time gets a scratch of its own.
     if device.type != "cpu" or not _lock.acquire(blocking=False):
-        yield views(_allocate(size, device))
+        yield views(_allocate(size, memory_budget, device))
         return
     try:
         if _held is None or not size <= _held.numel() <= max(size, budget):
             _held = None
-            _held = _allocate(size, device)
+            _held = _allocate(size, memory_budget, device)
         yield views(_held)
     finally:
         _lock.release()

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kdkernels.checks import FLOATS, INTEGERS, flag, number, scalar
+
 
 class TAIDSchedule(nn.Module):
     """The interpolation ``t`` of the target, to be updated once per optimizer step.
@@ -37,10 +39,10 @@ class TAIDSchedule(nn.Module):
         for name, value in {"t_start": t_start, "t_end": t_end, "alpha": alpha, "beta": beta}.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} is a number, got {type(value).__name__}")
+        flag("adaptive", adaptive)
         if not 0.0 <= t_start <= t_end <= 1.0:
             raise ValueError(f"accepted: 0 <= t_start <= t_end <= 1, got t_start={t_start}, t_end={t_end}")
-        if not (math.isfinite(alpha) and alpha >= 0.0):
-            raise ValueError(f"alpha is at least 0, got {alpha}")
+        number("alpha", alpha, "at least 0", 0.0)
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"beta is in [0, 1), got {beta}")
         self.t_start, self.t_end, self.alpha, self.beta, self.adaptive = t_start, t_end, alpha, beta, adaptive
@@ -60,9 +62,12 @@ class TAIDSchedule(nn.Module):
         """
         if isinstance(progress, bool) or not isinstance(progress, (int, float)) or not 0.0 <= progress <= 1.0:
             raise ValueError(f"progress is finished steps / total steps, in [0, 1], got {progress!r}")
-        current = torch.as_tensor(loss, dtype=torch.float32, device=self.t.device).detach()
-        if current.dim() != 0:
-            raise ValueError(f"loss is a number or a 0-dim tensor, got shape {tuple(current.shape)}")
+        accepted = "a number or a 0-dim tensor"
+        if isinstance(loss, Tensor):
+            loss = scalar("loss", loss, accepted, self.t.device, (*FLOATS, *INTEGERS))
+        elif not (isinstance(loss, float) and not math.isfinite(loss)):  # those are passed over below
+            loss = number("loss", loss, accepted)
+        current = torch.as_tensor(loss, dtype=torch.float32, device=self.t.device)
         if dist.is_available() and dist.is_initialized():
             current = current.clone()
             dist.all_reduce(current)

@@ -20,6 +20,7 @@ from kdkernels.checks import (
     float_tensor,
     head_of,
     integer_tensor,
+    one_of,
     rows_of,
     scratch_of,
 )
@@ -87,8 +88,7 @@ def linear_topk_kd_loss(
     vocab = cut_vocabulary(head.weight.shape[0], vocab_size, "the rows of student_head")
     budget = scratch_of(strategy, memory_budget, device)
     dtype = compute_dtype(student_hidden, head.weight, "student_hidden and student_head")
-    if tail not in TAILS:
-        raise ValueError(f"tail {tail!r} is not known; accepted: {', '.join(TAILS)}")
+    one_of("tail", tail, TAILS)
     integer_tensor("topk_ids", topk_ids, device)
     float_tensor("topk_logprobs", topk_logprobs, device)
     lead = student_hidden.shape[:-1]

@@ -19,6 +19,7 @@ from kdkernels.backends import native, reference
 
 NAMES = ("native", "triton", "reference")
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (*FAST_DTYPES, torch.float64)
 _forced: str | None = None
 
 
@@ -67,9 +68,24 @@ def use(name: str) -> Iterator[None]:
         _forced = before
 
 
+def check_dtype(name: str, value: Any) -> None:
+    """TypeError for what the losses do not take."""
+    if value not in DTYPES:
+        got = value if isinstance(value, torch.dtype) else type(value).__name__
+        raise TypeError(f"{name} is {got}; accepted: {', '.join(map(str, DTYPES))}")
+
+
 def backend(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
     """Name of the backend that runs for logits of ``dtype`` on ``device``: "native", "triton" or "reference".
 
     "reference" means that the dtype is float64, or on a CPU that the C++ extension was not built, on a GPU that Triton is missing.
+    Raises ValueError for a name that is no device's, TypeError for another dtype and for arguments of another type.
     """
-    return select(torch.device(device), dtype)
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device is a name or a torch.device, got {type(device).__name__}")
+    check_dtype("dtype", dtype)
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device is {device!r}; accepted: names of torch devices, such as 'cpu' and 'cuda'") from None
+    return select(where, dtype)

@@ -176,7 +176,8 @@ def row_loss(
     if grad:
         target = x if out is None else out
         _grad(rows, labels, weight, kd_scale, ce_scale, head, stats, sums[:, 1], slope, target)
-    return row_columns(stats, sums, ce, metrics).masked_fill((weight == 0.0)[:, None], 0.0)
+    columns = row_columns(stats, sums, ce, metrics).masked_fill((weight == 0.0)[:, None], 0.0)
+    return columns.to(accumulate_dtype(x.dtype))  # a teacher of more digits does not change the dtype of a student's loss
 
 
 def block_stats(
