@@ -121,9 +121,10 @@ class TestWhereLigerIsRight:
             },
         )
 
+    @pytest.mark.parametrize("hard", [0.3, 0.0])
     @pytest.mark.parametrize("beta", BETAS)
-    def test_both_terms_are_returned_without_their_weights(self, cls: Any, beta: float) -> None:
-        case = problem(beta=beta, ce_weight=0.3, kd_weight=0.7, temperature=2.0, tokens=(4, 10))
+    def test_both_terms_are_returned_without_their_weights(self, cls: Any, beta: float, hard: float) -> None:
+        case = problem(beta=beta, ce_weight=hard, kd_weight=0.7, temperature=2.0, tokens=(4, 10))
         leaves = {name: leaf.double().requires_grad_() for name, leaf in case.learned().items()}
         double = replace(
             case,
@@ -138,7 +139,7 @@ class TestWhereLigerIsRight:
             part: replace(case, options=replace(case.options, kd_weight=kd, ce_weight=ce)).plain()["loss"]
             for part, kd, ce in (("soft", 1.0, 0.0), ("hard", 0.0, 1.0))
         }
-        for value, exact in zip(found, (0.7 * plain["soft"] + 0.3 * plain["hard"], plain["soft"], plain["hard"]), strict=True):
+        for value, exact in zip(found, (0.7 * plain["soft"] + hard * plain["hard"], plain["soft"], plain["hard"]), strict=True):
             assert abs(value.double() - exact) <= 2 * single * exact
 
     def test_the_gradient_is_of_the_loss_alone(self, cls: Any) -> None:
