@@ -104,7 +104,7 @@ def integer_tensor(name: str, value: Any, device: torch.device | None = None) ->
 
 
 def scalar(name: str, value: Tensor, accepted: str, device: torch.device, dtypes: tuple[torch.dtype, ...] | None = None) -> Tensor:
-    """A 0-dim tensor that can be brought to the device; dtypes: those of FLOATS and others that are accepted, None for any float."""
+    """A 0-dim tensor that can be brought to the device, cut from its graph. dtypes: what is accepted, None for any float."""
     fits = value.is_floating_point() if dtypes is None else value.dtype in dtypes
     if value.dim() != 0 or not fits:
         raise ValueError(f"{name} is {accepted}, got shape {tuple(value.shape)}, {value.dtype}")
@@ -185,10 +185,7 @@ def checked(
     shape, device = leading.shape[:-1], leading.device
     chosen = resolve(divergence)
     either = " or a 0-dim float tensor"
-    if isinstance(t, Tensor):
-        t = scalar("t", t, f"a number in [0, 1]{either}", device)
-    else:
-        t = share("t", t, either)
+    t = scalar("t", t, f"a number in [0, 1]{either}", device) if isinstance(t, Tensor) else share("t", t, either)
     temperature = positive("temperature", temperature, largest=HOTTEST)
     flag("square_temperature", square_temperature)
     kd_weight = weight_of("kd_weight", kd_weight)
@@ -268,10 +265,11 @@ def scratch_of(strategy: Any, memory_budget: Any, device: torch.device) -> int:
     one_of("strategy", strategy, STRATEGIES)
     if memory_budget is None:
         return default_budget(device)
-    if whole("memory_budget", memory_budget, "a number of bytes") < 1:
-        raise ValueError(f"memory_budget is a positive number of bytes, got {memory_budget}")
+    budget = whole("memory_budget", memory_budget, "a number of bytes")
+    if budget < 1:
+        raise ValueError(f"memory_budget is a positive number of bytes, got {budget}")
     # The operators take an int64; no scratch comes near it.
-    return min(memory_budget, 2**62)
+    return min(budget, 2**62)
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,8 @@ def plan(
     """What one step of ``linear_kd_loss``, or of ``linear_okd_loss`` with an ``online_teacher``, will take: losses and gradients.
 
     tokens: kept rows N. vocab: V. student_dim, teacher_dim: hidden sizes. dtype: of hidden states and heads (teacher_dtype: of the
-    teacher's, if different), float32, bfloat16, float16 or float64. device: "cpu" or "cuda", or a GPU of ``roofline.DEVICES`` such as "H100", which need not be here.
+    teacher's, if different): float32, bfloat16, float16 or float64. device: "cpu" or "cuda", or a GPU of ``roofline.DEVICES`` such
+    as "H100", which need not be here.
     memory_budget: bytes for logits scratch. train_head: whether the student's head takes a gradient. strategy, divergence: as for
     the loss. online_teacher: the teacher's hidden states take a gradient too; train_teacher_head: and so does its head. Raises
     ValueError for sizes below 1, a budget below 1 byte, names that are not known, and a teacher's head that is trained alone, and

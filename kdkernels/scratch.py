@@ -35,9 +35,9 @@ def _allocate(size: int, memory_budget: int, device: torch.device) -> Tensor:
         if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in _NO_MEMORY):
             raise
         raise torch.OutOfMemoryError(
-            f"the scratch for logits wants {size} bytes on {device}, and they are not there; memory_budget is {memory_budget} bytes, "
-            "and a smaller memory_budget takes less (at least the logits of one token with strategy='tokens', of one column with "
-            f"strategy='vocab'). The allocator says: {error}"
+            f"the scratch for logits wants {size} bytes on {device}, and they are not there; memory_budget is {memory_budget} "
+            "bytes, and a smaller memory_budget takes less (down to the logits of one token with strategy='tokens', of one column "
+            f"with strategy='vocab'). The allocator says: {error}"
         ) from error
 
 

@@ -18,6 +18,10 @@ hypothesis.settings.register_profile("explore", max_examples=500, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-cases", type=int, default=10_000, help="random calls of tests/test_fuzz.py (default 10000)")
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Problems here are too small for two; the tests that are about threads ask for them."""

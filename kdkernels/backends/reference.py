@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ class _Rows:
     z: Tensor
     temperature: float
     student_softcap: float
+
+    def like(self, stats: Tensor) -> _Rows:
+        """In the dtype of statistics that were rounded since: a largest entry and what it is the largest of must round alike."""
+        return replace(self, **{name: getattr(self, name).to(stats.dtype) for name in ("x", "y", "z")})
 
     def own_x(self) -> Tensor:
         """The student's logits at temperature 1."""
@@ -209,7 +213,7 @@ def block_reduce(
     stats: Tensor,
     metrics: bool,
 ) -> Tensor:
-    rows = _load(x, z, x_bias, z_bias, t, temperature, head)
+    rows = _load(x, z, x_bias, z_bias, t, temperature, head).like(stats)
     value, slope = _value_and_slope(rows, stats, _divergence(divergence, a))
     return _reduce(rows, stats, value, slope, metrics)
 
@@ -231,7 +235,7 @@ def block_grad(
     stats: Tensor,
     sums: Tensor,
 ) -> None:
-    rows = _load(x, z, x_bias, z_bias, t, temperature, head)
+    rows = _load(x, z, x_bias, z_bias, t, temperature, head).like(stats)
     _, slope = _value_and_slope(rows, stats, _divergence(divergence, a))
     _grad(rows, labels, weight, kd_scale, ce_scale, head, stats, sums[:, 1], slope, x)
 
