@@ -20,9 +20,11 @@ TRL's own compute_loss goes on being called where its result is asked for: for `
 evaluation with compute_metrics), whose caller wants the logits, and for subclasses that replace a part of the loss. Subclasses with
 a compute_loss of their own (ServerDistillationTrainer) are as they were.
 
-Before a model's first loss ``verify_lm_head`` holds its head against its logits, except under FSDP.
+Students with PEFT adapters, gradient checkpointing, DistributedDataParallel and FSDP2 work as without the patch; DeepSpeed ZeRO-3
+and FSDP1 have no whole head to compute with, which is a ValueError. Before a model's first loss ``verify_lm_head`` holds its head
+against its logits, except under FSDP.
 
-The sources of TRL 1.16.0 were read, and nothing is patched but these.
+TRL 1.16.0 is what was read; another release, or a class that was changed, is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import importlib
 import importlib.metadata
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -309,7 +311,7 @@ def unpatch_gkd_trainer() -> None:
     _GKD.undo()
 
 
-def gkd_trainer_patched() -> Any:
+def gkd_trainer_patched() -> AbstractContextManager[None]:
     """``patch_gkd_trainer`` for the length of a with block, after which all is as it was before."""
     return _GKD.applied()
 
@@ -335,6 +337,6 @@ def unpatch_distillation_trainer() -> None:
     _DISTILLATION.undo()
 
 
-def distillation_trainer_patched() -> Any:
+def distillation_trainer_patched() -> AbstractContextManager[None]:
     """``patch_distillation_trainer`` for the length of a with block, after which all is as it was before."""
     return _DISTILLATION.applied()
