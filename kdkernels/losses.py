@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kdkernels import ops  # noqa: F401  (registers the operators)
 from kdkernels.autograd import LossPerToken, SummedLoss
 from kdkernels.backends.operators import accumulate_dtype
-from kdkernels.checks import Linear, LMHead, Loss, checked, float_tensor, kept_weight, linear_of, rows_of
+from kdkernels.checks import Linear, LMHead, Loss, checked, float_tensor, kept_weight, linear_of, rows_of, whole
 from kdkernels.divergences import Divergence, resolve
 from kdkernels.ranks import group_name, told
 from kdkernels.step import METRICS
@@ -80,8 +80,8 @@ def models_of(
             *(student_hidden, student_head, teacher_hidden, teacher_head, vocab_size, strategy, memory_budget), constant_target
         )
         return models, models.vocab
-    if vocab_size is not None and (isinstance(vocab_size, bool) or not isinstance(vocab_size, int)):
-        raise TypeError(f"vocab_size is an integer, got {type(vocab_size).__name__}")
+    if vocab_size is not None:
+        whole("vocab_size", vocab_size, "an integer")
     # every rank has a first row of both heads
     return linear_of(
         *(student_hidden, student_head, teacher_hidden, teacher_head, 1, strategy, memory_budget), constant_target

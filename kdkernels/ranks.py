@@ -79,6 +79,10 @@ class Fact:
         return str(struct.unpack("<d", struct.pack("<q", code))[0] if exact else code)
 
 
+def whether(name: str, value: bool) -> Fact:
+    return Fact(f"whether {name}", int(value), ("no", "yes"))
+
+
 def one_of(name: str, word: str, words: Sequence[str]) -> Fact:
     return Fact(name, list(words).index(word), tuple(words))
 
@@ -122,17 +126,9 @@ class Ranks:
 ALONE = Ranks()
 
 
-def _resolved(name: str, device: torch.device) -> Any:
+def _resolved(name: str) -> Any:
     c10d: Any = torch.distributed.distributed_c10d
-    group = c10d._resolve_process_group(name)
-    try:
-        group._get_backend(device)
-    except RuntimeError as error:
-        raise ValueError(
-            f"process_group serves no tensors on {device.type}, where the student is: its backend is "
-            f"{torch.distributed.get_backend(group)}"
-        ) from error
-    return group
+    return c10d._resolve_process_group(name)
 
 
 def _exchanged(group: Any, own: Sequence[Any], device: torch.device) -> list[list[int]]:
@@ -150,18 +146,25 @@ def _exchanged(group: Any, own: Sequence[Any], device: torch.device) -> list[lis
     return read
 
 
-@contextmanager
-def told(name: str, *tensors: Any) -> Iterator[None]:
-    """Where the checks inside refuse this rank's input, the other ranks, which wait in ``agree``, learn of it.
+def _refuse(group: Any, devices: Sequence[torch.device]) -> None:
+    """Tells the other ranks, which wait in ``agree``. devices: of this rank's tensors; the table is on the first that serves."""
+    candidates = [*devices, torch.device("cpu"), *group._device_types]
+    _exchanged(group, [1], next(device for device in candidates if _serves(group, device)))
 
-    tensors: of the arguments; the first that is a tensor says where the table is.
-    """
+
+def _serves(group: Any, device: torch.device) -> bool:
+    return device.type in {one.type for one in group._device_types}
+
+
+@contextmanager
+def told(name: str, *arguments: Any) -> Iterator[None]:
+    """Where the checks inside refuse this rank's input, the other ranks of the group learn of it. arguments: some that may be
+    tensors."""
     try:
         yield
     except (TypeError, ValueError):
         if name:
-            device = next((one.device for one in tensors if isinstance(one, Tensor)), torch.device("cpu"))
-            _exchanged(_resolved(name, device), [1], device)
+            _refuse(_resolved(name), [one.device for one in arguments if isinstance(one, Tensor)])
         raise
 
 
@@ -195,7 +198,13 @@ def agree(
     name: of the group. rows: this rank's rows of both heads. vocab_size: of the whole vocabulary, None for all rows. budget: bytes
     of scratch. same: facts that must be alike; those whose value is a tensor come last.
     """
-    group = _resolved(name, device)
+    group = _resolved(name)
+    if not _serves(group, device):
+        _refuse(group, [])
+        raise ValueError(
+            f"process_group serves no tensors on {device.type}, where student_hidden is; its backend is "
+            f"{torch.distributed.get_backend(group)}"
+        )
     table = _exchanged(group, [0, *rows, budget, *(fact.code() for fact in same)], device)
     if refusing := [rank for rank, row in enumerate(table) if row[_REFUSES]]:
         raise ValueError(

@@ -14,7 +14,7 @@ from kdkernels.checks import FLOATS
 from kdkernels.divergences import Divergence, divergences, resolve
 from kdkernels.plan import STRATEGIES, Size
 from kdkernels.products import logits_dtype, product_dtype
-from kdkernels.ranks import ALONE, LOSSES, Fact, Ranks, agree, one_of
+from kdkernels.ranks import ALONE, LOSSES, Fact, Ranks, agree, one_of, whether
 
 METRICS = ("kd", "ce", "target_entropy", "student_entropy", "agreement", "overlap", "tokens")
 
@@ -66,12 +66,11 @@ class Model:
 class Step:
     """A step after its checks. Rows of ``hidden`` that do not count are never touched.
 
-    labels: [N] or None, counted from this rank's first column; -1 where another rank holds the column.
-
-    rows: indices of those that count, None for all; count: how many. weights: [N], token weights; scale: 0-dim, on top of them for
-    gradients. needs: which of hidden, weight and bias take one. alone: the loss does not look at the teacher, so its logits are
-    not computed, and ``teacher`` is the student. ranks: over which the vocabulary is split. teacher_needs: as needs, of a teacher
-    that learns in a step of its own; else None.
+    labels: [N] or None, counted from this rank's first column; -1 where another rank holds it. rows: indices of those that count,
+    None for all; count: how many. weights: [N], token weights; scale: 0-dim, on top of them for gradients. needs: which of hidden,
+    weight and bias take one. alone: the loss does not look at the teacher, so its logits are not computed, and ``teacher`` is the
+    student. ranks: over which the vocabulary is split. teacher_needs: as needs, of a teacher that learns in a step of its own; else
+    None.
     """
 
     student: Model
@@ -211,10 +210,10 @@ def _shares(
             Fact("labels (a checksum)", _checksum(counted, labelled)),
         ]
     # Whatever decides about the facts that follow comes first: where it differs, these are not looked at.
-    told = [
+    unsorted = [
         one_of("the loss", split.loss, LOSSES),
-        Fact("whether labels are given", labels is not None),
-        Fact("whether token_weight is given", weight is not None),
+        whether("labels are given", labels is not None),
+        whether("token_weight is given", weight is not None),
         Fact("the number of tokens in student_hidden", tokens),
         Fact("the last dimension of student_hidden", hidden.shape[1]),
         Fact("the last dimension of teacher_hidden", teacher_hidden.shape[1]),
@@ -224,7 +223,7 @@ def _shares(
         *read,
         *same,
     ]
-    facts = sorted(told, key=lambda fact: isinstance(fact.value, Tensor))
+    facts = sorted(unsorted, key=lambda fact: isinstance(fact.value, Tensor))
     agreed = agree(split.group, hidden.device, (student.shape[0], teacher.shape[0]), vocab, budget, facts)
     of = {fact.name: code for fact, code in zip(facts, agreed.codes, strict=True)}
     if labels is not None:
@@ -257,8 +256,8 @@ def _facts_of(terms: Terms, models: tuple[Inputs, Inputs], dtypes: tuple[torch.d
         Fact("kd_weight (times temperature² unless square_temperature=False)", terms.kd_scale),
         Fact("ce_weight", terms.ce_scale),
         *(Fact(name, value) for name, value in zip(names, terms.head, strict=True)),
-        Fact("return_metrics", metrics),
-        *(Fact(f"whether {name}_head has a bias", bias is not None) for name, (_, _, bias) in sides.items()),
+        whether("metrics are asked for", metrics),
+        *(whether(f"{name}_head has a bias", bias is not None) for name, (_, _, bias) in sides.items()),
         *(
             one_of(f"the dtype of the {name}'s products", str(product_dtype(dtype, device)), floats)
             for name, dtype in zip(sides, dtypes, strict=True)
@@ -293,7 +292,7 @@ def prepare(
         models = student, student if teacher is None else teacher
         same = [] if split is None else [
             *_facts_of(terms, models, dtypes, metrics),
-            Fact("whether student_hidden requires grad", needs[0]),
+            whether("student_hidden requires grad", needs[0]),
             Fact("t", t),
             Fact(_DIVISOR, grad_scale),
         ]  # fmt: skip
@@ -357,8 +356,8 @@ def prepare_both(
         *_facts_of(terms[0], (student, teacher), dtypes, metrics),
         Fact("teacher_alpha (times temperature² unless square_temperature=False)", terms[1].kd_scale),
         Fact("teacher_alpha", terms[1].ce_scale),
-        Fact("whether student_hidden requires grad", needs[0]),
-        Fact("whether teacher_hidden requires grad", needs[3]),
+        whether("student_hidden requires grad", needs[0]),
+        whether("teacher_hidden requires grad", needs[3]),
         Fact(_DIVISOR, grad_scale),
     ]  # fmt: skip
     shares = _shares(split, (student, teacher), either, labels, ignore_index, vocab, budget, same)

@@ -6,6 +6,7 @@ functions named in ALSO, and leave what they found in files; the tests compare.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import socket
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache, partial
@@ -26,7 +27,10 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
+from kdkernels.backends import reference
+from kdkernels.backends.operators import STATS_COLUMNS
 from kdkernels.plan import column_bytes
+from kdkernels.vocab import merged
 from tests import test_okd as okd
 from tests.cases import Case, InsideOperators, assert_as_good_as_eager, draw, dressed, ratios
 from tests.oracle import Options
@@ -369,11 +373,11 @@ def _other_labels(rank: int) -> dict[str, Any]:
 REFUSED: dict[str, tuple[Callable[[int], dict[str, Any]], str]] = {
     "labels": (
         _other_labels,
-        r"labels \(a checksum\) must be the same on every rank of process_group, got -?\d+ on rank 0; -?\d+ on",
+        r"labels \(a checksum\) must be the same on every rank of process_group, got -?\d+ on ranks? 0.*; -?\d+ on rank 1",
     ),
     "no labels": (
         lambda rank: {"labels": None if rank else full().labels, "ce_weight": 0.0},
-        "whether labels are given .* 1 on rank 0; 0",
+        "whether labels are given .* yes on rank 0; no",
     ),
     "weights": (
         lambda rank: {"token_weight": torch.ones(TOKENS).index_fill(0, torch.arange(2, rank + 3), 0.0)},
@@ -393,10 +397,10 @@ REFUSED: dict[str, tuple[Callable[[int], dict[str, Any]], str]] = {
     "kd_weight": (lambda rank: {"kd_weight": 1.0 + rank}, "kd_weight .*must be the same"),
     "ce_weight": (lambda rank: {"ce_weight": 1.0 + rank}, "ce_weight must be the same"),
     "strategy": (lambda rank: {"strategy": STRATEGIES[min(rank, 1)]}, "strategy must be .* tokens on rank 0; vocab on rank"),
-    "metrics": (lambda rank: {"return_metrics": rank == 0}, "return_metrics must be the same"),
+    "metrics": (lambda rank: {"return_metrics": rank == 0}, "whether metrics are asked for must be the same"),
     "vocab_size": (lambda rank: {"vocab_size": None if rank else 36}, "vocab_size must be .* 36 on rank 0; None on rank"),
     "softcap": (lambda rank: {"student_softcap": None if rank else 20.0}, "student_head.softcap .*must be the same"),
-    "bias": (lambda rank: {} if rank else {"student_bias": None}, "whether student_head has a bias .* 0 on rank 0; 1 on rank"),
+    "bias": (lambda rank: {} if rank else {"student_bias": None}, "whether student_head has a bias .* no on rank 0; yes on rank"),
     "tokens": (
         lambda rank: {"labels": None, "ce_weight": 0.0, "token_weight": None, **_fewer(rank, HIDDEN)},
         "the number of tokens in student_hidden .* 9 on rank 0; 8 on rank",
@@ -445,8 +449,21 @@ def refusals(group: Any, rank: int, size: int) -> dict[str, tuple[str, str]]:
         mine = replace(mine, case=case, online=changed.pop("online", False))
         error = refusal(lambda: mine.run(**{"process_group": group, **changed}))  # noqa: B023
         found[name] = (type(error).__name__, str(error))
+    mine = Problem(full()).on(rank, size)
+    weights = mine.case.student_weight, mine.case.teacher_weight
+
+    def listed() -> None:
+        kd.linear_kd_loss([1.0], weights[0], [1.0], weights[1], process_group=group)  # type: ignore[arg-type]
+
+    error = refusal(listed if rank == 0 else lambda: mine.run(process_group=group))
+    found["one rank's tensors"] = (type(error).__name__, str(error))
+    # a backend that serves no tensors of this device, as NCCL on a CPU
+    serves = mock.patch("kdkernels.ranks._serves", side_effect=[False, True]) if rank == 0 else nullcontext()
+    with serves:
+        error = refusal(lambda: mine.run(process_group=group))
+    found["one rank's device"] = (type(error).__name__, str(error))
     # and they can go on together
-    found["afterwards"] = ("", str(Problem(full()).on(rank, size).run(process_group=group)["loss"].isfinite().item()))
+    found["afterwards"] = ("", str(mine.run(process_group=group)["loss"].isfinite().item()))
     return found
 
 
@@ -581,6 +598,22 @@ class TestAsOneProcess:
                 assert (found[name][:24] != 0).any()
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_the_largest_entry_of_a_block_with_nan_is_found_wherever_it_is(first: bool) -> None:
+    """A maximum over ranks may lose NaN, or not: that must decide about nothing."""
+    x, z = torch.tensor([[[1.0, torch.nan, 2.0]], [[3.0, 5.0, 4.0]]], dtype=torch.float64)
+    parts = [
+        reference.block_stats(side, side, None, None, None, torch.ones(()), 1.0, [1.0, 0.0, 1.0, 0.0], "", False, True)
+        for side in ((x, z) if first else (z, x))
+    ]
+    parts[1][:, [STATS_COLUMNS.index(name) for name in ("argmax_x", "argmax_z")]] += 3
+    whole = dict(zip(STATS_COLUMNS, merged(torch.stack(parts), "")[0].tolist(), strict=True))
+    assert whole["max_x"] == whole["max_z_T"] == torch.inf
+    assert math.isnan(whole["log_sum_x"])
+    assert math.isnan(whole["log_sum_z_T"])
+    assert whole["argmax_x"] == whole["argmax_z"] == (1 if first else 4)
+
+
 class TestAgainstTheFormulas:
     @sizes
     @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -694,9 +727,23 @@ class TestRefusals:
         said = [rank["refusals"][name] for rank in ranks[size]]
         for kind, text in said:
             assert re.search(REFUSED[name][1], text), text
-            assert kind == "ValueError" or "dtype" in text or "type" in name
+            assert kind == "TypeError" if re.search("one dtype|is a tensor|got str|got float", text) else "ValueError"
         if not name.startswith("one rank's"):
             assert len(set(said)) == 1
+
+    @sizes
+    def test_what_one_rank_cannot_even_place(self, size: int, ranks: Any) -> None:
+        for name, said in {
+            "one rank's tensors": ("TypeError", "student_hidden is a tensor, got list"),
+            "one rank's device": (
+                "ValueError",
+                "process_group serves no tensors on cpu, where student_hidden is; its backend is gloo",
+            ),
+        }.items():
+            first, *rest = (rank["refusals"][name] for rank in ranks[size])
+            assert first == said
+            for other in rest:
+                assert other[1].startswith("rank 0 of process_group refused the input")
 
     @sizes
     def test_afterwards_the_ranks_go_on_together(self, size: int, ranks: Any) -> None:
