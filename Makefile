@@ -6,7 +6,7 @@ TORCH := 2.13.0
 
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.py) kdkernels/divergences.py
 
-.PHONY: setup demo test bench static lint clean
+.PHONY: setup demo test bench static sanitize lint clean
 
 setup: .venv/.built
 
@@ -35,6 +35,23 @@ bench: setup
 # Compiles every GPU kernel and counts the bytes of a loss: minutes, no GPU.
 static: setup
 	$(PY) -m benchmarks.static
+
+# Native code under AddressSanitizer and UndefinedBehaviorSanitizer, on every instruction set that this processor has: tests run in a
+# copy with an extension of its own, so the normal build stays. Takes GCC; two to three minutes. Logits of spread 30 access nothing
+# that those of 1 and 10 do not.
+SANITIZED := build/sanitize
+SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
+
+sanitize: setup
+	mkdir -p $(SANITIZED)
+	rm -rf $(addprefix $(SANITIZED)/,kdkernels tests benchmarks)
+	cp -rp kdkernels tests benchmarks csrc setup.py pyproject.toml README.md $(SANITIZED)
+	rm -f $(SANITIZED)/kdkernels/*.so
+	cd $(SANITIZED) && KDKERNELS_SANITIZE=1 $(CURDIR)/$(PY) setup.py --quiet build_ext --inplace
+	cd $(SANITIZED) && KDKERNELS_SANITIZE=1 LD_PRELOAD="$(SANITIZERS)" \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+		$(CURDIR)/$(PY) -m pytest -n auto --maxprocesses 4 -k "not triton and not reference and not 30.0" --fuzz-cases=2000 \
+		tests/test_sanitize.py tests/test_backends.py tests/test_blocks.py tests/test_special_values.py tests/test_fuzz.py
 
 lint: setup
 	.venv/bin/ruff check .

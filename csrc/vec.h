@@ -6,6 +6,7 @@
 
 typedef float F __attribute__((vector_size(4 * KD_LANES)));
 typedef int32_t I __attribute__((vector_size(4 * KD_LANES)));
+typedef uint32_t U __attribute__((vector_size(4 * KD_LANES)));  // where bits of a NaN or a negative number may overflow an I
 typedef uint16_t H __attribute__((vector_size(2 * KD_LANES)));
 
 inline F splat(float v) { return v - F{}; }
@@ -57,7 +58,7 @@ inline F exp(F v) {
 
 // v = 2^e * m with m in [sqrt(1/2), sqrt(2)); log m = f - f^2/2 + f^3 P(f) with f = m - 1.
 inline F log(F v) {
-  const I shifted = as_int(v) - 0x3f3504f3;
+  const I shifted = (I)((U)v - 0x3f3504f3);
   const F e = __builtin_convertvector(shifted >> 23, F);
   const F f = as_float((shifted & 0x7fffff) + 0x3f3504f3) - 1.f;
   F p = f * -0.0763449296f + 0.12761575f;
@@ -95,9 +96,9 @@ inline F load(const uint16_t* p) {
   return as_float(__builtin_convertvector(h, I) << 16);
 }
 inline void store(uint16_t* p, F v) {
-  const I bits = as_int(v);
-  const I rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const I kept = v == v ? rounded : (bits >> 16) | 0x40;
+  const U bits = (U)v;
+  const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const U kept = v == v ? rounded : (bits >> 16) | 0x40;
   const H h = __builtin_convertvector(kept & 0xffff, H);
   __builtin_memcpy(p, &h, sizeof h);
 }

@@ -4,7 +4,8 @@
 views, dtypes of labels, special values), and then spoilt: its ``bad`` says which arguments no longer mean anything. ``check``
 runs it and holds it to two rules. What is bad is refused: by a ValueError or TypeError that is raised in the package and names one
 of the arguments that are wrong. Anything else gives the right losses, metrics and gradients, within a bound on roundings; it warns
-of nothing and changes no input. The right ones are those of oracle.py in float64. Where NaN or +inf come in, the row is NaN; -inf bans.
+of nothing and changes no input. The right ones are those of oracle.py in float64. Where NaN or +inf come in, the row is NaN; -inf
+bans.
 
 ``python -m tests.fuzzing SEED`` repeats one case and prints it.
 """
