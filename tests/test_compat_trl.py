@@ -281,11 +281,26 @@ class TestBatches:
         assert len(ours) > 10
         assert close(ours, theirs, DOUBLE if kind == "gkd" else HALF)
 
-    def test_the_count_that_the_generation_left_in_the_batch(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("training", [True, False])
+    def test_the_count_that_the_generation_left_in_the_batch(self, training: bool, tmp_path: Path) -> None:
+        """It comes before the argument in training, and is not looked at in evaluations."""
         trainer = trainer_of("distillation", tmp_path)
-        trainer.model.train()
+        trainer.model.train(training)
         inputs = {**batch("distillation"), "num_items_in_batch": torch.tensor(5.0)}
-        assert close(*reversed(in_turn("distillation", trainer, inputs, num_items_in_batch=torch.tensor(99))), HALF)
+        theirs, ours = in_turn("distillation", trainer, inputs, num_items_in_batch=torch.tensor(99))
+        assert close(ours, theirs, HALF)
+
+    @both_trainers
+    def test_the_models_are_left_as_they_were(self, kind: str, tmp_path: Path) -> None:
+        """The teacher in evaluation mode, as TRL has it; with the autocast around its forward, which is put aside in between."""
+        trainer = trainer_of(kind, tmp_path, models(dtype=torch.float32), args={"bf16": True})
+        student, teacher = (trainer.accelerator.prepare_model(trainer.model), trainer.teacher_model)
+        teacher.train()
+        before = [vars(model)["forward"] for model in (student, teacher)]
+        with TRAINERS[kind][1]():
+            trainer.compute_loss(student, batch(kind))
+        assert not any(module.training for module in teacher.modules())
+        assert [vars(model)["forward"] for model in (student, teacher)] == before
 
     def test_what_tools_wrote_does_not_count(self, tmp_path: Path) -> None:
         trainer, inputs = trainer_of("distillation", tmp_path), batch("distillation")
@@ -303,7 +318,7 @@ class TestBatches:
         else:
             inputs["completion_mask"].zero_()
         trainer = trainer_of(kind, tmp_path)
-        for count in (None, torch.tensor(0)):
+        for count in (None, 0, torch.tensor(0)):
             theirs, ours = in_turn(kind, trainer, inputs, num_items_in_batch=count)
             assert all(not one.any() for one in ours)
             assert bool(theirs[0].isnan()) == (count is not None)
@@ -316,8 +331,8 @@ class TestBatches:
         with torch.no_grad():
             logits = trainer.model(input_ids=ids, attention_mask=mask).logits[:, 3:-1][inputs["completion_mask"] == 1]
         exact = float(torch.special.entr((logits / 0.7).softmax(-1)).sum(-1).mean())
-        for logged in trainer._metrics["train" if trainer.model.training else "eval"]["entropy"]:
-            assert logged == pytest.approx(exact, rel=HALF)
+        logged = trainer._metrics["train" if trainer.model.training else "eval"]["entropy"]
+        assert logged == pytest.approx([exact, exact], rel=HALF)
 
     # What a family does to its logits. TRL knows the scale under some names and the softcap under one: with these two families its
     # DistillationTrainer has another objective than the models' own distributions. Its GKDTrainer has the logits themselves.

@@ -68,12 +68,17 @@ MORE_INPUTS = (
 _verified: WeakSet[nn.Module] = WeakSet()
 
 
+def _prepared(trainer: Any, model: nn.Module) -> Any:
+    """The model that accelerate was given, inside what shards, spreads and compiles it."""
+    return trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
+
+
 @contextmanager
 def _in_own_dtype(trainer: Any, *models: nn.Module) -> Iterator[None]:
     """Inside, the models run without the autocast that accelerate has put around their forwards."""
     wrapped = []
     for model in models:
-        attributes = vars(trainer.accelerator.unwrap_model(model))
+        attributes = vars(_prepared(trainer, model))
         if "_original_forward" in attributes:
             wrapped.append((attributes, attributes["forward"]))
             attributes["forward"] = attributes["_original_forward"]
@@ -89,7 +94,7 @@ def _verify(trainer: Any, *models: nn.Module) -> None:
     if trainer.is_fsdp_enabled:  # it may hold the weights in one dtype and multiply in another, which would be taken for an error
         return
     for model in models:
-        inner = trainer.accelerator.unwrap_model(model)
+        inner = _prepared(trainer, model)
         if inner not in _verified:
             with _in_own_dtype(trainer, model):
                 verify_lm_head(inner)
