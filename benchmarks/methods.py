@@ -2,7 +2,6 @@
 
     python -m benchmarks.methods                       # 9 runs for each of 3 seeds; about half an hour on 2 cores
     python -m benchmarks.methods --only taid --fresh   # these runs again, the others kept
-    python -m benchmarks.methods --draw                # the plot alone, from the results
 
 A teacher (the demo's) is trained once on the Python sources of the interpreter. Then for each seed and method a student,
 initialised by the seed, takes the same steps on the same windows through ``KDTrainer``, from the teacher's distribution alone;
@@ -10,8 +9,8 @@ initialised by the seed, takes the same steps on the same windows through ``KDTr
 Held-out losses are computed in plain PyTorch on whole files that no model has seen. The methods take turns within a seed, so that a
 machine that slows down does so for all of them.
 
-Results go to benchmarks/results/methods.json after each run, from there to methods.png, and by ``python -m benchmarks.readme`` into
-the README.
+Results go to benchmarks/results/methods.json after each run, from there by ``python -m benchmarks.plots`` to methods.png, and by
+``python -m benchmarks.readme`` into the README.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -40,7 +38,6 @@ from kdkernels.demo.settings import Settings
 from kdkernels.demo.train import teacher_phase, train
 from kdkernels.transformers import KDConfig, KDTrainer
 
-PLOT = METHODS.with_suffix(".png")
 CACHE = Path("demo-output") / "methods"
 SEEDS, STEPS = 3, 500
 WARM_UP = 5  # steps that are not timed
@@ -143,39 +140,6 @@ def run(name: str, seed: int, steps: int, settings: Settings, corpus: Corpus, te
     return {**found, "seconds_per_step": clock.seconds()}
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Held-out loss and seconds per step: a point for each seed, a line at their mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    names = list(results["runs"])
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True, layout="constrained")
-    shown = (
-        ("loss", "held-out loss, nats per token"),
-        ("accuracy", "next-token accuracy"),
-        ("seconds_per_step", "seconds per step"),
-    )
-    for axis, (key, label) in zip(axes, shown, strict=True):
-        for row, name in enumerate(names):
-            values = [one[key] for one in results["runs"][name].values()]
-            axis.plot(values, [row] * len(values), "o", color="#0072B2", alpha=0.6, markersize=6)
-            axis.plot([statistics.mean(values)] * 2, [row - 0.3, row + 0.3], color="#D55E00", linewidth=2)
-        axis.set_xlabel(label)
-        axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
-    axes[2].set_xlim(left=0)
-    figure.suptitle(
-        f"Students after {results['steps']} steps on the demo's corpus, {len(results['seeds'])} seeds (points) and their mean; "
-        f"teacher at {results['teacher']['loss']:.2f} nats",
-        fontsize=10,
-    )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def measure(
     settings: Settings, folder: Path, path: Path, *, steps: int, seeds: int, names: tuple[str, ...], fresh: bool = False
 ) -> dict[str, Any]:
@@ -205,17 +169,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="methods whose name contains this")
     parser.add_argument("--fresh", action="store_true", help="run again what is in the results")
-    parser.add_argument("--draw", action="store_true", help="only the plot and the table, from the results")
     arguments = parser.parse_args()
     names = tuple(name for name in RUNS if arguments.only.lower() in name.lower())
     if not names:
         parser.error(f"--only {arguments.only!r} is in no name; accepted: parts of {', '.join(RUNS)}")
     transformers_logging.set_verbosity_error()
-    if arguments.draw:
-        results = json.loads(METHODS.read_text())
-    else:
-        results = measure(SETTINGS, CACHE, METHODS, steps=STEPS, seeds=SEEDS, names=names, fresh=arguments.fresh)
-    draw(results, PLOT)
+    results = measure(SETTINGS, CACHE, METHODS, steps=STEPS, seeds=SEEDS, names=names, fresh=arguments.fresh)
     print(methods_table(results))
     return 0
 

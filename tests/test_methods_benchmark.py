@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks import methods
+from benchmarks import methods, plots
 from benchmarks.methods import RUNS, Windows, held_out, measure
 from tests.test_demo import TINY
 
@@ -61,9 +61,13 @@ def test_what_was_measured_is_not_measured_again(measured: tuple[Path, dict[str,
     assert ran == [(name, 0) for name in RUNS]
 
 
-def test_the_plot_is_drawn_from_the_results(measured: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    methods.draw(measured[1], tmp_path / "methods.png")
-    assert (tmp_path / "methods.png").stat().st_size > 10_000
+def test_the_plot_is_drawn_from_the_results(measured: tuple[Path, dict[str, Any]]) -> None:
+    place, results = measured
+    assert plots.draw(place) == [place / "methods.png"]
+    drawn = plots.methods(results)
+    shown = [float(value) for line in drawn.axes[0].get_lines() if line.get_marker() == "o" for value in line.get_xdata()]
+    plots.plt.close(drawn)
+    assert shown == [one["loss"] for seeds in results["runs"].values() for one in seeds.values()]
 
 
 def test_seeds_see_other_windows_and_methods_the_same() -> None:

@@ -1,0 +1,411 @@
+"""Draws every picture from the result files that exist, beside them: ``python -m benchmarks.plots``.
+
+    compare.json  -> compare.png   time over the bare products, by loss, head and contender
+    growth.json   -> growth.png    that ratio and peak memory, against N and against V
+    limits.json   -> limits.png    memory under a limit against N and against V, and the strategies' break-even
+    methods.json  -> methods.png   held-out loss, accuracy and time of the training methods
+
+Nothing is measured here. Colours are those of Okabe and Ito, which stay apart for colour-blind readers, and each contender has a
+marker of its own besides. A case without figures is in the picture too: as a word or a cross where its figure would be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+RESULTS = Path(__file__).parent / "results"
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+BLUE, ORANGE, GREEN, SKY, VERMILION, PURPLE, BLACK = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#CC79A7", "#000000"
+GREY = "#6E6E6E"
+# Colour and marker of each contender; one that is not listed is grey.
+STYLES = {
+    "tokens": (BLUE, "o"),
+    "vocab": (GREEN, "s"),
+    "eager": (VERMILION, "^"),
+    "compiled": (ORANGE, "D"),
+    "checkpointed": (PURPLE, "v"),
+    "liger": (SKY, "P"),
+    "liger compiled": (SKY, "X"),
+    "trl": (BLACK, "d"),
+}
+LOSS_NAMES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "jsd": "JSD", "taid": "TAID"}
+RATIO_TICKS = (0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0)
+RC: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "legend.frameon": False,
+}
+
+
+def _style(contender: str) -> tuple[str, str]:
+    return STYLES.get(contender, (GREY, "h"))
+
+
+def _in_order(values: Iterable[Any]) -> list[Any]:
+    """Each once, in order of first appearance."""
+    return list(dict.fromkeys(values))
+
+
+def _has_figures(row: dict[str, Any]) -> bool:
+    return "failed" not in row and "skipped" not in row
+
+
+def _ticks(axis: Axis, values: Sequence[float], text: Callable[[float], str]) -> None:
+    """A logarithmic axis that is labelled at these values alone, in plain numbers."""
+    axis.set_major_locator(FixedLocator(list(values)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    axis.set_minor_locator(NullLocator())
+
+
+def _log(axes: Axes, which: str) -> Axis:
+    if which == "x":
+        axes.set_xscale("log")
+        return axes.xaxis
+    axes.set_yscale("log")
+    return axes.yaxis
+
+
+def _ratio_axis(axes: Axes, which: str, values: Sequence[float], *, line: bool = True, room: float = 1.25) -> None:
+    """Logarithmic, a little wider than the values (``room`` times above them), with a line at 1."""
+    axis = _log(axes, which)
+    low, high = min([1.0, *values]) / 1.15, max([1.0, *values]) * room
+    (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
+    _ticks(axis, [tick for tick in RATIO_TICKS if low <= tick <= high], "{:g}".format)
+    if line:
+        axes.axhline(1.0, color=GREY, linewidth=0.8, zorder=0)
+
+
+def _bytes(size: float) -> str:
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if size >= unit:
+            return f"{size / unit:g} {name}"
+    return f"{size:g} B"
+
+
+def _bytes_axis(axes: Axes, which: str, values: Sequence[float], *, room: float = 1.4) -> None:
+    """Logarithmic, a little wider than the values (``room`` times above them), labelled at powers of 2 or 4."""
+    axis = _log(axes, which)
+    low, high = min(values) / 1.4, max(values) * room
+    (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
+    factor = 2 if high < 64 * low else 4
+    powers = [float(factor**exponent) for exponent in range(50)]
+    _ticks(axis, [power for power in powers if low <= power <= high], _bytes)
+
+
+def _size_axis(axes: Axes, sizes: Sequence[int], label: str) -> None:
+    """A logarithmic x axis that is labelled at the sizes that were measured."""
+    _ticks(_log(axes, "x"), sizes, lambda size: f"{int(size):,}")
+    axes.set_xlim(min(sizes) / 1.25, max(sizes) * 1.25)
+    axes.set_xlabel(label)
+
+
+def _caption(figure: Figure, machine: dict[str, Any], *notes: str) -> None:
+    """Where and when it was measured, small, under everything else."""
+    threads = f"{machine['threads']} thread" + ("s" if machine["threads"] != 1 else "")
+    parts = [*notes, f"{machine['processor']}, {threads}, torch {machine['torch']}, {machine['date']}"]
+    figure.supxlabel(". ".join(parts) + ".", fontsize=7.5, color=GREY, x=0.01, ha="left")
+
+
+def _legend(figure: Figure, handles: Sequence[Line2D], columns: int | None = None) -> None:
+    """Above the panels, where it covers nothing."""
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns or len(handles), handlelength=2.4)
+
+
+def _mark(colour: str, marker: str, label: str, **options: Any) -> Line2D:
+    return Line2D([], [], color=colour, marker=marker, label=label, **{"linestyle": "none", "markersize": 5.5, **options})
+
+
+def _contender_handles(contenders: Sequence[str]) -> list[Line2D]:
+    return [_mark(*_style(name), name, linestyle="-", linewidth=1.4) for name in contenders]
+
+
+def _cross() -> Line2D:
+    return _mark(GREY, "x", "failed", markeredgewidth=1.8)
+
+
+def compare(results: dict[str, Any]) -> Figure:
+    """A panel for each loss and head that was measured: the median ratio of each contender, and a bar from lowest to highest."""
+    rows = results["rows"]
+    losses, heads, contenders = (_in_order(row[key] for row in rows) for key in ("loss", "head", "contender"))
+    shown = [(loss, head) for loss in losses for head in heads if any((row["loss"], row["head"]) == (loss, head) for row in rows)]
+    columns = min(4, len(shown))
+    lines = -(-len(shown) // columns)
+    figure, panels = plt.subplots(
+        lines,
+        columns,
+        figsize=(2.2 + 2.8 * columns, 1.0 + (0.9 + 0.25 * len(contenders)) * lines),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    _ratio_axis(panels[0][0], "x", [ratio for row in rows if _has_figures(row) for ratio in row["ratios"]], line=False)
+    for axes, (loss, head) in zip(panels.flat, shown, strict=False):
+        found = [row for row in rows if (row["loss"], row["head"]) == (loss, head)]
+        sizes = found[0]
+        axes.set_title(
+            f"{LOSS_NAMES.get(loss, loss)}, {head}\nV = {sizes['vocab']:,}, N = {sizes['tokens']:,}, "
+            f"D = {sizes['student_dim']:,} and {sizes['teacher_dim']:,}",
+            loc="left",
+        )
+        axes.axvline(1.0, color=GREY, linewidth=0.8, zorder=0)
+        axes.grid(axis="x", alpha=0.25, linewidth=0.6)
+        axes.tick_params(axis="y", length=0)
+        for row in found:
+            _compared(axes, row, contenders.index(row["contender"]))
+    for axes in panels.flat[len(shown) :]:
+        axes.set_axis_off()
+    for axes in panels.flat[max(0, len(shown) - columns) : len(shown)]:
+        axes.set_xlabel("time over the bare products")
+        axes.tick_params(axis="x", labelbottom=True)
+    panels[0][0].set_yticks(range(len(contenders)), contenders)
+    panels[0][0].set_ylim(len(contenders) - 0.4, -0.6)
+    kinds = {(row["dtype"], row["masked"]) for row in rows}
+    handles = [
+        _mark(colour, "o", f"{dtype}, {'half masked' if masked else 'no mask'}", markerfacecolor="white" if masked else colour)
+        for dtype, colour in _DTYPE_COLOURS.items()
+        for masked in (False, True)
+        if (dtype, masked) in kinds
+    ]
+    _legend(figure, handles)
+    notes = [
+        "Points are medians, bars go from the lowest to the highest ratio",
+        "Masked steps: over the products of the tokens that count",
+    ]
+    _caption(figure, results["machine"], *notes)
+    return figure
+
+
+_DTYPE_COLOURS = {"fp32": BLUE, "bf16": VERMILION}
+# Rows of one contender in one panel, above each other so that none hides another.
+_OFFSETS = {("fp32", False): -0.27, ("fp32", True): -0.09, ("bf16", False): 0.09, ("bf16", True): 0.27}
+
+
+def _compared(axes: Axes, row: dict[str, Any], place: int) -> None:
+    colour, height = _DTYPE_COLOURS[row["dtype"]], place + _OFFSETS[row["dtype"], row["masked"]]
+    if not _has_figures(row):
+        if row["masked"]:  # the unmasked one beside it says it already, for the same reason
+            return
+        word = "failed" if "failed" in row else "not offered"
+        axes.text(0.99, height, word, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=7, color=colour)
+        return
+    axes.plot([min(row["ratios"]), max(row["ratios"])], [height, height], color=colour, linewidth=1.4, alpha=0.7)
+    axes.plot([row["ratio"]], [height], "o", color=colour, markersize=4.5, markerfacecolor="white" if row["masked"] else colour)
+
+
+def _series(rows: Sequence[dict[str, Any]], contender: str, sweep: str) -> list[dict[str, Any]]:
+    """A contender's rows of a sweep, from small to large."""
+    return sorted((row for row in rows if row["sweep"] == sweep and row["contender"] == contender), key=lambda row: row[sweep])
+
+
+_SWEEPS = {"tokens": ("vocab", "tokens N", "V"), "vocab": ("tokens", "vocabulary V", "N")}
+
+
+def growth(results: dict[str, Any]) -> Figure:
+    """Time over the bare products, and peak memory, of each contender against N and against V."""
+    rows = results["rows"]
+    contenders = _in_order(row["contender"] for row in rows)
+    figure, panels = plt.subplots(2, 2, figsize=(10.5, 7.6), sharex="col", sharey="row", layout="constrained")
+    measured, failed = [row for row in rows if _has_figures(row)], any("failed" in row for row in rows)
+    for column, (sweep, (fixed, label, letter)) in enumerate(_SWEEPS.items()):
+        of_sweep = [row for row in rows if row["sweep"] == sweep]
+        if not of_sweep:
+            continue
+        time, memory = panels[0][column], panels[1][column]
+        row = of_sweep[0]
+        time.set_title(
+            f"{LOSS_NAMES.get(row['loss'], row['loss'])}, {row['dtype']}, {letter} = {row[fixed]:,}, "
+            f"D = {row['student_dim']:,} and {row['teacher_dim']:,}",
+            loc="left",
+        )
+        for contender in contenders:
+            series = _series(of_sweep, contender, sweep)
+            for axes, key in ((time, "ratio"), (memory, "peak_bytes")):
+                _line(axes, series, contender, sweep, key)
+        _crosses((time, memory), of_sweep, contenders, sweep)
+        _size_axis(memory, sorted({row[sweep] for row in of_sweep}), label)
+    if measured:
+        room = 2.0 if failed else 1.25  # for the crosses
+        _ratio_axis(panels[0][0], "y", [row["ratio"] for row in measured], room=room)
+        _bytes_axis(panels[1][0], "y", [row["peak_bytes"] for row in measured], room=2 * room)
+    panels[0][0].set_ylabel("time over the bare products")
+    panels[1][0].set_ylabel("peak memory above the inputs")
+    for axes in panels.flat:
+        axes.grid(alpha=0.25, linewidth=0.6)
+    handles = _contender_handles(contenders) + ([_cross()] if failed else [])
+    _legend(figure, handles, columns=-(-len(handles) // (1 if len(handles) < 7 else 2)))
+    _caption(figure, results["machine"], "Returned gradients are part of the peak")
+    return figure
+
+
+def _line(axes: Axes, series: Sequence[dict[str, Any]], contender: str, sweep: str, key: str) -> None:
+    colour, marker = _style(contender)
+    points = [(row[sweep], row[key]) for row in series if _has_figures(row)]
+    dashes = "--" if contender == "liger compiled" else "-"  # shares its colour with the one that is not compiled
+    axes.plot(*zip(*points, strict=True), dashes, color=colour, marker=marker, markersize=5, linewidth=1.4) if points else None
+
+
+def _crosses(panels: Sequence[Axes], rows: Sequence[dict[str, Any]], contenders: Sequence[str], sweep: str) -> None:
+    """Along the upper edge, one under another: who failed at which size."""
+    for place, contender in enumerate(contenders):
+        sizes = [row[sweep] for row in _series(rows, contender, sweep) if "failed" in row]
+        for axes in panels:
+            at = [0.97 - 0.035 * place] * len(sizes)
+            axes.plot(sizes, at, "x", color=_style(contender)[0], transform=axes.get_xaxis_transform(), markeredgewidth=1.8)
+
+
+def limits(results: dict[str, Any]) -> Figure:
+    """Memory against N and against V under the limit, failures on its line, and time of "tokens" over "vocab" by budget."""
+    rows, cases = results["growth"], [case for case in results["break_even"].values() if "points" in case]
+    contenders = _in_order(row["contender"] for row in rows)
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4.7), layout="constrained")
+    sizes = [row[key] for row in rows for key in ("peak_bytes", "limit") if key in row]
+    for axes, (sweep, (fixed, label, letter)) in zip(panels, _SWEEPS.items(), strict=False):
+        of_sweep = [row for row in rows if row["sweep"] == sweep]
+        if not of_sweep:
+            axes.set_axis_off()
+            continue
+        row = of_sweep[0]
+        axes.set_title(f"{row['dtype']}, {letter} = {row[fixed]:,}, D = {row['student_dim']} and {row['teacher_dim']}", loc="left")
+        for contender in contenders:
+            series = _series(of_sweep, contender, sweep)
+            _line(axes, series, contender, sweep, "peak_bytes")
+            plans = [(row[sweep], row["planned_peak_bytes"]) for row in series if "planned_peak_bytes" in row]
+            if plans:
+                axes.plot(*zip(*plans, strict=True), ":", color=_style(contender)[0], linewidth=1.2)
+            failed = [row for row in series if "failed" in row]
+            at = [row[sweep] for row in failed], [row["limit"] for row in failed]
+            axes.plot(*at, "x", color=_style(contender)[0], markersize=8, markeredgewidth=2, zorder=3)
+        axes.axhline(row["limit"], color=GREY, linewidth=1, linestyle="--")
+        _size_axis(axes, sorted({row[sweep] for row in of_sweep}), label)
+        _bytes_axis(axes, "y", sizes)
+        axes.grid(alpha=0.25, linewidth=0.6)
+    panels[0].set_ylabel("peak memory above the inputs")
+    _break_even(panels[2], cases)
+    handles = _contender_handles(contenders)
+    handles += [Line2D([], [], color=GREY, linestyle=":", label="planned"), _cross()]
+    if rows:
+        label = f"limit of the process, {_bytes(rows[0]['limit'])}"
+        handles.append(Line2D([], [], color=GREY, linewidth=1, linestyle="--", label=label))
+    _legend(figure, handles)
+    _caption(figure, results["machine"], "Returned gradients are part of the peak")
+    return figure
+
+
+def _break_even(axes: Axes, cases: Sequence[dict[str, Any]]) -> None:
+    if not cases:
+        axes.set_axis_off()
+        return
+    styles = itertools.cycle(((BLACK, "o"), (PURPLE, "^"), (SKY, "s")))  # the other panels' contenders have the other colours
+    for case, (colour, marker) in zip(cases, styles, strict=False):
+        points = case["points"]
+        budgets, ratios = ([point[key] for point in points] for key in ("memory_budget", "ratio"))
+        name = f"{LOSS_NAMES.get(case['divergence'], case['divergence'])}, {case['dtype']}"
+        axes.plot(budgets, ratios, color=colour, linewidth=1.4, label=name, marker=marker, markersize=5.5)
+        spread = [
+            [point["ratio"] - min(point["ratios"]) for point in points],
+            [max(point["ratios"]) - point["ratio"] for point in points],
+        ]
+        axes.errorbar(budgets, ratios, spread, color=colour, linestyle="none", linewidth=1)
+        hollow = [point for point in points if point["auto"] == "vocab"]
+        at = [point["memory_budget"] for point in hollow], [point["ratio"] for point in hollow]
+        axes.plot(*at, marker, color=colour, markerfacecolor="white", markersize=5.5, zorder=3)
+        axes.plot(
+            budgets, [point["planned_tokens_seconds"] / point["planned_vocab_seconds"] for point in points], ":", color=colour
+        )
+    points = [point for case in cases for point in case["points"]]
+    plans = [point["planned_tokens_seconds"] / point["planned_vocab_seconds"] for point in points]
+    _ratio_axis(axes, "y", [ratio for point in points for ratio in point["ratios"]] + plans)
+    _bytes_axis(axes, "x", [point["memory_budget"] for point in points])
+    row = cases[0]
+    axes.set_title(
+        f"N = {row['tokens']:,}, V = {row['vocab']:,}, D = {row['student_dim']:,} and {row['teacher_dim']:,}", loc="left"
+    )
+    axes.set_xlabel("memory_budget")
+    axes.set_ylabel("time of tokens over time of vocab")
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.legend(loc="upper right", title="hollow: auto takes vocab; dotted: planned", title_fontsize=8, fontsize=8)
+
+
+def methods(results: dict[str, Any]) -> Figure:
+    """Held-out loss, accuracy and seconds per step of each method: a point for each seed, a line at their mean."""
+    names = list(results["runs"])
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4.4), sharey=True, layout="constrained")
+    shown = (
+        ("loss", "held-out loss, nats per token"),
+        ("accuracy", "next-token accuracy"),
+        ("seconds_per_step", "seconds per step"),
+    )
+    for axes, (key, label) in zip(panels, shown, strict=True):
+        for row, name in enumerate(names):
+            values = [one[key] for one in results["runs"][name].values()]
+            axes.plot(values, [row] * len(values), "o", color=BLUE, alpha=0.6, markersize=6)
+            axes.plot([statistics.mean(values)] * 2, [row - 0.3, row + 0.3], color=VERMILION, linewidth=2)
+        axes.set_xlabel(label)
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    panels[2].set_xlim(left=0)
+    _legend(
+        figure,
+        [_mark(BLUE, "o", "a seed", alpha=0.6), _mark(VERMILION, "|", "mean of the seeds", markersize=11, markeredgewidth=2)],
+    )
+    note = f"Students after {results['steps']} steps on the demo's corpus; the teacher is at {results['teacher']['loss']:.2f} nats"
+    _caption(figure, results["machine"], note)
+    return figure
+
+
+PICTURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
+    "compare": compare,
+    "growth": growth,
+    "limits": limits,
+    "methods": methods,
+}
+
+
+def draw(folder: Path) -> list[Path]:
+    """The pictures of the result files in the folder, beside them; which ones."""
+    drawn = []
+    for name, picture in PICTURES.items():
+        source = folder / f"{name}.json"
+        if not source.exists():
+            continue
+        with plt.rc_context(RC):
+            figure = picture(json.loads(source.read_text()))
+            figure.savefig(source.with_suffix(".png"), dpi=110)
+            plt.close(figure)
+        drawn.append(source.with_suffix(".png"))
+    return drawn
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the result files are (default benchmarks/results)")
+    folder = parser.parse_args().folder
+    drawn = draw(folder)
+    if not drawn:
+        parser.error(f"--folder {folder} holds none of {', '.join(f'{name}.json' for name in PICTURES)}")
+    print("\n".join(f"wrote {path}" for path in drawn))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
