@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import operator
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import contenders
 from benchmarks.linear import DTYPES, LOSSES, RESULTS, SHAPES, Case, name
 from benchmarks.measure import MIB
 
 README = Path(__file__).parent.parent / "README.md"
 METHODS = RESULTS.with_name("methods.json")
+COMPARE, GROWTH = (RESULTS.with_name(f"{name}.json") for name in ("compare", "growth"))
 END = "<!-- end -->"
 # Rows of the table of memory: what they are called, the loss, tokens and budget.
 MEMORY = (
@@ -106,6 +110,133 @@ def methods_table(results: dict[str, Any]) -> str:
     teacher = results["teacher"]
     lines.append(f"| the teacher itself | {teacher['loss']:.3f} | {teacher['accuracy']:.1%} | |")
     return "\n".join(lines).replace("%", " %") + "\n"
+
+
+Row = dict[str, Any]
+ERRORS = {"value_error": "value", "hidden_grad_error": "dH", "head_grad_error": "dW"}
+
+
+def _grid(corner: str, columns: dict[Any, str], rows: list[Row], column: Callable[[Row], Any], cell: Callable[[Row], str]) -> str:
+    """A table of contenders down and ``columns`` across, which ``column`` finds for a row; a dash where there is nothing to say."""
+
+    def shown(row: Row) -> str:
+        return cell(row) if "ratio" in row else "failed" if "failed" in row else "–"
+
+    found = {(row["contender"], column(row)): shown(row) for row in rows}
+    lines = [f"| {corner} | {' | '.join(columns.values())} |", "|---|" + "---|" * len(columns)]
+    for contender in dict.fromkeys(row["contender"] for row in rows):
+        cells = [found.get((contender, one), "–") for one in columns]
+        if set(cells) != {"–"}:
+            lines.append(f"| {contender} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _where(machine: dict[str, Any]) -> str:
+    libraries = ", ".join(f"{name} {machine[name]}" for name in ("torch", "liger-kernel", "trl") if machine.get(name))
+    return f"{machine['processor']}, {machine['threads']} threads, {machine['instruction_sets'][0]}, {libraries}, {machine['date']}"
+
+
+def _time(row: Row) -> str:
+    low, high = (f"{end(row['ratios']):.2f}" for end in (min, max))
+    return f"{row['ratio']:.2f} ({low} to {high})" if low != high else f"{row['ratio']:.2f}"
+
+
+def _own_memory(row: Row) -> str:
+    return f"{round((row['peak_bytes'] - row['returned_bytes']) / MIB):,} MiB"
+
+
+def _both(row: Row) -> str:
+    return f"{_time(row)}, {_own_memory(row)}"
+
+
+def _missing(rows: list[Row]) -> str:
+    """What was not measured, and why: a line for each contender and reason."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        for kind in ("failed", "skipped"):
+            if kind in row:
+                at = f"{row['loss']} at {row['head']} {row['dtype']}, N = {row['tokens']:,}, V = {row['vocab']:,}"
+                found.setdefault((row["contender"], kind, row[kind]), []).append(at)
+    lines = []
+    for (contender, kind, reason), places in found.items():
+        at = "" if kind == "skipped" else f" ({'; '.join(dict.fromkeys(places))})"
+        lines.append(f"- {contender}: {reason}{at}")
+    return "\n".join(["Failed, or not there to be measured:", "", *lines]) if lines else ""
+
+
+def _largest(rows: list[Row], error: str) -> str:
+    return f"{max(row[error] for row in rows):.1e}" if rows else "–"
+
+
+def _error_table(rows: list[Row]) -> str:
+    """The largest relative error of each contender in each dtype, over heads, losses and masks."""
+    measured = [row for row in rows if "ratio" in row]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in measured))
+    lines = [
+        "| largest relative error | " + " | ".join(f"{dtype} {title}" for dtype in dtypes for title in ERRORS.values()) + " |",
+        "|---|" + "---|" * (len(dtypes) * len(ERRORS)),
+    ]
+    for contender in dict.fromkeys(row["contender"] for row in measured):
+        of = {dtype: [row for row in measured if (row["contender"], row["dtype"]) == (contender, dtype)] for dtype in dtypes}
+        lines.append(f"| {contender} | {' | '.join(_largest(of[dtype], error) for dtype in dtypes for error in ERRORS)} |")
+    return "\n".join(lines)
+
+
+def compare_table(results: dict[str, Any]) -> str:
+    """The contenders side by side: forward KL at every head, the other losses and masks, errors, and what is missing and why.
+
+    results: what compare.json holds.
+    """
+    rows: list[Row] = results["rows"]
+    settings = {(row["head"], row["dtype"]): row for row in rows}
+    plain = [row for row in rows if row["loss"] == "forward_kl" and not row["masked"]]
+
+    def setting(row: Row) -> tuple[str, str]:
+        return row["head"], row["dtype"]
+
+    def kind(row: Row) -> tuple[str, bool]:
+        return row["loss"], row["masked"]
+
+    heads = {one: f"{one[0]} {one[1]}, N = {row['tokens']}" for one, row in settings.items()}
+    sections = [
+        f"{_where(results['machine'])}. Time of a step over its four bare products, the median (lowest to highest), and peak "
+        "memory above inputs and returned gradients; forward KL of all tokens. Tokens are few here, so that a step takes seconds: "
+        "how memory grows with them is below.",
+        _grid("forward KL", heads, plain, setting, _both),
+        "The other losses, and half of the tokens masked: time over the products of the tokens that count, so that a contender "
+        "that computes the masked ones too is near 2.",
+    ]
+    for one, title in heads.items():
+        here = [row for row in rows if setting(row) == one]
+        of = [(loss, masked) for loss in contenders.LOSSES for masked in (False, True) if (loss, masked) in set(map(kind, here))]
+        if len(of) > 1:
+            columns = {(loss, masked): loss + (", masked" if masked else "") for loss, masked in of}
+            sections.append(_grid(title, columns, here, kind, _time))
+    sections += [
+        "Errors against float64 on the inputs as rounded to the dtype, logits of standard deviation 3; dW on 512 of its rows.",
+        _error_table(rows),
+        _missing(rows),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def growth_table(results: dict[str, Any]) -> str:
+    """Time and memory against N and against V. results: what growth.json holds."""
+    rows: list[Row] = results["rows"]
+    sections = [
+        f"{_where(results['machine'])}. Forward KL, as above: time over the four bare products, and peak memory above inputs and "
+        "returned gradients."
+    ]
+    for sweep, fixed in (("tokens", "vocab"), ("vocab", "tokens")):
+        here = [row for row in rows if row["sweep"] == sweep]
+        if here:
+            symbols = {"tokens": "N", "vocab": "V"}
+            one = here[0]
+            corner = f"{symbols[fixed]} = {one[fixed]:,}, D_s = {one['student_dim']}, D_t = {one['teacher_dim']}"
+            columns = {size: f"{symbols[sweep]} = {size:,}" for size in sorted({row[sweep] for row in here})}
+            sections.append(_grid(corner, columns, here, operator.itemgetter(sweep), _both))
+    sections.append(_missing(rows))
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def _between(readme: str, mark: str, content: str) -> str:
