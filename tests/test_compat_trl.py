@@ -397,9 +397,10 @@ class TestMemory:
                 loss_and_gradients(trainer, inputs)
         assert 0 < ours.rows < tokens <= theirs.rows
 
-    def test_less_memory_at_a_vocabulary_that_is_large_beside_the_model(self) -> None:
-        program = "import json; from tests.test_compat_trl import TRAINERS, peaks; print(json.dumps([*map(peaks, TRAINERS)]))"
-        child = [sys.executable, "-W", "ignore", "-c", program]
+    def test_less_memory_at_a_vocabulary_that_is_large_beside_the_model(self, tmp_path: Path) -> None:
+        program = "import json, sys; from pathlib import Path; from tests.test_compat_trl import TRAINERS, peaks\n"
+        program += "print(json.dumps([peaks(kind, Path(sys.argv[1])) for kind in TRAINERS]))"
+        child = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)]
         done = subprocess.run(child, capture_output=True, text=True, check=True, env=child_environment())
         for ours, theirs in json.loads(done.stdout.splitlines()[-1]):
             assert 0 < ours < 0.5 * theirs, (ours / 2**20, theirs / 2**20)
@@ -409,12 +410,12 @@ def child_environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **more}
 
 
-def peaks(kind: str, vocab: int = 30_000, sequences: int = 4, length: int = 64) -> list[int]:
+def peaks(kind: str, folder: Path, vocab: int = 30_000, sequences: int = 4, length: int = 64) -> list[int]:
     """Bytes above the start of one loss with its gradients: with the patch, then without."""
     os.environ["CI"] = "1"
     torch.set_num_threads(1)
     pair = models(dtype=torch.float32, vocab_size=vocab)
-    trainer = trainer_of(kind, Path("unused"), pair, train_dataset=data(kind, 1, vocab), args={"beta": 0.5})
+    trainer = trainer_of(kind, folder, pair, train_dataset=data(kind, 1, vocab), args={"beta": 0.5})
     ids = torch.randint(5, vocab, (sequences, length))
     ones = torch.ones_like(ids)
     if kind == "gkd":
