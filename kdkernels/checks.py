@@ -17,9 +17,6 @@ REDUCTIONS = ("mean", "sum", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 INTEGERS = (*_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
-# Factors reach the backends as float32. Within these bounds they, and T² times a weight, are numbers there and not 0 or infinite.
-LARGEST = 1e18
-HOTTEST = 1e9
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,13 +45,19 @@ def number(
     return float(value)
 
 
-def positive(name: str, value: Any, otherwise: str = "", largest: float = LARGEST) -> float:
+# Factors reach the backends as float32. Within these bounds they, and T² times a weight, are numbers there and not 0 or infinite.
+# The bounds are written out, as a compiled graph may hold a named number as a symbol, which no text can be made of.
+def positive(name: str, value: Any, otherwise: str = "") -> float:
     """otherwise: what is accepted besides, as " or None"."""
-    return number(name, value, f"a positive number from {1.0 / largest:g} to {largest:g}{otherwise}", 1.0 / largest, largest)
+    return number(name, value, f"a positive number from 1e-18 to 1e18{otherwise}", 1e-18, 1e18)
+
+
+def temperature_of(name: str, value: Any) -> float:
+    return number(name, value, "a positive number from 1e-9 to 1e9", 1e-9, 1e9)
 
 
 def weight_of(name: str, value: Any) -> float:
-    return number(name, value, f"a number of at least 0 and at most {LARGEST:g}", 0.0, LARGEST)
+    return number(name, value, "a number of at least 0 and at most 1e18", 0.0, 1e18)
 
 
 def share(name: str, value: Any, otherwise: str = "") -> float:
@@ -186,7 +189,7 @@ def checked(
     chosen = resolve(divergence)
     either = " or a 0-dim float tensor"
     t = scalar("t", t, f"a number in [0, 1]{either}", device) if isinstance(t, Tensor) else share("t", t, either)
-    temperature = positive("temperature", temperature, largest=HOTTEST)
+    temperature = temperature_of("temperature", temperature)
     flag("square_temperature", square_temperature)
     kd_weight = weight_of("kd_weight", kd_weight)
     ce_weight = weight_of("ce_weight", ce_weight)

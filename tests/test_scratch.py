@@ -1,4 +1,4 @@
-"""Where the memory for the logits is not there the error says what would take less, nothing is left half done, and the next call works.
+"""Where memory for the logits is not there the error says what would take less, nothing is left half done, the next call works.
 
 On Linux a real limit shows it: RLIMIT_AS, in a process of its own.
 """
