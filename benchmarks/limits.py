@@ -1,8 +1,8 @@
 """What one processor can still do: the largest step under a memory limit, memory against N and V, the strategies' break-even.
 
-    python -m benchmarks.limits                     # everything; about 25 minutes on 2 cores that multiply bfloat16
-    python -m benchmarks.limits --only break-even   # these cases again, the other results kept
-    python -m benchmarks.limits --quick             # toy sizes, about a minute, results in the temporary folder: does it run?
+    python -m benchmarks.limits                       # everything; about 25 minutes on 2 quiet cores that multiply bfloat16
+    python -m benchmarks.limits --only break-even     # these cases again, the other results kept
+    python -m benchmarks.limits --quick --out FOLDER  # toy sizes, in about a minute, to see that it runs
 
 Three parts, each case in a process of its own:
 
@@ -36,7 +36,6 @@ import json
 import math
 import re
 import resource
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -323,8 +322,10 @@ def crossing(budgets: Sequence[int], ratios: Sequence[float]) -> float | None:
     """Where the ratios first pass 1, between two budgets on straight lines of both logarithms; None where they do not."""
     steps = list(zip(budgets, map(math.log, ratios), strict=True))
     for (left, above), (right, below) in itertools.pairwise(steps):
-        if above == 0 or (above > 0) != (below > 0):
-            return float(left * (right / left) ** (above / (above - below)) if above else left)
+        if above == 0:
+            return float(left)
+        if above * below <= 0:
+            return float(left * (right / left) ** (above / (above - below)))
     return None
 
 
@@ -345,12 +346,15 @@ def _failed_before(rows: list[dict[str, Any]], case: Case) -> str | None:
 def run(scale: Scale, path: Path, only: str = "") -> dict[str, Any]:
     """Every case whose name contains ``only``, each in its own process; the results are written after each.
 
-    Other results that are in the file stay if there is an ``only``.
+    Other results that are in the file stay if there is an ``only``; ValueError if they are of another machine or other versions.
     """
-    results: dict[str, Any] = {"machine": {}, "largest": [], "growth": [], "break_even": {}}
+    here = machine()
+    results: dict[str, Any] = {"machine": here, "largest": [], "growth": [], "break_even": {}}
     listed = cases(scale)
     if only and path.exists():
         results |= json.loads(path.read_text())
+        if other := [key for key in here if key != "date" and results["machine"].get(key) != here[key]]:
+            raise ValueError(f"{path} is of another machine: other {', '.join(other)}; --only adds to results of this one, run all")
     order = [case.fields() for case in listed]
     for case in listed:
         if only not in case.name:
@@ -365,7 +369,7 @@ def run(scale: Scale, path: Path, only: str = "") -> dict[str, Any]:
             found = {"skipped": reason} if reason else in_own_process("benchmarks.limits", asdict(case))
             rows.append({**fields, **found})
             results[case.part] = sorted(rows, key=lambda row: _place(order, row))
-        results["machine"] = machine()
+        results["machine"] = here
         files.write(path, (json.dumps(results, indent=1) + "\n").encode())
         print(report(case, found), flush=True)
     return results
@@ -468,18 +472,27 @@ def _break_even_table(found: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="run cases whose line contains this, and keep the other results")
-    parser.add_argument("--quick", action="store_true", help="toy sizes; the results go to a temporary folder")
+    parser.add_argument("--only", default="", help="run cases whose name contains this, and keep the other results")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where limits.json goes (default benchmarks/results)")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it runs; needs --out")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
         print(json.dumps(measure(Case(**json.loads(arguments.case)))))
         return 0
+    if arguments.quick and arguments.out is None:
+        parser.error("--quick needs --out FOLDER: toy figures are no results")
+    path = RESULTS if arguments.out is None else arguments.out / RESULTS.name
+    if not path.parent.is_dir():
+        parser.error(f"--out {path.parent} is no folder")
     scale = QUICK if arguments.quick else FULL
     if not any(arguments.only in case.name for case in cases(scale)):
         parser.error(f"--only {arguments.only!r} is in no case; accepted: parts of {', '.join(case.name for case in cases(scale))}")
-    path = Path(tempfile.gettempdir()) / "kdkernels-limits.json" if arguments.quick else RESULTS
-    print(limits_table(run(scale, path, arguments.only)))
+    try:
+        results = run(scale, path, arguments.only)
+    except ValueError as error:
+        parser.error(str(error))
+    print(limits_table(results))
     print(f"wrote {path}")
     return 0
 
