@@ -27,9 +27,13 @@ demo: setup
 test: setup
 	$(PY) -m pytest -n auto --maxprocesses 4
 
+# An hour and a quarter on 2 cores, which should have nothing else to do.
 bench: setup
 	$(PY) -m pytest -o addopts= benchmarks --benchmark-only
 	$(PY) -m benchmarks.linear
+	$(PY) -m benchmarks.compare
+	$(PY) -m benchmarks.limits
+	$(PY) -m benchmarks.plots
 	$(PY) -m benchmarks.readme
 
 # Compiles every GPU kernel and counts the bytes of a loss: minutes, no GPU.
