@@ -179,8 +179,9 @@ class Outcomes:
         divergence = self.terms.resolved()
         banned = (lp == -torch.inf) | (lq == -torch.inf)
         value, slope = (part.masked_fill(banned, 0.0) for part in divergence.pair(lp, lq, divergence.a))
-        # Where the student leaves the target no outcome, each is banned, and a NaN or +inf of its other logits would not be seen.
-        unseen = whole.log_sum.isnan() & used.any(1)
+        # Where the student leaves the target no outcome, each is banned, and it would not be seen that its logits hold NaN or +inf,
+        # or nothing but -inf.
+        unseen = ~(whole.log_sum > -torch.inf) & used.any(1)
         kd = value.sum(1).masked_fill(unseen, torch.nan)
         # A slope that compares (total variation) can hide a NaN that the value shows.
         self._set_gradient(piece, logits, rest, whole, lq, slope, torch.where(kd.isnan(), kd, slope.sum(1)))

@@ -119,8 +119,10 @@ class TestWhatItFound:
         torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5 * max(temperature, 1e-3))
 
     @pytest.mark.parametrize("tail", ["renormalize", "bucket"])
-    def test_the_target_cannot_ban_away_an_infinite_logit_of_the_student(self, tail: str) -> None:
-        hidden, weight = torch.tensor([[-INF]]), torch.tensor([[1.0], [1.0], [-1.0]], requires_grad=True)
+    @pytest.mark.parametrize("last", [-1.0, 1.0])
+    def test_the_target_cannot_ban_away_what_is_no_distribution_of_the_student(self, last: float, tail: str) -> None:
+        """+inf beside the k tokens, or -inf everywhere."""
+        hidden, weight = torch.tensor([[-INF]]), torch.tensor([[1.0], [1.0], [last]], requires_grad=True)
         given = torch.tensor([[0, 1]]), torch.tensor([[-0.7, -0.7]])
         loss = kd.linear_topk_kd_loss(hidden, weight, *given, t=0.3, tail=tail)
         assert loss.isnan()
