@@ -112,7 +112,7 @@ class Scale:
 FULL = Scale(
     # Gemma 3 of 1B, with its sibling of 4B as teacher
     largest=Case("largest", 32_768, 262_144, 1152, 2560, "bf16", (512 * MIB,), limit=8 * GIB),
-    growth=Case("growth", 8_192, 262_144, 16, 32, "fp32", (512 * MIB,), limit=8 * GIB),
+    growth=Case("growth", 4_096, 262_144, 16, 32, "fp32", (512 * MIB,), limit=8 * GIB),
     swept=((1_024, 2_048, 4_096, 8_192, 16_384, 32_768), (16_384, 32_768, 65_536, 131_072, 262_144)),
     break_even=Case("break-even", 1_024, 32_768, 512, 1024, "fp32", tuple(size * MIB for size in (1, 2, 4, 8, 16, 32, 64))),
     pairs=(("fp32", "forward_kl"), ("fp32", "jsd"), ("bf16", "forward_kl")),
