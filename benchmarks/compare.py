@@ -245,8 +245,8 @@ def per_token(given: Problem, loss: str) -> dict[str, Tensor]:
 def mean(rows: dict[str, Tensor], given: Problem) -> dict[str, Tensor]:
     """Value and gradients of the mean over the tokens of ``given`` that count, from ``per_token`` of at least those."""
     tokens = len(given.hidden)
-    counts = torch.ones(tokens) if given.labels is None else given.labels != IGNORED
-    share = (counts / counts.sum()).double()
+    counts = (torch.ones(tokens) if given.labels is None else given.labels != IGNORED).double()
+    share = counts / counts.sum()
     return {
         "value": share @ rows["value"][:tokens],
         "target_entropy": share @ rows["target_entropy"][:tokens],

@@ -78,6 +78,13 @@ class TestTruth:
         assert found["hidden_grad"][0] == 0
         torch.testing.assert_close(found["head_grad"], torch.tensor([[0.5], [-0.5]]).double())
 
+    def test_the_mean_of_three_is_taken_in_float64(self) -> None:
+        one = torch.ones(3, 1)
+        given, rows = Problem(one, one, one, one), {"hidden_grad": one.double(), "sampled_dx": one.double()}
+        found = compare.mean(rows | {"value": one[:, 0].double(), "target_entropy": one[:, 0].double()}, given)
+        assert float(found["value"]) == pytest.approx(1.0, rel=1e-15)
+        assert float(found["hidden_grad"][0]) == pytest.approx(1 / 3, rel=1e-15)
+
     def test_smaller_points_are_prefixes_of_the_inputs(self) -> None:
         tensors = inputs()
         points = (Point("jsd", False, 20, 97), Point("jsd", True, 7, 97), Point("forward_kl", False, 9, 50))
