@@ -162,37 +162,40 @@ def _ours(loss: str, strategy: str) -> Loss:
     return run
 
 
-def _forward_kl(x: Tensor, z: Tensor) -> Tensor:
-    return kl_div(x.log_softmax(-1), z.log_softmax(-1), reduction="sum", log_target=True)
+def _forward_kl(lq: Tensor, lp: Tensor) -> Tensor:
+    return kl_div(lq, lp, reduction="sum", log_target=True)
 
 
-def _reverse_kl(x: Tensor, z: Tensor) -> Tensor:
-    return kl_div(z.log_softmax(-1), x.log_softmax(-1), reduction="sum", log_target=True)
+def _reverse_kl(lq: Tensor, lp: Tensor) -> Tensor:
+    return kl_div(lp, lq, reduction="sum", log_target=True)
 
 
-def _jsd(x: Tensor, z: Tensor) -> Tensor:
-    lq, lp = x.log_softmax(-1), z.log_softmax(-1)
+def _jsd(lq: Tensor, lp: Tensor) -> Tensor:
     lm = torch.logaddexp(lp, lq) - math.log(2.0)
     return 0.5 * (kl_div(lm, lp, reduction="sum", log_target=True) + kl_div(lm, lq, reduction="sum", log_target=True))
 
 
-def _taid(x: Tensor, z: Tensor) -> Tensor:
-    return _forward_kl(x, torch.lerp(x.detach(), z, TAID_T))
-
-
-# Sums over the tokens, from the logits of student and teacher.
-_EAGER = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "taid": _taid}
+# Sums over the tokens, from the log-probabilities of student and target.
+_EAGER = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "taid": _forward_kl}
 Formula = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def _from_hidden(loss: str) -> Formula:
-    """The loss as one writes it, in the dtype of the hidden states throughout: faster and smaller than with float32 logits."""
+    """The loss as one writes it, in the dtype of the hidden states throughout: faster and smaller than with float32 logits, which
+    are let go as soon as there are log-probabilities."""
     formula = _EAGER[loss]
 
     def run(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
-        return formula(hidden @ head.t(), teacher_hidden @ teacher_head.t())
+        return formula((hidden @ head.t()).log_softmax(-1), (teacher_hidden @ teacher_head.t()).log_softmax(-1))
 
-    return run
+    def taid(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
+        x = hidden @ head.t()
+        lp = torch.lerp(x.detach(), teacher_hidden @ teacher_head.t(), TAID_T).log_softmax(-1)
+        lq = x.log_softmax(-1)
+        del x
+        return formula(lq, lp)
+
+    return taid if loss == "taid" else run
 
 
 def _mean(formula: Formula, given: Problem) -> Tensor:

@@ -74,6 +74,11 @@ class SummedLoss(torch.autograd.Function):
         return (*[None] * _OWN, *scaled, *[None] * (len(ctx.needs_input_grad) - _OWN - len(scaled)))
 
 
+def _may_be_saved(argument: Any) -> bool:
+    """Tensors of inference mode, which a teacher's may be, autograd does not save: they have no version that it could look at."""
+    return isinstance(argument, Tensor) and (torch.compiler.is_compiling() or not argument.is_inference())
+
+
 class LossPerToken(torch.autograd.Function):
     """(losses of each token, metrics); ``factor`` is 1 and ``lift`` None here."""
 
@@ -86,10 +91,10 @@ class LossPerToken(torch.autograd.Function):
         made = operator(*arguments[:inputs], *weights, factor, None, *arguments[inputs + 1 :], [False] * inputs, metrics)
         losses, summary = made[:count], made[-1]
         ctx.operator, ctx.owners = operator, owners
-        ctx.tensors = [isinstance(argument, Tensor) for argument in arguments]
+        ctx.saved = [_may_be_saved(argument) for argument in arguments]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(factor, *[argument for argument in arguments if isinstance(argument, Tensor)])
-        ctx.others = [argument for argument in arguments if not isinstance(argument, Tensor)]
+        ctx.save_for_backward(factor, *[argument for argument, saved in zip(arguments, ctx.saved, strict=True) if saved])
+        ctx.others = [argument for argument, saved in zip(arguments, ctx.saved, strict=True) if not saved]
         ctx.mark_non_differentiable(summary)
         return *losses, summary
 
@@ -97,7 +102,7 @@ class LossPerToken(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Any) -> Any:
         (factor, *saved), others = ctx.saved_tensors, list(ctx.others)
-        arguments = [saved.pop(0) if tensor else others.pop(0) for tensor in ctx.tensors]
+        arguments = [saved.pop(0) if was_saved else others.pop(0) for was_saved in ctx.saved]
         count, inputs = _losses(ctx.owners), len(ctx.owners)
         needs = [
             bool(need) and upstream[owner] is not None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.operators import accumulate_dtype
-from kdkernels.checks import LMHead, checked, number, rows_of
+from kdkernels.checks import LMHead, checked, rows_of, share
 from kdkernels.divergences import Divergence
 from kdkernels.losses import models_of, reduced, terms_of
 from kdkernels.ranks import group_name, told
@@ -86,9 +86,7 @@ def linear_okd_loss(
             *(student_hidden, student_head, teacher_hidden, teacher_head, vocab_size, strategy, memory_budget),
             *(None, group),
         )
-        accepted = "a number in [0, 1]"
-        if number("teacher_alpha", teacher_alpha, accepted, 0.0) > 1.0:
-            raise ValueError(f"teacher_alpha is {accepted}, got {teacher_alpha}")
+        teacher_alpha = share("teacher_alpha", teacher_alpha)
         if labels is None and teacher_alpha < 1.0:
             raise ValueError(f"labels is None, but teacher_alpha={teacher_alpha} asks for the teacher's cross-entropy on them")
         loss = checked(

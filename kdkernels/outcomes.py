@@ -300,9 +300,9 @@ def _by_tokens(step: Step, inputs: Inputs, known: Known, tail: str) -> Outcome:
     size = chunk_rows(step.count, step.vocab, per_logit, step.budget)
     run = _Run(step, inputs, known, tail, weight_parts=-(-step.count // size))
     block = block_size(step.vocab, model.weight.shape[1], step.device)
-    shapes = [((1, block), torch.float32), *(((size, step.vocab), dtype) for dtype in tiles)]
-    with borrowed(shapes, step.budget + 4 * block, step.device) as (blocks, *scratch):
-        head = HeadProducts(model.weight, model.dtype, blocks[0])
+    shapes = [((size, step.vocab), dtype) for dtype in tiles]
+    with borrowed(block, shapes, step.budget, step.device) as (buffer, scratch):
+        head = HeadProducts(model.weight, model.dtype, buffer)
         for begin in range(0, step.count, size):
             index = step.index(begin, min(begin + size, step.count))
             hidden = model.rows(index)
@@ -313,7 +313,7 @@ def _by_tokens(step: Step, inputs: Inputs, known: Known, tail: str) -> Outcome:
             run.finish(rows, index)
             if any(step.needs):
                 rows.write_gradient(x, everything, dx)
-                run.grads.add_rows(head, dx, hidden, index, blocks[0], first=begin == 0)
+                run.grads.add_rows(head, dx, hidden, index, buffer, first=begin == 0)
     return run.done()
 
 
@@ -327,11 +327,11 @@ def _by_columns(step: Step, inputs: Inputs, known: Known, tail: str) -> Outcome:
     index = step.index(0, step.count)
     hidden, rows = model.rows(index), run.outcomes(index)
     size = block_size(step.vocab, model.weight.shape[1], step.device)
-    shapes = [((1, size), torch.float32), *(((step.count, width), dtype) for dtype in tiles)]
-    with borrowed(shapes, step.budget + 4 * size, step.device) as (buffer, *scratch):
+    shapes = [((step.count, width), dtype) for dtype in tiles]
+    with borrowed(size, shapes, step.budget, step.device) as (buffer, scratch):
 
         def multiplied(columns: slice) -> tuple[HeadProducts, Tensor, Tensor]:
-            head = HeadProducts(model.weight[columns], model.dtype, buffer[0])
+            head = HeadProducts(model.weight[columns], model.dtype, buffer)
             x, dx = (scratch[at][:, : columns.stop - columns.start] for at in (0, -1))
             return head, x, dx
 
@@ -346,7 +346,7 @@ def _by_columns(step: Step, inputs: Inputs, known: Known, tail: str) -> Outcome:
                 if len(blocks) > 1:  # a whole vocabulary's logits are still there
                     head.logits(hidden, x)
                 rows.write_gradient(x, columns, dx)
-                run.grads.add_columns(head, dx, hidden, columns, buffer[0])
+                run.grads.add_columns(head, dx, hidden, columns, buffer)
     return run.done()
 
 

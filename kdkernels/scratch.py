@@ -42,33 +42,35 @@ def _allocate(size: int, memory_budget: int, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def borrowed(shapes: list[tuple[tuple[int, int], torch.dtype]], budget: int, device: torch.device) -> Iterator[list[Tensor]]:
-    """Uninitialised tensors of these shapes and dtypes, side by side in one allocation, for the time of the block.
+def borrowed(
+    block: int, tiles: list[tuple[tuple[int, int], torch.dtype]], memory_budget: int, device: torch.device
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Uninitialised memory, all in one allocation: a float32 buffer of ``block`` elements for a head's block, and tiles of these
+    shapes and dtypes for logits.
 
-    shapes: where the first has one row it is the block of a head, which comes on top of the memory budget. budget: bytes that may
-    stay allocated afterwards, the memory budget and that block's. Raises torch.OutOfMemoryError; nothing is held then.
+    memory_budget: bytes of tiles that may stay allocated afterwards, and the buffer with them. Raises torch.OutOfMemoryError;
+    nothing is held then.
     """
     global _held
+    shapes = [((1, block), torch.float32), *tiles]
     offsets, size = [], 0
     for (rows, columns), dtype in shapes:
         offsets.append(size)
         size += -(-rows * columns * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
 
-    def views(memory: Tensor) -> list[Tensor]:
-        return [
+    def views(memory: Tensor) -> tuple[Tensor, list[Tensor]]:
+        buffer, *found = [
             memory[offset : offset + rows * columns * dtype.itemsize].view(dtype).view(rows, columns)
             for offset, ((rows, columns), dtype) in zip(offsets, shapes, strict=True)
         ]
-
-    (rows_of_first, columns_of_first), dtype_of_first = shapes[0]
-    memory_budget = budget - (columns_of_first * dtype_of_first.itemsize if rows_of_first == 1 else 0)
+        return buffer[0], found
 
     # A second thread that calls at the same time gets a scratch of its own.
     if device.type != "cpu" or not _lock.acquire(blocking=False):
         yield views(_allocate(size, memory_budget, device))
         return
     try:
-        if _held is None or not size <= _held.numel() <= max(size, budget):
+        if _held is None or not size <= _held.numel() <= max(size, memory_budget + 4 * block):
             _held = None
             _held = _allocate(size, memory_budget, device)
         yield views(_held)

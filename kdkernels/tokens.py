@@ -82,9 +82,8 @@ def run(steps: tuple[Step, ...], inputs: tuple[Inputs, ...]) -> list[Outcome]:
         for name, model in zip(("dx", "dz"), models[: len(steps)], strict=False)
         if model.dtype != model.logits or (both and name == "dx")
     }
-    shapes = [((1, block), torch.float32), *(((size, width), dtype) for dtype in tiles.values())]
-    with borrowed(shapes, step.budget + 4 * block, step.device) as (blocks, *scratch):
-        buffer = blocks[0]
+    shapes = [((size, width), dtype) for dtype in tiles.values()]
+    with borrowed(block, shapes, step.budget, step.device) as (buffer, scratch):
         heads = [HeadProducts(model.weight, model.dtype, buffer) for model in models]
         for begin in range(0, count, size):
             index = step.index(begin, min(begin + size, count))

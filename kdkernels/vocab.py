@@ -215,9 +215,8 @@ def scratch(steps: tuple[Step, ...], rows: int, width: int) -> Iterator[tuple[li
     again = [step.student.logits] if len(steps) == 2 else []
     widest = max((one.student.dtype for one in steps), key=lambda dtype: dtype.itemsize)
     tiles = [widest] if _fused(step) else [*(model.logits for model in models), *again]
-    shapes = [((1, block), torch.float32), *(((rows, width), dtype) for dtype in tiles)]
-    with borrowed(shapes, step.budget + 4 * block, step.device) as (blocks, *found):
-        yield found, blocks[0]
+    with borrowed(block, [((rows, width), dtype) for dtype in tiles], step.budget, step.device) as (buffer, found):
+        yield found, buffer
 
 
 class Swept:

@@ -298,8 +298,6 @@ def _dress_view(call: Call) -> None:
         return
     if view == "parameter" and not value.is_floating_point():
         return
-    if view == "inference tensor" and call.mode == "grad" and call.arguments.get("reduction") == "none":
-        return  # inference tensors of a loss per token
     if name.startswith("topk") and view == "expanded":
         return  # tokens and their probabilities go together
     with torch.no_grad():

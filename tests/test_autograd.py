@@ -47,6 +47,19 @@ def assert_same(found: Any, expected: Any) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_teacher_may_have_run_in_inference_mode(reduction: str) -> None:
+    x = torch.randn(6, 37, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    z = torch.randn(6, 37, generator=torch.Generator().manual_seed(4))
+    with torch.inference_mode():
+        of_inference = z.clone()
+    gradients = []
+    for teacher_logits in (of_inference, z):
+        loss = kd.kd_loss(x, teacher_logits, divergence="jsd", reduction=reduction)
+        gradients.append(torch.autograd.grad(loss, x, torch.ones_like(loss)))
+    assert_same(*gradients)
+
+
 @both_roads
 @small_budget
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -230,10 +230,9 @@ class TestOnlineTeacher:
         module = {"tokens": tokens, "vocab": vocab}[strategy]
         taken, borrowed = [], module.borrowed
 
-        def recording(shapes: Any, *rest: Any) -> Any:
-            tiles = shapes[1:]  # after the buffer of a head's block
+        def recording(block: int, tiles: Any, *rest: Any) -> Any:
             taken.append(sum(rows * columns * of.itemsize for (rows, columns), of in tiles))
-            return borrowed(shapes, *rest)
+            return borrowed(block, tiles, *rest)
 
         monkeypatch.setattr(module, "borrowed", recording)
         drawn = draw(tokens=(N,), vocab=V, dims=(STUDENT, TEACHER), dtype=dtypes[0])

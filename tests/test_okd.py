@@ -437,9 +437,9 @@ def test_the_scratch_of_both_gradients_is_within_the_budget(
     module = {"tokens": tokens, "vocab": vocab}[strategy]
     borrowed = module.borrowed
 
-    def recording(shapes: Any, *rest: Any) -> Any:
-        taken.append(sum(rows * columns * of.itemsize for (rows, columns), of in shapes[1:]))  # after the buffer of a head's block
-        return borrowed(shapes, *rest)
+    def recording(block: int, tiles: Any, *rest: Any) -> Any:
+        taken.append(sum(rows * columns * of.itemsize for (rows, columns), of in tiles))
+        return borrowed(block, tiles, *rest)
 
     monkeypatch.setattr(module, "borrowed", recording)
     least = 37 if strategy == "tokens" else 6  # one token or one column: less there cannot be

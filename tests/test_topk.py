@@ -517,9 +517,9 @@ class TestCost:
         taken: list[int] = []
         borrowed = outcomes.borrowed
 
-        def recording(shapes: Any, *rest: Any) -> Any:
-            taken.append(sum(rows * columns * of.itemsize for (rows, columns), of in shapes[1:]))
-            return borrowed(shapes, *rest)
+        def recording(block: int, tiles: Any, *rest: Any) -> Any:
+            taken.append(sum(rows * columns * of.itemsize for (rows, columns), of in tiles))
+            return borrowed(block, tiles, *rest)
 
         monkeypatch.setattr(outcomes, "borrowed", recording)
         full(dtype=dtype).run(strategy=strategy, memory_budget=memory_budget)

@@ -62,9 +62,9 @@ class MostLikely:
         hidden = hidden_states(self.model, inputs).to(where)
         hidden = hidden[mask.to(where) != 0]  # no product for the padding
         size = chunk_rows(len(hidden), vocab, self.bytes_per_logit, self.budget)
-        scratch = [((size, vocab), self.made), ((1, block_size(vocab, width, where)), torch.float32)]
-        with borrowed(scratch, self.budget, where) as (logits, buffer):
-            products = HeadProducts(self.weight, self.product, buffer.view(-1))
+        block = block_size(vocab, width, where)
+        with borrowed(block, [((size, vocab), self.made)], self.budget, where) as (buffer, (logits,)):
+            products = HeadProducts(self.weight, self.product, buffer)
             parts = [self._top(products, rows, logits[: len(rows)]) for rows in hidden.split(size)]
         ids, logprobs = zip(*parts, strict=True)
         return torch.cat(ids), torch.cat(logprobs)
