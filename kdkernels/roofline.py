@@ -5,6 +5,9 @@ kernels costs a launch:
 
     seconds = Σ max(flops / (rate · MATRIX_EFFICIENCY), bytes / (bandwidth · MEMORY_EFFICIENCY)) + launches · overhead
 
+On a processor it takes both, one after the other: a matrix library copies its operands into its own order before it multiplies, and
+the same cores do both. (A chunk of ``tokens`` took a time for the heads and one for each of its rows, from 4 rows to 64.)
+
 The passes of a strategy are plain functions of its sizes. Everything that comes out is a prediction, and is called one wherever it
 is printed; ``python -m benchmarks.roofline`` holds the model against published measurements.
 
@@ -49,6 +52,7 @@ class Device:
     name: as ``DEVICES`` and the command line spell it. bandwidth: of the main memory, bytes/s. rates: dense products without
     sparsity, flop/s by dtype; float32 without TF32, which PyTorch leaves off. overhead: seconds between two kernels. memory: bytes.
     cache, units: last-level cache in bytes and multiprocessors. measured: the rates were reached here, nothing is taken off them.
+    overlaps: whether bytes arrive while products are made.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Device:
     cache: int
     units: int
     measured: bool = False
+    overlaps: bool = True
 
     @property
     def cached_row(self) -> int:
@@ -134,7 +139,7 @@ def device(name: str) -> Device:
 # A processor of no particular make: what counts for a choice is how many operations it does while a byte arrives. The measured
 # rates of one machine differ from run to run, and a choice made from them would too.
 _NOMINAL_RATES = {torch.float64: 75e9, torch.float32: 150e9, torch.bfloat16: 600e9, torch.float16: 600e9}
-NOMINAL_CPU = Device("cpu", 20e9, _NOMINAL_RATES, 1e-6, 0, 0, 1, measured=True)
+NOMINAL_CPU = Device("cpu", 20e9, _NOMINAL_RATES, 1e-6, 0, 0, 1, measured=True, overlaps=False)
 
 
 def nominal(where: torch.device) -> Device:
@@ -197,7 +202,7 @@ def measured_cpu() -> Device:
         copy = _best_seconds(functools.partial(torch.empty_like(source).copy_, source))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     # sweeps over a row are counted as reads of main memory: how much cache a thread has is not asked for
-    return Device("cpu", 2 * size / copy, rates, 1e-6, memory, 0, 1, measured=True)
+    return Device("cpu", 2 * size / copy, rates, 1e-6, memory, 0, 1, measured=True, overlaps=False)
 
 
 def seconds(passes: Sequence[Pass], on: Device) -> float:
@@ -205,8 +210,8 @@ def seconds(passes: Sequence[Pass], on: Device) -> float:
     matrix, memory = (1.0, 1.0) if on.measured else (MATRIX_EFFICIENCY, MEMORY_EFFICIENCY)
     total = 0.0
     for step in passes:
-        products = step.flops / (on.rate(step.dtype) * matrix) if step.flops else 0.0
-        total += step.times * (max(products, step.bytes / (on.bandwidth * memory)) + step.launches * on.overhead)
+        both = step.flops / (on.rate(step.dtype) * matrix) if step.flops else 0.0, step.bytes / (on.bandwidth * memory)
+        total += step.times * ((max(both) if on.overlaps else sum(both)) + step.launches * on.overhead)
     return total
 
 

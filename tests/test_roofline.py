@@ -23,6 +23,7 @@ from kdkernels.divergences import resolve
 from kdkernels.roofline import (
     DEVICES,
     EAGER_TRAFFIC,
+    NOMINAL_CPU,
     Pass,
     device,
     eager_passes,
@@ -309,6 +310,13 @@ class TestDevices:
         finally:
             roofline.measured_cpu.cache_clear()
 
+    def test_a_processor_multiplies_when_the_bytes_are_there_and_a_gpu_meanwhile(self) -> None:
+        for one, expected in ((NOMINAL_CPU, 0.75), (replace(NOMINAL_CPU, overlaps=True), 0.5)):
+            work = Pass(0.25 * one.rate(torch.float32), 0.5 * one.bandwidth, launches=0)
+            assert seconds([work], one) == pytest.approx(expected)
+        assert all(gpu.overlaps for gpu in DEVICES.values())
+        assert not device("cpu").overlaps
+
     def test_this_processor_is_measured(self) -> None:
         one = device("cpu")
         assert one.measured
@@ -353,7 +361,7 @@ class TestCompare:
         assert few[1] < few[0]
 
     def test_bad_sizes_are_the_plans_errors(self) -> None:
-        with pytest.raises(ValueError, match="tokens is at least 1"):
+        with pytest.raises(ValueError, match="tokens is an integer, at least 1, got 0"):
             compare(0, 8, 8, 8, torch.float32, on=H100)
 
     def test_many_tokens_take_no_time_to_predict(self) -> None:
