@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.readme import METHODS, methods_table
+from benchmarks.readme import methods_table
 from kdkernels import files, info
 from kdkernels.demo import corpus as corpora
 from kdkernels.demo.corpus import Corpus
@@ -39,6 +39,7 @@ from kdkernels.demo.train import teacher_phase, train
 from kdkernels.transformers import KDConfig, KDTrainer
 
 CACHE = Path("demo-output") / "methods"
+RESULTS = Path(__file__).parent / "results" / "methods.json"
 SEEDS, STEPS = 3, 500
 WARM_UP = 5  # steps that are not timed
 # The teacher takes its planned steps however long they last, so that its weights do not depend on the machine's speed.
@@ -174,7 +175,7 @@ def main() -> int:
     if not names:
         parser.error(f"--only {arguments.only!r} is in no name; accepted: parts of {', '.join(RUNS)}")
     transformers_logging.set_verbosity_error()
-    results = measure(SETTINGS, CACHE, METHODS, steps=STEPS, seeds=SEEDS, names=names, fresh=arguments.fresh)
+    results = measure(SETTINGS, CACHE, RESULTS, steps=STEPS, seeds=SEEDS, names=names, fresh=arguments.fresh)
     print(methods_table(results))
     return 0
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import contenders
+from benchmarks.limits import limits_table
 from benchmarks.linear import DTYPES, LOSSES, RESULTS, SHAPES, Case, name
 from benchmarks.measure import MIB
 
 README = Path(__file__).parent.parent / "README.md"
-METHODS = RESULTS.with_name("methods.json")
-COMPARE, GROWTH = (RESULTS.with_name(f"{name}.json") for name in ("compare", "growth"))
 END = "<!-- end -->"
 # Rows of the table of memory: what they are called, the loss, tokens and budget.
 MEMORY = (
@@ -244,10 +243,22 @@ def _between(readme: str, mark: str, content: str) -> str:
     return f"{before}<!-- {mark} -->\n{content}{END}{rest.split(END, 1)[1]}"
 
 
-def updated(readme: str, measured: dict[str, Any], methods: dict[str, Any]) -> str:
-    """The README with its tables between their marks. measured: what linear.json holds; methods: methods.json."""
-    return _between(_between(readme, "measured", table(measured)), "methods", methods_table(methods))
+# What is between the marks of a name: the table of a result file.
+SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "compare": ("compare.json", compare_table),
+    "growth": ("growth.json", growth_table),
+    "limits": ("limits.json", limits_table),
+    "measured": ("linear.json", table),
+    "methods": ("methods.json", methods_table),
+}
+
+
+def updated(readme: str) -> str:
+    """The README with the tables of the result files between their marks."""
+    for mark, (file, make) in SECTIONS.items():
+        readme = _between(readme, mark, make(json.loads(RESULTS.with_name(file).read_text())))
+    return readme
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text(), *(json.loads(path.read_text()) for path in (RESULTS, METHODS))))
+    README.write_text(updated(README.read_text()))

@@ -37,8 +37,10 @@ from trl.import_utils import TRLExperimentalWarning
 
 import kdkernels as kd
 from benchmarks.measure import peak_above
+from benchmarks.readme import README
 from kdkernels.compat import trl as compat
 from tests.cases import InsideOperators
+from tests.test_docs import blocks
 from tests.tiny_models import VOCAB, build
 
 with warnings.catch_warnings():
@@ -602,3 +604,15 @@ class TestThePatch:
 def test_the_module_is_imported_without_trl() -> None:
     program = "import sys; sys.modules['trl'] = sys.modules['transformers'] = None; import kdkernels.compat.trl"
     subprocess.run([sys.executable, "-c", program], check=True, env=child_environment())
+
+
+def test_the_swap_of_the_readme_patches_and_takes_back() -> None:
+    (block,) = (content for language, content in blocks(README) if language == "python" and "kdkernels.compat" in content)
+    before, during = GKDTrainer.compute_loss, []
+    patching, taking_back = block.split("...\n")
+    scope: dict[str, Any] = {}
+    exec(patching, scope)
+    during.append(GKDTrainer.compute_loss)
+    exec(taking_back, scope)
+    assert during != [before]
+    assert GKDTrainer.compute_loss is before

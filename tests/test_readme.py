@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -11,14 +10,14 @@ import torch
 
 import kdkernels as kd
 from benchmarks import readme, roofline
-from benchmarks.linear import RESULTS
 from kdkernels.roofline import device_names
 from tests.test_docs import blocks
 
 TEXT = readme.README.read_text()
 CODE = [content for language, content in blocks(readme.README) if language == "python"]
-# What each block is known by. Two take models of the reader's: tests/test_trainer.py and tests/test_transformers.py run those.
-HAD, STEP, TRAINER, LOOP = "# You had", "TAIDSchedule(", "KDTrainer(", "hidden_states(student, batch)"
+# What each block is known by. Three take models of the reader's or another library: tests/test_trainer.py,
+# tests/test_transformers.py and tests/test_compat_trl.py run those.
+HAD, STEP, TRAINER, LOOP, SWAP = "# You had", "TAIDSchedule(", "KDTrainer(", "hidden_states(student, batch)", "kdkernels.compat"
 
 
 def block(known_by: str) -> str:
@@ -27,12 +26,11 @@ def block(known_by: str) -> str:
 
 
 def test_every_block_is_known() -> None:
-    assert [sum(known in content for known in (HAD, STEP, TRAINER, LOOP)) for content in CODE] == [1] * len(CODE)
+    assert [sum(known in content for known in (HAD, STEP, TRAINER, LOOP, SWAP)) for content in CODE] == [1] * len(CODE)
 
 
 def test_the_tables_come_from_the_results_files() -> None:
-    results = (json.loads(path.read_text()) for path in (RESULTS, readme.METHODS))
-    assert readme.updated(TEXT, *results) == TEXT, "run python -m benchmarks.readme"
+    assert readme.updated(TEXT) == TEXT, "run python -m benchmarks.readme"
 
 
 def test_the_two_sides_of_you_had_you_write_agree() -> None:
