@@ -35,7 +35,6 @@ import itertools
 import json
 import math
 import re
-import resource
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -47,7 +46,7 @@ from torch import Tensor
 import kdkernels as kd
 from benchmarks.contenders import CONTENDERS, Problem
 from benchmarks.linear import DTYPES
-from benchmarks.measure import MIB, in_own_process, interleaved, limit_memory, machine, peak_above, seconds, why
+from benchmarks.measure import MIB, in_own_process, interleaved, limit_memory, machine, peak_above, seconds, status, why
 from kdkernels import files
 
 RESULTS = Path(__file__).parent / "results" / "limits.json"
@@ -263,7 +262,8 @@ def one_step(case: Case) -> dict[str, Any]:
         return {**found, "failed": why(error)}
     found |= {"seconds": took[0], "peak_bytes": peak}
     if case.part == "largest":
-        found |= {"process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, **errors(inputs, values[0])}
+        # not getrusage's maximum, which a process has from the one that started it
+        found |= {"process_bytes": status("VmHWM"), **errors(inputs, values[0])}
     return found
 
 

@@ -58,7 +58,7 @@ def interleaved(
     }
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
     """VmRSS or VmHWM of this process in bytes (Linux)."""
     match = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert match is not None
@@ -75,9 +75,9 @@ def peak_above(run: Callable[[], object]) -> int:
     if trim is not None:
         trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = status("VmRSS")
     run()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
 def limit_memory(limit: int) -> None:

@@ -80,8 +80,8 @@ def models_of(
             *(student_hidden, student_head, teacher_hidden, teacher_head, vocab_size, strategy, memory_budget), constant_target
         )
         return models, models.vocab
-    if vocab_size is not None:
-        whole("vocab_size", vocab_size, "an integer")
+    if vocab_size is not None and abs(whole("vocab_size", vocab_size, "an integer")) >= 2**63:  # no operator takes it
+        raise ValueError(f"vocab_size={vocab_size}; accepted: 1 to the rows that both heads have on all ranks")
     # every rank has a first row of both heads
     return linear_of(
         *(student_hidden, student_head, teacher_hidden, teacher_head, 1, strategy, memory_budget), constant_target

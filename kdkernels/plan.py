@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,9 +196,9 @@ def choose(strategy: str, size: Size) -> str:
 
 
 def _at_least_1(name: str, value: Any, accepted: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):  # NumPy's too
         raise TypeError(f"{name} is {accepted}, got {type(value).__name__}")
-    if value < 1:
+    if int(value) < 1:
         raise ValueError(f"{name} is {accepted}, at least 1, got {value}")
 
 

@@ -209,6 +209,8 @@ def _shares(
             Fact("labels (the least)", counted.min()),
             Fact("labels (a checksum)", _checksum(counted, labelled)),
         ]
+    if weight is not None and keep is not None and tokens:
+        read.append(Fact("which tokens token_weight keeps (a checksum)", _checksum(keep.long(), keep)))
     # Whatever decides about the facts that follow comes first: where it differs, these are not looked at.
     unsorted = [
         one_of("the loss", split.loss, LOSSES),
@@ -293,6 +295,7 @@ def prepare(
         same = [] if split is None else [
             *_facts_of(terms, models, dtypes, metrics),
             whether("student_hidden requires grad", needs[0]),
+            whether("student_head requires grad", needs[1]),
             Fact("t", t),
             Fact(_DIVISOR, grad_scale),
         ]  # fmt: skip
@@ -358,6 +361,8 @@ def prepare_both(
         Fact("teacher_alpha", terms[1].ce_scale),
         whether("student_hidden requires grad", needs[0]),
         whether("teacher_hidden requires grad", needs[3]),
+        whether("student_head requires grad", needs[1]),
+        whether("teacher_head requires grad", needs[4]),
         Fact(_DIVISOR, grad_scale),
     ]  # fmt: skip
     shares = _shares(split, (student, teacher), either, labels, ignore_index, vocab, budget, same)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 import torch.distributed as dist
@@ -65,8 +66,11 @@ class TAIDSchedule(nn.Module):
         accepted = "a number or a 0-dim tensor"
         if isinstance(loss, Tensor):
             loss = scalar("loss", loss, accepted, self.t.device, (*FLOATS, *INTEGERS))
-        elif not (isinstance(loss, float) and not math.isfinite(loss)):  # those are passed over below
-            loss = number("loss", loss, accepted)
+        else:
+            if isinstance(loss, numbers.Real) and not isinstance(loss, bool):  # NumPy's too
+                loss = float(loss)
+            if not (isinstance(loss, float) and not math.isfinite(loss)):  # those are passed over below
+                loss = number("loss", loss, accepted)
         current = torch.as_tensor(loss, dtype=torch.float32, device=self.t.device)
         if dist.is_available() and dist.is_initialized():
             current = current.clone()

@@ -383,6 +383,21 @@ REFUSED: dict[str, tuple[Callable[[int], dict[str, Any]], str]] = {
         lambda rank: {"token_weight": torch.ones(TOKENS).index_fill(0, torch.arange(2, rank + 3), 0.0)},
         "the number of tokens that labels and token_weight keep must be .* 7 on rank 0; 6",
     ),
+    "as many weights": (
+        lambda rank: {
+            **{"labels": None, "ce_weight": 0.0, "reduction": "sum"},
+            "token_weight": torch.ones(TOKENS).index_fill(0, torch.tensor(2 + min(rank, 1)), 0.0),
+        },
+        r"which tokens token_weight keeps \(a checksum\) must be .* on rank 0; ",
+    ),
+    "a frozen head": (
+        lambda rank: {"learn": okd.OF_STUDENT if rank else ("student_hidden",)},
+        "whether student_head requires grad must be .* no on rank 0; yes on rank",
+    ),
+    "a teacher's frozen head": (
+        lambda rank: {"online": True, "learn": (*okd.OF_STUDENT, "teacher_hidden", *(["teacher_weight"] if rank else []))},
+        "whether teacher_head requires grad must be .* no on rank 0; yes on rank",
+    ),
     "values of weights": (
         lambda rank: {"token_weight": torch.full((TOKENS,), 1.0 + rank)},
         "what the mean divides by .* on rank 0; ",
@@ -424,6 +439,7 @@ REFUSED: dict[str, tuple[Callable[[int], dict[str, Any]], str]] = {
     ),
     "a cut that is too long": (lambda _: {"vocab_size": 38}, "vocab_size=38; accepted: 1 to 37, the rows that both heads have"),
     "a cut to nothing": (lambda _: {"vocab_size": 0}, "vocab_size=0; accepted: 1 to 37"),
+    "a cut of no int64": (lambda _: {"vocab_size": 2**70}, "vocab_size=1180591620717411303424; accepted: 1 to the rows"),
     "the type of a cut": (lambda _: {"vocab_size": 3.0}, "vocab_size is an integer, got float"),
     "a label": (lambda _: {"labels": torch.full((TOKENS,), VOCAB)}, "labels holds 37; accepted: 0 to 36"),
     "the group's type": (
@@ -446,7 +462,7 @@ def refusals(group: Any, rank: int, size: int) -> dict[str, tuple[str, str]]:
         mine = Problem(full()).on(rank, size)
         shorter = {part: getattr(mine.case, part)[:-1] for part in changed.pop("without", ())}
         case = replace(mine.case, **shorter, **{part: changed.pop(part) for part in list(changed) if part in parts})
-        mine = replace(mine, case=case, online=changed.pop("online", False))
+        mine = replace(mine, case=case, online=changed.pop("online", False), learn=changed.pop("learn", mine.learn))
         error = refusal(lambda: mine.run(**{"process_group": group, **changed}))  # noqa: B023
         found[name] = (type(error).__name__, str(error))
     mine = Problem(full()).on(rank, size)

@@ -75,14 +75,14 @@ def check_dtype(name: str, value: Any) -> None:
         raise TypeError(f"{name} is {got}; accepted: {', '.join(map(str, DTYPES))}")
 
 
-def backend(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+def backend(device: torch.device | str | int = "cpu", dtype: torch.dtype = torch.float32) -> str:
     """Name of the backend that runs for logits of ``dtype`` on ``device``: "native", "triton" or "reference".
 
     "reference" means that the dtype is float64, or on a CPU that the C++ extension was not built, on a GPU that Triton is missing.
     Raises ValueError for a name that is no device's, TypeError for another dtype and for arguments of another type.
     """
-    if not isinstance(device, (str, torch.device)):
-        raise TypeError(f"device is a name or a torch.device, got {type(device).__name__}")
+    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
+        raise TypeError(f"device is a name, a GPU's number or a torch.device, got {type(device).__name__}")
     check_dtype("dtype", dtype)
     try:
         where = torch.device(device)
