@@ -67,7 +67,7 @@ class TAIDSchedule(nn.Module):
         if isinstance(loss, Tensor):
             loss = scalar("loss", loss, accepted, self.t.device, (*FLOATS, *INTEGERS))
         else:
-            if isinstance(loss, numbers.Real) and not isinstance(loss, bool):  # NumPy's too
+            if isinstance(loss, numbers.Real) and not isinstance(loss, int):  # a number of NumPy
                 loss = float(loss)
             if not (isinstance(loss, float) and not math.isfinite(loss)):  # those are passed over below
                 loss = number("loss", loss, accepted)

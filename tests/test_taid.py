@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -220,3 +221,15 @@ def test_two_ranks_with_different_losses_keep_one_t(tmp_path: Path) -> None:
         alone.update(3.0 - 0.3 * step + (1 + step % 3) / 2, step / 20)
     assert found[0] == found[1]
     assert found[0] == pytest.approx(alone.t, abs=1e-5)
+
+
+def test_a_number_of_numpy_is_a_number() -> None:
+    ours, numpys = kd.TAIDSchedule(), kd.TAIDSchedule()
+    for loss in (2.0, 1.5, 1.25):
+        ours.update(loss, 0.1)
+        numpys.update(np.float32(loss), 0.1)
+    assert numpys.t == ours.t
+
+
+def test_a_plan_takes_counts_of_numpy() -> None:
+    assert kd.plan(np.int64(8), 100, 4, 4) == kd.plan(8, 100, 4, 4)
