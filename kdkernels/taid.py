@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,14 +65,15 @@ class TAIDSchedule(nn.Module):
         if isinstance(progress, bool) or not isinstance(progress, (int, float)) or not 0.0 <= progress <= 1.0:
             raise ValueError(f"progress is finished steps / total steps, in [0, 1], got {progress!r}")
         accepted = "a number or a 0-dim tensor"
-        if isinstance(loss, Tensor):
-            loss = scalar("loss", loss, accepted, self.t.device, (*FLOATS, *INTEGERS))
+        given: Any = loss
+        if isinstance(given, Tensor):
+            given = scalar("loss", given, accepted, self.t.device, (*FLOATS, *INTEGERS))
         else:
-            if isinstance(loss, numbers.Real) and not isinstance(loss, int):  # a number of NumPy
-                loss = float(loss)
-            if not (isinstance(loss, float) and not math.isfinite(loss)):  # those are passed over below
-                loss = number("loss", loss, accepted)
-        current = torch.as_tensor(loss, dtype=torch.float32, device=self.t.device)
+            if not isinstance(given, int) and isinstance(given, numbers.Real):  # a number of NumPy
+                given = float(given)
+            if not (isinstance(given, float) and not math.isfinite(given)):  # those are passed over below
+                given = number("loss", given, accepted)
+        current = torch.as_tensor(given, dtype=torch.float32, device=self.t.device)
         if dist.is_available() and dist.is_initialized():
             current = current.clone()
             dist.all_reduce(current)
