@@ -58,7 +58,7 @@ class Gradients:
             else:
                 part = torch.empty_like(hidden)
                 head.hidden_grad(dx, part)
-                self.hidden[index] = part.to(self.hidden.dtype)
+                self._scatter(part, index)
         if self.weight_sum is not None:
             add_head_grad(dx, self._lowered(hidden), self.weight_sum, first, buffer)
 
@@ -72,23 +72,24 @@ class Gradients:
             part = self.hidden if self.step.rows is None and self.hidden.dtype == hidden.dtype else torch.empty_like(hidden)
             head.hidden_grad(dx, part)
             if part is not self.hidden:
-                self._scatter(part)
+                self._scatter(part, self.step.index(0, self.step.count))
         if self.weight_sum is not None:
             add_head_grad(dx, self._lowered(hidden), self.weight_sum[block], True, buffer)
 
     def _lowered(self, hidden: Tensor) -> Tensor:
         return hidden if self.step.lift is None else (hidden / self.step.lift).to(hidden.dtype)
 
-    def _scatter(self, part: Tensor) -> None:
+    def _scatter(self, part: Tensor, index: slice | Tensor) -> None:
         assert self.hidden is not None
-        self.hidden[self.step.index(0, self.step.count)] = part.to(self.hidden.dtype)
+        # a slice is rounded as it is copied; an index takes values of the dtype alone
+        self.hidden[index] = part if isinstance(index, slice) else part.to(self.hidden.dtype)
 
     def finished(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of hidden states, weight and bias in their dtypes; an empty tensor for each that was not needed."""
         if self.hidden_sum is not None and self.step.count:
             self.step.ranks.sum(self.hidden_sum)
             if self.hidden_sum is not self.hidden:
-                self._scatter(self.hidden_sum)
+                self._scatter(self.hidden_sum, self.step.index(0, self.step.count))
         if self.weight is not None and self.weight_sum is not None:
             if self.step.count == 0:
                 self.weight.zero_()

@@ -27,8 +27,8 @@ OTHER_BUDGET = 2**30
 # log-softmaxes and the gradient of the student's logits.
 EAGER_COPIES = {1: 5, 2: 6}
 EAGER_COPIES_WITH_GRADIENTS = 3
-# Float64 copies of a row's statistics at the vocab strategy's peak: those of the blocks so far and of the next one, by themselves
-# and side by side in one tensor, and merged. Those of another learner are kept beside them.
+# Float64 copies of a row's statistics at the vocab strategy's peak: those of the blocks so far and of the next one, both
+# merged, and about two of what merging takes. Those of another learner are kept beside them.
 STATISTICS_COPIES = 5
 
 

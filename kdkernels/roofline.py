@@ -5,8 +5,9 @@ kernels costs a launch:
 
     seconds = Σ max(flops / (rate · MATRIX_EFFICIENCY), bytes / (bandwidth · MEMORY_EFFICIENCY)) + launches · overhead
 
-On a processor it takes both, one after the other: a matrix library copies its operands into its own order before it multiplies, and
-the same cores do both. (A chunk of ``tokens`` took a time for the heads and one for each of its rows, from 4 rows to 64.)
+On a processor a product takes both, one after the other: a matrix library copies its operands into its own order before it
+multiplies, and the same cores do both. (A chunk of ``tokens`` took a time for the heads and one for each of its rows, from 4 rows
+to 256.) The bytes of a product go at their own rate there, a quarter to a half of what a copy reaches.
 
 The passes of a strategy are plain functions of its sizes. Everything that comes out is a prediction, and is called one wherever it
 is printed; ``python -m benchmarks.roofline`` holds the model against published measurements.
@@ -28,7 +29,7 @@ import torch
 
 from kdkernels import traffic
 from kdkernels.divergences import resolve
-from kdkernels.products import product_dtype
+from kdkernels.products import HeadProducts, add_head_grad, block_size, product_dtype
 
 # What large products reach of the dense rate: 728 of 989 Tflop/s on an H100 (the bare head products of huggingface/trl#7244, a row
 # of benchmarks/published.csv). The clock falls under a full matrix load, so no library reaches the datasheet's rate.
@@ -52,7 +53,8 @@ class Device:
     name: as ``DEVICES`` and the command line spell it. bandwidth: of the main memory, bytes/s. rates: dense products without
     sparsity, flop/s by dtype; float32 without TF32, which PyTorch leaves off. overhead: seconds between two kernels. memory: bytes.
     cache, units: last-level cache in bytes and multiprocessors. measured: the rates were reached here, nothing is taken off them.
-    overlaps: whether bytes arrive while products are made.
+    operand_bandwidth: bytes/s by dtype at which products get through their operands and results, where that comes before
+        multiplying; where there is none they arrive meanwhile, at ``bandwidth``.
     """
 
     name: str
@@ -63,7 +65,7 @@ class Device:
     cache: int
     units: int
     measured: bool = False
-    overlaps: bool = True
+    operand_bandwidth: dict[torch.dtype, float] = field(default_factory=dict, hash=False)
 
     @property
     def cached_row(self) -> int:
@@ -137,9 +139,19 @@ def device(name: str) -> Device:
 
 
 # A processor of no particular make: what counts for a choice is how many operations it does while a byte arrives. The measured
-# rates of one machine differ from run to run, and a choice made from them would too.
-_NOMINAL_RATES = {torch.float64: 75e9, torch.float32: 150e9, torch.bfloat16: 600e9, torch.float16: 600e9}
-NOMINAL_CPU = Device("cpu", 20e9, _NOMINAL_RATES, 1e-6, 0, 0, 1, measured=True, overlaps=False)
+# rates of one machine differ from run to run, and a choice made from them would too. Rounded from those of two cores with AVX-512
+# (and bfloat16 products), which limits.json holds the choice against.
+NOMINAL_CPU = Device(
+    "cpu",
+    bandwidth=20e9,
+    rates={torch.float64: 75e9, torch.float32: 150e9, torch.bfloat16: 600e9, torch.float16: 600e9},
+    overhead=1e-6,
+    memory=0,
+    cache=0,
+    units=1,
+    measured=True,
+    operand_bandwidth={torch.float64: 12e9, torch.float32: 12e9, torch.bfloat16: 25e9, torch.float16: 25e9},
+)
 
 
 def nominal(where: torch.device) -> Device:
@@ -185,24 +197,56 @@ def _best_seconds(run: Callable[[], object], budget: float = 0.08) -> float:
             return best
 
 
+def _few_and_many(dtype: torch.dtype) -> tuple[float, float]:
+    """Rate of products and bandwidth of their operands, from a chunk of ``tokens`` with few rows and one with many.
+
+    Both models' logits, dH, and dW added to a float32 sum. The times lie on a line, and so do flops and bytes: what many rows take
+    longer is multiplying, and the rest of the few is the heads.
+    """
+    vocab, dim = 16_384, 512
+    heads = [torch.ones(vocab, dim, dtype=dtype) for _ in range(2)]
+    summed = torch.zeros(vocab, dim)
+    buffer = torch.empty(block_size(vocab, dim, summed.device))
+    student, teacher = (HeadProducts(head, dtype, buffer) for head in heads)
+
+    def chunk(rows: int) -> Callable[[], None]:
+        hidden, logits = torch.zeros(rows, dim, dtype=dtype), torch.empty(rows, vocab, dtype=dtype)
+        hidden_grad = torch.empty_like(hidden)
+
+        def run() -> None:
+            teacher.logits(hidden, logits)
+            student.logits(hidden, logits)
+            student.hidden_grad(logits, hidden_grad)
+            add_head_grad(logits, hidden, summed, False, buffer)
+
+        return run
+
+    few, many = 8, 256
+    took = [_best_seconds(chunk(rows)) for rows in (few, many)]
+    flops = 8.0 * vocab * dim  # of a row
+    rate = flops * (many - few) / max(took[1] - took[0], 1e-9)
+    read = vocab * dim * (3 * dtype.itemsize + 8)
+    return rate, read / max(took[0] - few * flops / rate, 1e-9)
+
+
 @functools.cache
 def measured_cpu() -> Device:
-    """This processor with the threads that torch uses now: a product of 512 x 512 matrices and a copy of 32 MiB."""
-    side, size = 512, 32 * 2**20
+    """This processor with the threads that torch uses now: products of 16-bit and float32 heads, and a copy of 32 MiB."""
+    size = 32 * 2**20
     rates: dict[torch.dtype, float] = {}
+    operands: dict[torch.dtype, float] = {}
     with torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             # where 16-bit types have no fast path the products run in float32, see products.product_dtype
             runs_in = product_dtype(dtype, torch.device("cpu"))
             if runs_in not in rates:
-                left, out = torch.ones(side, side, dtype=runs_in), torch.empty(side, side, dtype=runs_in)
-                rates[runs_in] = 2 * side**3 / _best_seconds(functools.partial(torch.mm, left, left, out=out))
-            rates[dtype] = rates[runs_in]
+                rates[runs_in], operands[runs_in] = _few_and_many(runs_in)
+            rates[dtype], operands[dtype] = rates[runs_in], operands[runs_in]
         source = torch.ones(size // 4)
         copy = _best_seconds(functools.partial(torch.empty_like(source).copy_, source))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     # sweeps over a row are counted as reads of main memory: how much cache a thread has is not asked for
-    return Device("cpu", 2 * size / copy, rates, 1e-6, memory, 0, 1, measured=True, overlaps=False)
+    return Device("cpu", 2 * size / copy, rates, 1e-6, memory, 0, 1, measured=True, operand_bandwidth=operands)
 
 
 def seconds(passes: Sequence[Pass], on: Device) -> float:
@@ -210,8 +254,11 @@ def seconds(passes: Sequence[Pass], on: Device) -> float:
     matrix, memory = (1.0, 1.0) if on.measured else (MATRIX_EFFICIENCY, MEMORY_EFFICIENCY)
     total = 0.0
     for step in passes:
-        both = step.flops / (on.rate(step.dtype) * matrix) if step.flops else 0.0, step.bytes / (on.bandwidth * memory)
-        total += step.times * ((max(both) if on.overlaps else sum(both)) + step.launches * on.overhead)
+        multiplying = step.flops / (on.rate(step.dtype) * matrix) if step.flops else 0.0
+        operands = on.operand_bandwidth.get(step.dtype) if step.flops else None
+        arriving = step.bytes / (operands or on.bandwidth * memory)
+        once = multiplying + arriving if operands else max(multiplying, arriving)
+        total += step.times * (once + step.launches * on.overhead)
     return total
 
 

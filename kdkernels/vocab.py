@@ -135,19 +135,20 @@ class BlockSweeps:
 
     def statistics(self, wanted: Sequence[tuple[str, bool]]) -> list[Tensor]:
         step = self.steps[0]
-        found = [] if step.vocab else [_nothing(step.count, step.device) for _ in self.steps]
+        # Of each learner the blocks so far and the next one, in memory of the whole sweep: tensors that live from block to block
+        # would lie between those that come and go, and the C library's heap grow around them.
+        pairs = [torch.stack([_nothing(step.count, step.device)] * 2) for _ in self.steps]
         for block, _, logits, labels in self.blocks():
-            for at, (step, own, (weigh, ce)) in enumerate(zip(self.steps, logits, wanted, strict=True)):
-                part = self.operators.block_stats(
-                    *own, labels, step.t, step.terms.temperature, step.terms.head, weigh, ce, step.metrics
-                ).double()
-                for place in ("argmax_x", "argmax_z"):
-                    part[:, _AT[place]] += block.start
-                if block.start == 0:
-                    found.append(part)
-                else:
-                    found[at] = merged(torch.stack([found[at], part]), weigh)
-        return found
+            for pair, step, own, (weigh, ce) in zip(pairs, self.steps, logits, wanted, strict=True):
+                so_far, here = pair
+                here.copy_(
+                    self.operators.block_stats(
+                        *own, labels, step.t, step.terms.temperature, step.terms.head, weigh, ce, step.metrics
+                    )
+                )
+                here[:, _PLACES] += block.start
+                so_far.copy_(here if block.start == 0 else merged(pair, weigh))
+        return [pair[0] for pair in pairs]
 
     def sums(self, stats: Sequence[Tensor | None]) -> list[Tensor | None]:
         found = [None if one is None else one.new_zeros((len(one), len(SUMS_COLUMNS))) for one in stats]

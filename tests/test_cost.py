@@ -468,6 +468,14 @@ class TestMemory:
             measured = peak + inputs_and_gradients
             assert own + inputs_and_gradients == pytest.approx(measured, rel=0.1), f"own: {own / MIB:.0f} of {peak / MIB:.0f} MiB"
 
+    @pytest.mark.parametrize(("dtype", "dim"), [("float32", 16), ("bfloat16", 256)])
+    def test_many_tokens_take_no_copy_of_their_gradient(self, dtype: str, dim: int) -> None:
+        """By blocks of columns, 16-bit parts of dH are added to a float32 sum: that took half of it again, and more."""
+        tokens, vocab, budget = 32_768, 8192, 64 * MIB
+        peak, _ = run_fresh(MEASURE, tokens, vocab, dim, budget, dtype, kd.backend(), "vocab")
+        plan = kd.plan(tokens, vocab, dim, dim, getattr(torch, dtype), memory_budget=budget, strategy="vocab")
+        assert peak == pytest.approx(plan.scratch_bytes, rel=0.1), f"{peak / MIB:.0f} of {plan.scratch_bytes / MIB:.0f} MiB"
+
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     @pytest.mark.parametrize(
         ("strategy", "learns"),
