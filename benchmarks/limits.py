@@ -7,7 +7,8 @@
 Three parts, each case in a process of its own:
 
 - largest: forward KL at the vocabulary of Gemma 3, 262,144, with 32,768 tokens in bfloat16: loss and both gradients, once. Both
-  strategies, and under the same limit the eager formula and torch.compile of it, whose error message is their result.
+  strategies, and under the same limit the eager formula and torch.compile of it, whose error message is their result, and the
+  eager formula in checkpointed chunks.
 - growth: peak memory of a float32 step against N and against V. What grows with both are logits, whatever the hidden sizes; those
   are a few dozen here, so that a step takes seconds. A contender that failed is not run at larger sizes of that sweep.
 - break-even: time of ``tokens`` over time of ``vocab``, interleaved in one process, with budgets from the logits of a few tokens to
@@ -127,7 +128,7 @@ QUICK = Scale(
 
 def cases(scale: Scale) -> list[Case]:
     """All of them, in the order in which they run: a contender's growth from small to large."""
-    listed = [replace(scale.largest, contender=contender) for contender in (*STRATEGIES, *OTHERS)]
+    listed = [replace(scale.largest, contender=contender) for contender in (*STRATEGIES, *OTHERS, "checkpointed")]
     for sweep, sizes in zip(("tokens", "vocab"), scale.swept, strict=True):
         for contender in (*STRATEGIES, *OTHERS):
             swept = replace(scale.growth, sweep=sweep, contender=contender)
@@ -230,8 +231,8 @@ def planned(case: Case, returned: int) -> dict[str, Any]:
     plan = kd.plan(
         *case.sizes, memory_budget=case.budgets[0], strategy=case.contender if ours else "auto", divergence=case.divergence
     )
-    # Nothing is counted for torch.compile: what it keeps is its own choice.
-    if case.contender == "compiled":
+    # Nothing is counted for torch.compile, which chooses by itself what it keeps, and for checkpointed chunks.
+    if not ours and case.contender != "eager":
         return {}
     scratch, took = (plan.scratch_bytes, plan.seconds) if ours else (plan.eager_scratch_bytes, plan.eager_seconds)
     return {"planned_peak_bytes": scratch + returned, "planned_seconds": took}

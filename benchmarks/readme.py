@@ -203,14 +203,15 @@ def compare_table(results: dict[str, Any]) -> str:
         "how memory grows with them is below.",
         _grid("forward KL", heads, plain, setting, _both),
         "The other losses, and half of the tokens masked: time over the products of the tokens that count, so that a contender "
-        "that computes the masked ones too is near 2.",
+        "that computes the masked ones too is near 2. A table for each head:",
     ]
     for one, title in heads.items():
         here = [row for row in rows if setting(row) == one]
         of = [(loss, masked) for loss in contenders.LOSSES for masked in (False, True) if (loss, masked) in set(map(kind, here))]
         if len(of) > 1:
             columns = {(loss, masked): loss + (", masked" if masked else "") for loss, masked in of}
-            sections.append(_grid(title, columns, here, kind, _time))
+            table = _grid(title, columns, here, kind, _time)
+            sections.append(f"<details><summary>{title}</summary>\n\n{table}\n\n</details>")
     sections += [
         "Errors against float64 on the inputs as rounded to the dtype, logits of standard deviation 3; dW on 512 of its rows.",
         _error_table(rows),

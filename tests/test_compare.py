@@ -263,8 +263,9 @@ class TestParts:
         parts = compare.parts("full")
         points = [(part.head, part.dtype, point.loss, point.masked) for part in parts for point in part.points]
         assert {head for head, *_ in points} == {*compare.EXTENTS["full"].heads, "narrow"}
-        assert {(loss, masked) for head, _, loss, masked in points if head == "32k"} == set(compare.EVERY)
-        assert ("qwen2.5", "bf16", "forward_kl", True) in points
+        for head in compare.EXTENTS["full"].heads:
+            assert {(loss, masked) for of, _, loss, masked in points if of == head} == set(compare.EVERY)
+            assert (head, "fp32", "forward_kl", False) in points
         for part in compare.parts("full", everything=True):
             if part.sweep == "heads":
                 assert {(point.loss, point.masked) for point in part.points} == set(compare.EVERY)
