@@ -1,7 +1,8 @@
 """CPU tensors on the path of a GPU, through Triton's interpreter: for tests, counts of traffic, and the GPU suite at toy size.
 
-TRITON_INTERPRET=1 must be set before Triton is imported. Triton 3.7's interpreter multiplies the bit patterns of bfloat16 and cuts
-float32 off instead of rounding; both are put right here.
+TRITON_INTERPRET=1 must be set before Triton is imported. Triton 3.7's interpreter multiplies the bit patterns of bfloat16, cuts
+float32 off instead of rounding, and leaves products to NumPy's matrix library, whose roundings depend on the processor and on an
+entry's place in the tile; all three are put right here.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from kdkernels import backends
 from kdkernels.backends.triton.blocks import Entry, Matrix, Row
 
 _patched: set[Any] = set()
-_create_dot, _cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+_cast = InterpreterBuilder.cast_impl
 
 
 def _create_dot_repaired(builder: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-    wide = [_cast(builder, side, tl.float32) if side.dtype.scalar == tl.bfloat16 else side for side in (a, b)]
-    return _create_dot(builder, *wide, d, input_precision, max_num_imprecise_acc)
+    """The tile's sum in float64, rounded before it is added: a matrix library may round an entry by its place in the tile, and a
+    matrix unit does not. Logits that are made again in another tile must be the same ones."""
+    left, right = ((_cast(builder, side, tl.float32) if side.dtype.scalar == tl.bfloat16 else side).data for side in (a, b))
+    product = np.matmul(left, right, dtype=np.float64).astype(d.data.dtype)
+    return TensorHandle(product + d.data, d.dtype.scalar)
 
 
 def _cast_repaired(builder: Any, source: Any, to: Any) -> Any:

@@ -17,14 +17,18 @@ OPTIONAL = ("triton", "transformers", "tokenizers", "safetensors")
 
 
 def processor() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name as the system gives it; on Linux with the family and model that x86 numbers itself by, since virtual
+    machines leave out of the name which generation it is."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        first = ""
+    known = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    if "model name" not in known:
+        return platform.processor() or platform.machine()
+    if "cpu family" not in known or "model" not in known:
+        return known["model name"]
+    return f"{known['model name']} (family {known['cpu family']}, model {known['model']})"
 
 
 def facts() -> dict[str, Any]:

@@ -108,8 +108,11 @@ class HeadProducts:
 
     def add_hidden_grad(self, dx: Tensor, out: Tensor, first: bool) -> None:
         """out [C, D] (+)= dx [C, V] W; ``first`` overwrites."""
+        # a widened block of the head lies in the buffer already
+        taken = self.weight.dtype != self.dtype and out.dtype != dx.dtype
+        buffer = torch.empty_like(self.buffer) if taken else self.buffer
         for here, weight in self._blocks(cut=False):
-            add_product(dx[:, here], weight, out, first and here.start == 0, self.buffer)
+            add_product(dx[:, here], weight, out, first and here.start == 0, buffer)
 
 
 def add_product(left: Tensor, right: Tensor, out: Tensor, first: bool, buffer: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from pathlib import Path
 
@@ -197,3 +198,13 @@ def test_an_interrupt_is_exit_130_and_says_how_to_go_on(
     status, line = error_of(capsys, ["demo", "--out", str(tmp_path / "new")])
     assert status == 130
     assert "--resume" in line
+
+
+def test_processors_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = "processor\t: {}\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: Any CPU\n"
+    monkeypatch.setattr(info.Path, "read_text", lambda _: f"{core.format(0)}\n{core.format(1)}")
+    assert info.processor() == "Any CPU (family 26, model 2)"
+    monkeypatch.setattr(info.Path, "read_text", lambda _: "processor\t: 0\nmodel name\t: Another\n")
+    assert info.processor() == "Another"
+    monkeypatch.setattr(info.Path, "read_text", lambda _: "processor\t: 0\nBogoMIPS\t: 50.00\n")
+    assert info.processor() == (platform.processor() or platform.machine())

@@ -121,3 +121,17 @@ def test_the_compiler_is_told_the_dtype_that_comes_out(kind: str, dtype: torch.d
     with Calls():
         case.loss(return_metrics=True)
     torch.library.opcheck(torch.ops.kdkernels.linear_kd.default, recorded[0], test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 50])
+def test_parts_of_a_float64_sum_leave_a_widened_head_alone(rows: int) -> None:
+    """Both want the buffer. rows: of the sum that the buffer would hold at a time, of seven."""
+    dx, weight = torch.randn(7, 300), torch.randn(300, 8).half()
+    out = torch.randn(7, 8, dtype=torch.float64)
+    right = out + (dx @ weight.float()).double()
+    head = products.HeadProducts(weight, torch.float32, torch.empty(max(rows, 300) * 8))
+    head.add_hidden_grad(dx, out, first=False)
+    torch.testing.assert_close(out, right, rtol=0, atol=300 * torch.finfo(torch.float32).eps)
+    small = torch.empty(rows * 8)
+    products.add_product(dx, weight.float(), out, True, small)
+    torch.testing.assert_close(out, (dx @ weight.float()).double(), rtol=0, atol=300 * torch.finfo(torch.float32).eps)

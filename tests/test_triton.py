@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -94,6 +95,28 @@ def of_logits(x: Tensor, z: Tensor, **more: Any) -> Case:
     hidden = torch.eye(x.shape[0], -(-x.shape[0] // 4) * 4)
     weights = [torch.nn.functional.pad(side.t(), (0, hidden.shape[1] - x.shape[0])).contiguous() for side in (x, z)]
     return Case(hidden, weights[0], hidden, weights[1], **more)
+
+
+def test_a_product_of_the_interpreter_is_the_same_in_every_place_of_a_tile() -> None:
+    """As from a matrix unit: logits that statistics are of are made again for the gradient, in tiles that begin elsewhere.
+    A matrix library rounds by the place in the tile on some processors (OpenBLAS on Zen 5)."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    random = np.random.default_rng(0)
+    left, right = (random.standard_normal(shape).astype(np.float32) for shape in ((16, 64), (64, 32)))
+    nothing = TensorHandle(np.zeros((16, 32), np.float32), tl.float32)
+    with as_on_a_gpu():
+        builder = InterpreterBuilder()
+
+        def product(shift: int) -> np.ndarray:
+            sides = (TensorHandle(side, tl.float32) for side in (left, np.roll(right, shift, 1)))
+            return np.roll(builder.create_dot(*sides, nothing, None, None).data, -shift, 1)
+
+        whole = product(0)
+        assert whole.dtype == np.float32
+        np.testing.assert_allclose(whole, left.astype(np.float64) @ right, rtol=0, atol=EPS * np.abs(whole).max())
+        for shift in range(1, 32):
+            np.testing.assert_array_equal(product(shift), whole)
 
 
 class TestTilesAndSplits:
