@@ -27,7 +27,7 @@ demo: setup
 test: setup
 	$(PY) -m pytest -n auto --maxprocesses 4
 
-# An hour and a quarter on 2 cores, which should have nothing else to do.
+# About two hours on 2 cores, which should have nothing else to do.
 bench: setup
 	$(PY) -m pytest -o addopts= benchmarks --benchmark-only
 	$(PY) -m benchmarks.linear

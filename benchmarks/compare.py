@@ -1,6 +1,6 @@
 """Every way to compute a distillation loss, side by side: time over the bare products, peak memory, and error against float64.
 
-    python -m benchmarks.compare                       # about half an hour on 2 quiet cores
+    python -m benchmarks.compare                       # about an hour on 2 quiet cores
     python -m benchmarks.compare --only "heads: 32k"   # the processes whose name contains this; the other results stay
     python -m benchmarks.compare --all                 # every loss, with and without mask, at every head: some hours
     python -m benchmarks.compare --quick --out FOLDER  # toy sizes

@@ -135,8 +135,7 @@ class BlockSweeps:
 
     def statistics(self, wanted: Sequence[tuple[str, bool]]) -> list[Tensor]:
         step = self.steps[0]
-        # Of each learner the blocks so far and the next one, in memory of the whole sweep: tensors that live from block to block
-        # would lie between those that come and go, and the C library's heap grow around them.
+        # Of each learner the blocks so far and the next one.
         pairs = [torch.stack([_nothing(step.count, step.device)] * 2) for _ in self.steps]
         for block, _, logits, labels in self.blocks():
             for pair, step, own, (weigh, ce) in zip(pairs, self.steps, logits, wanted, strict=True):
