@@ -2,7 +2,7 @@
 
     python -m benchmarks.compare                       # about an hour on 2 quiet cores
     python -m benchmarks.compare --only "heads: 32k"   # the processes whose name contains this; the other results stay
-    python -m benchmarks.compare --all                 # every loss, with and without mask, at every head: some hours
+    python -m benchmarks.compare --all                 # every loss and mask, at every head in each dtype: some hours
     python -m benchmarks.compare --quick --out FOLDER  # toy sizes
 
 The contenders are those of contenders.py: both strategies of ``linear_kd_loss``, PyTorch as one writes it, the same compiled or in

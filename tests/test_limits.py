@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
@@ -18,7 +19,6 @@ from benchmarks import limits
 from benchmarks.contenders import CONTENDERS
 from benchmarks.limits import GIB, MIB, Case, Inputs, Scale, cases, crossing, errors, limits_table, run
 from benchmarks.measure import in_own_process
-from kdkernels.products import product_dtype
 from tests import oracle
 
 SMALL = Case("largest", 256, 600, 12, 20, "fp32", (64 * 1024,))
@@ -240,12 +240,13 @@ def test_the_command_refuses_what_it_cannot_do(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(kd.backend() != "native", reason="the committed break-even was measured with the native backend's chunks")
 @pytest.mark.parametrize(("dtype", "divergence"), limits.FULL.pairs)
-def test_auto_takes_what_was_measured_to_be_faster(dtype: str, divergence: str) -> None:
-    """At every budget of the committed break-even where one strategy was ahead by more than a fifth."""
-    if product_dtype(limits.DTYPES[dtype], torch.device("cpu")) != limits.DTYPES[dtype]:
-        pytest.skip("this processor multiplies bfloat16 in float32, and the one that was measured does not")
+def test_auto_takes_what_was_measured_to_be_faster(dtype: str, divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every budget of the committed break-even where one strategy was ahead by more than a fifth; planned as on the machine that
+    was measured, with the native backend and products in bfloat16, whatever this one is."""
+    monkeypatch.setattr(importlib.import_module("kdkernels.plan"), "_backend", lambda *_: "native")
+    for module in ("plan", "products"):
+        monkeypatch.setattr(importlib.import_module(f"kdkernels.{module}"), "product_dtype", lambda dtype, _: dtype)
     measured = json.loads(limits.RESULTS.read_text())["break_even"][f"{dtype} {divergence}"]
     case = replace(limits.FULL.break_even, dtype=dtype, divergence=divergence)
     clear = [point for point in measured["points"] if abs(math.log(point["ratio"])) > math.log(1.2)]

@@ -16,7 +16,9 @@ import pytest
 import kdkernels as kd
 from kdkernels.backends import native
 
-pytestmark = pytest.mark.skipif(os.environ.get("KDKERNELS_SANITIZE") != "1", reason="for make sanitize")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("KDKERNELS_SANITIZE") != "1", reason="needs the sanitized extension: make sanitize builds it and runs these"
+)
 
 # A tensor over memory that is twice as long as its allocation: no check of shapes can see that, only a look at each access.
 TOO_LONG = """
