@@ -55,6 +55,10 @@ def _multiply(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | Non
     return product.to(dtype) if out is None else out.copy_(product)
 
 
+def _add_multiplied(left: Tensor, right: Tensor, out: Tensor) -> None:
+    out.add_(_multiply(left, right, out.dtype))
+
+
 @contextmanager
 def as_on_a_gpu(
     backend: str = "triton", blocks: tuple[int, int, int] = (16, 32, 16), row: int = 128, programs: int = 2
@@ -65,11 +69,12 @@ def as_on_a_gpu(
     many should run side by side, which decides the splits of the vocabulary.
     """
     matrix = Matrix(*blocks, num_warps=4, num_stages=1)
-    entry = Entry(matrix, matrix, matrix, Row(block_v=row))
+    entry = Entry(matrix, matrix, matrix, Row(num_warps=1, entries=row // 32))
     replaced: dict[str, Any] = {
         **{f"kdkernels.{module}.product_dtype": lambda dtype, _: dtype for module in ("ops", "plan", "products", "step")},
         "kdkernels.products.keeps_sums": lambda _: True,
         "kdkernels.products.multiply": _multiply,
+        "kdkernels.products.add_multiplied": _add_multiplied,
         "kdkernels.backends.triton.blocks.entry": lambda *_: entry,
         "kdkernels.backends.triton.vocabulary.PROGRAMS": programs,
         "triton.runtime.interpreter.InterpreterBuilder.create_dot": _create_dot_repaired,

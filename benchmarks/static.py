@@ -5,25 +5,33 @@
 The launches are recorded from the library's own launchers, with everything a loss can have switched on (biases, softcaps,
 temperature, cross-entropy), and compiled for sm_80, sm_90, sm_100 and gfx942 with the blocks of the table. Per kernel the worst of
 its divergences is printed (--all: each): registers of a thread, bytes spilled to memory, shared memory of a program, tensor-core
-instructions, and occupancy, the share of the multiprocessor's warps that fit. Then, for the whole report, the bytes that both
-strategies move per token, counted in Triton's interpreter (benchmarks/traffic.py), beside the least possible and beside Liger's.
+instructions, and occupancy, the share of the multiprocessor's warps that fit.
 
-Exit status 1 if anything spills, a kernel that multiplies has no tensor-core instruction, shared memory is above the limit, or the
-bytes could not be counted; 2 if TRITON_INTERPRET=1 is set.
+For the row kernel a second table, of NVIDIA's machine code: instructions per logit in each sweep of a plain loss (float32 logits, no
+bias, softcap, temperature or cross-entropy), at t = 1 and at t < 1, and the widths in bits of the accesses in them. Then, for the
+whole report, the bytes that both strategies move per token, counted in Triton's interpreter (benchmarks/traffic.py), beside the
+least possible and beside Liger's.
+
+Exit status 1 if anything spills, a kernel that multiplies 16-bit operands has no tensor-core instruction, a sweep of the row kernel
+waits at a barrier, shuffles, or accesses memory by less than 128 bits, shared memory is above the limit, or the bytes could not be
+counted; 2 if TRITON_INTERPRET=1 is set.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import io
 import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -80,6 +88,44 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """An innermost loop of NVIDIA's machine code: its instructions, those that wait for or pass values to other threads, and the
+    bits of its accesses to global memory."""
+
+    instructions: int
+    exchanges: int
+    widths: tuple[int, ...]
+
+
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);")
+ACCESS_BITS = re.compile(r"^(?:LDG|STG)\.E(?:\.\w+)*?\.(?:U|S)?(8|16|64|128)\b")
+
+
+def sweeps_of(machine_code: str) -> tuple[Sweep, ...]:
+    """The innermost loops, in their order, of what nvdisasm prints."""
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for line in machine_code.splitlines():
+        if label := re.match(r"^(\.L_x_\d+):", line):
+            labels[label[1]] = len(opcodes)
+        elif found := INSTRUCTION.match(line):
+            target = re.search(r"`\((\.L_x_\d+)\)", found[2])
+            if found[1].startswith("BRA") and target and labels.get(target[1], len(opcodes)) < len(opcodes):
+                loops.append((labels[target[1]], len(opcodes) + 1))
+            opcodes.append(found[1])
+    inner = [one for one in loops if not any(other != one and one[0] <= other[0] and other[1] <= one[1] for other in loops)]
+    found_sweeps = []
+    for begin, end in sorted(inner):
+        body = opcodes[begin:end]
+        accesses = [opcode for opcode in body if opcode.startswith(("LDG", "STG"))]
+        widths = [int(bits[1]) if (bits := ACCESS_BITS.match(opcode)) else 32 for opcode in accesses]
+        exchanges = sum(opcode.startswith(("BAR", "SHFL", "LDS", "STS")) for opcode in body)
+        found_sweeps.append(Sweep(len(body), exchanges, tuple(sorted(set(widths)))))
+    return tuple(found_sweeps)
+
+
+@dataclass(frozen=True)
 class Compiled:
     architecture: str
     dtype: str
@@ -90,6 +136,7 @@ class Compiled:
     shared: int
     tensor_cores: int
     warps: int
+    sweeps: tuple[Sweep, ...] = ()
 
     @property
     def occupancy(self) -> float:
@@ -108,8 +155,17 @@ class Compiled:
         found = []
         if self.spilled:
             found.append(f"spills {self.spilled} bytes")
-        if self.kernel != "row_loss" and not self.tensor_cores:
+        on_nvidia = TARGETS[self.architecture].backend == "cuda"
+        # NVIDIA's take no float32 (vocabulary.py says what they do instead)
+        if self.kernel != "row_loss" and not self.tensor_cores and not (on_nvidia and self.dtype == "fp32"):
             found.append("has no tensor-core instruction")
+        if self.kernel == "row_loss" and on_nvidia:
+            if len(self.sweeps) < 4:
+                found.append(f"has {len(self.sweeps)} loops; at t = 1 and at t < 1 it has two sweeps or three")
+            if exchanges := sum(sweep.exchanges for sweep in self.sweeps):
+                found.append(f"has {exchanges} barriers, shuffles and accesses to shared memory inside its sweeps")
+            if narrow := sorted({bits for sweep in self.sweeps for bits in sweep.widths if bits < 128}):
+                found.append(f"accesses memory by {', '.join(map(str, narrow))} bits inside its sweeps")
         if self.shared > TARGETS[self.architecture].shared:
             found.append(f"takes {self.shared} bytes of shared memory of {TARGETS[self.architecture].shared}")
         return [f"{self.architecture} {self.dtype} {self.kernel} {self.label}: {fault}" for fault in found]
@@ -194,6 +250,14 @@ def launches(architecture: str, dtype: torch.dtype) -> list[Launch]:
                     *(x, z, step.student.bias, step.teacher.bias, step.labels, step.weights, step.t),
                     *(*step.terms.loss, step.terms.head, True, metrics),
                 )
+                if not metrics:
+                    label(name + PLAIN)
+                    single = torch.empty(2, TOKENS, VOCAB)
+                    row_loss(
+                        *(*single, None, None, None, step.weights, step.t, name, step.terms.a),
+                        *(1.0, 1.0, 0.0, [1.0, 0.0, 1.0, 0.0], True, False, x),
+                    )
+                    label(name)
                 sweeps = LearnerSweeps(step, (step.student.hidden, step.teacher.hidden), x, torch.empty(0))
                 stats, sums = torch.zeros(TOKENS, len(STATS_COLUMNS)), torch.zeros(TOKENS, len(SUMS_COLUMNS))
                 if metrics or not step.terms.resolved().one_sweep:
@@ -208,6 +272,7 @@ def launches(architecture: str, dtype: torch.dtype) -> list[Launch]:
     return found
 
 
+PLAIN = ", plain"
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 
 
@@ -259,8 +324,11 @@ def compiled(launch: Launch, architecture: str, dtype: str) -> Compiled:
             target=GPUTarget(limits.backend, limits.number, limits.warp),
             options=options,
         )
+    sweeps: tuple[Sweep, ...] = ()
     if limits.backend == "cuda":
         text, found = made.asm["ptx"], log.getvalue()
+        if launch.name == "row_loss":
+            sweeps = sweeps_of(disassembled(made.asm["cubin"]))
         registers = int(re.search(r"Used (\d+) registers", found)[1])  # type: ignore[index]
         spilled = sum(map(int, re.findall(r"(\d+) bytes spill", found)))
     else:
@@ -278,7 +346,19 @@ def compiled(launch: Launch, architecture: str, dtype: str) -> Compiled:
         made.metadata.shared,
         len(TENSOR_CORES.findall(text)),
         made.metadata.num_warps,
+        sweeps,
     )
+
+
+def disassembled(cubin: bytes) -> str:
+    """By the disassembler that comes with Triton."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _job(job: tuple[str, str, tuple[str, ...]]) -> list[Compiled]:
@@ -309,10 +389,35 @@ def table(found: Sequence[Compiled], everything: bool) -> str:
             )
             for one in shown
         ]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
+    return _aligned(lines, left=4)
+
+
+def per_logit(one: Compiled) -> tuple[list[float], list[float]]:
+    """Instructions per logit of each sweep, at t = 1 and at t < 1."""
+    from kdkernels.backends.triton.launch import ENTRIES
+
+    counts = [sweep.instructions / ENTRIES for sweep in one.sweeps]
+    halves = counts[: len(counts) // 2], counts[len(counts) // 2 :]
+    return (halves[0], halves[1]) if sum(halves[0]) <= sum(halves[1]) else (halves[1], halves[0])
+
+
+def row_table(found: Sequence[Compiled]) -> str:
+    """The plain row kernels: what their sweeps take."""
+    lines = [("architecture", "dx", "divergence", "registers", "t = 1", "t < 1", "bits")]
+    for one in found:
+        if one.sweeps and one.label.endswith(PLAIN):
+            counts = [" + ".join(f"{count:.0f}" for count in half) for half in per_logit(one)]
+            bits = sorted({bits for sweep in one.sweeps for bits in sweep.widths})
+            name = one.label.removesuffix(PLAIN)
+            lines.append((one.architecture, one.dtype, name, str(one.registers), *counts, ", ".join(map(str, bits))))
+    return _aligned(lines, left=3)
+
+
+def _aligned(lines: Sequence[tuple[str, ...]], left: int) -> str:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if at < 4 else cell.rjust(width) for at, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(width) if at < left else cell.rjust(width) for at, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines
     )
@@ -343,7 +448,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count() or 1)) as pool:
         found = [one for part in pool.imap(_job, jobs, chunksize=1) for one in part]
+    print(f"Triton {importlib.metadata.version('triton')}")
     print(table(found, arguments.all))
+    if any(one.sweeps for one in found):
+        print(f"\nrow kernel: instructions per logit in each sweep\n{row_table(found)}")
     faults = [fault for one in found for fault in one.faults()]
     print(f"\n{len(found)} kernels compiled, {len(faults)} faults" + "".join(f"\n  {fault}" for fault in faults), flush=True)
     failed = 0

@@ -18,6 +18,7 @@ To add one: write its pair function and its factory here, and decorate the facto
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from collections.abc import Callable
@@ -48,13 +49,19 @@ class Divergence:
     def linear(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """(c0, c1) of value and of slope, where one sweep is enough: each is w (c0 + c1 (lw - lo)), w = e^lw the probability
         of the side that one_sweep names, lo the log-probability of the other. Read off the pair function at w = 1."""
-        zero, one = xp.zeros((), dtype=xp.float64), xp.ones((), dtype=xp.float64)
-        found = []
-        for other in (zero, -one):
-            lp, lq = (zero, other) if self.one_sweep == "target" else (other, zero)
-            found.append([float(part) for part in self.pair(lp, lq, self.a)])
-        (value_0, slope_0), (value_1, slope_1) = found
-        return (value_0, value_1 - value_0), (slope_0, slope_1 - slope_0)
+        return _linear(self.pair, self.a, self.one_sweep)
+
+
+@functools.cache
+def _linear(pair: PairFunction, a: float, one_sweep: str) -> tuple[tuple[float, float], tuple[float, float]]:
+    # on the CPU, whatever the default device: a GPU would be waited for
+    zero, one = xp.zeros((), dtype=xp.float64, device="cpu"), xp.ones((), dtype=xp.float64, device="cpu")
+    found = []
+    for other in (zero, -one):
+        lp, lq = (zero, other) if one_sweep == "target" else (other, zero)
+        found.append([float(part) for part in pair(lp, lq, a)])
+    (value_0, slope_0), (value_1, slope_1) = found
+    return (value_0, value_1 - value_0), (slope_0, slope_1 - slope_0)
 
 
 _factories: dict[str, Callable[..., Divergence]] = {}

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 # On a CPU a head is read in blocks of about this size where that pays: a block then stays in the cache between being widened, or
-# packed by the matrix library, and being multiplied. On a GPU a block holds a product on its way into a float32 sum.
+# packed by the matrix library, and being multiplied. On a GPU a block holds a widened head, and where products cannot be added up
+# as they are made (ROCm) one on its way into a float32 sum.
 BLOCK_BYTES = {"cpu": 8 * 2**20}
 OTHER_BLOCK_BYTES = 128 * 2**20
 
@@ -53,6 +54,15 @@ def multiply(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None
         return torch.mm(left, right, out_dtype=dtype, out=out)
     product = torch.mm(left, right)
     return product.to(dtype) if out is None else out.copy_(product)
+
+
+def add_multiplied(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out += left right inside the product, out being of the operands' dtype or, where ``keeps_sums``, in float32: what was there
+    is read and written once, and no product lies beside it."""
+    if out.dtype == left.dtype:
+        torch.addmm(out, left, right, out=out)
+    else:
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
 
 
 def block_rows(width: int, device: torch.device) -> int:
@@ -118,21 +128,21 @@ class HeadProducts:
 def add_product(left: Tensor, right: Tensor, out: Tensor, first: bool, buffer: Tensor) -> None:
     """out [M, D] (+)= left [M, K] right [K, D]; ``first`` overwrites. Each product is rounded once where the dtypes differ.
 
-    buffer: float32 scratch of at least D elements, in which such a product is made, as many rows at a time as it takes.
+    buffer: float32 scratch of at least D elements, in which such a product is made where it cannot be added as it is multiplied, as
+    many rows at a time as it takes.
     """
-    if out.dtype == left.dtype:
+    if out.dtype == left.dtype or (left.dtype.itemsize == 2 and keeps_sums(out.device)):
         if first:
-            torch.mm(left, right, out=out)
+            multiply(left, right, out.dtype, out)
         else:
-            torch.addmm(out, left, right, out=out)
+            add_multiplied(left, right, out)
         return
     count, width = out.shape
     rows = min(count, block_rows(width, out.device), buffer.numel() // width)
-    made = out.dtype if keeps_sums(out.device) else left.dtype
-    parts = buffer.view(made)[: rows * width].view(rows, width)
+    parts = buffer.view(left.dtype)[: rows * width].view(rows, width)
     for begin in range(0, count, rows):
         here = out[begin : begin + rows]
-        part = multiply(left[begin : begin + rows], right, made, parts[: len(here)])
+        part = multiply(left[begin : begin + rows], right, left.dtype, parts[: len(here)])
         here.copy_(part) if first else here.add_(part)
 
 

@@ -489,7 +489,7 @@ def weighted(columns: Tensor, terms: Terms) -> Tensor:
 
 def summary(sums: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """The metrics of METRICS from ROW_COLUMNS summed: means over the kept tokens, and their number."""
-    return torch.cat([sums / max(count, 1), sums.new_tensor([count])]).to(dtype)
+    return torch.cat([sums / max(count, 1), sums.new_full((1,), count)]).to(dtype)
 
 
 def empty_sums(device: torch.device) -> Any:

@@ -73,7 +73,10 @@ class TAIDSchedule(nn.Module):
                 given = float(given)
             if not (isinstance(given, float) and not math.isfinite(given)):  # those are passed over below
                 given = number("loss", given, accepted)
-        current = torch.as_tensor(given, dtype=torch.float32, device=self.t.device)
+        if isinstance(given, Tensor):
+            current = given.to(torch.float32)
+        else:  # filled in on the device: no copy from the host
+            current = torch.full((), given, dtype=torch.float32, device=self.t.device)
         if dist.is_available() and dist.is_initialized():
             current = current.clone()
             dist.all_reduce(current)

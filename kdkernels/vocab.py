@@ -33,9 +33,18 @@ from kdkernels.step import Inputs, Outcome, Step, empty_sums, weighted
 
 _AT = {name: column for column, name in enumerate(STATS_COLUMNS)}
 _SIDES = ("x_T", "y_T", "x", "z_T")
-_LARGEST, _LOG_SUMS = ([_AT[f"{kind}_{side}"] for side in _SIDES] for kind in ("max", "log_sum"))
-_PLACES, _OF_PLACES = [_AT["argmax_x"], _AT["argmax_z"]], [_SIDES.index("x_T"), _SIDES.index("z_T")]
-_ADDED = [_AT["label_logit"], _AT["mass"], _AT["moment"]]
+
+
+def _evenly(places: Sequence[int]) -> slice:
+    """Places that lie equally far apart, as a slice: a list would be copied to a GPU, and the host would wait for it."""
+    found = slice(places[0], places[-1] + 1, places[1] - places[0])
+    assert [*range(found.stop)[found]] == [*places]
+    return found
+
+
+_LARGEST, _LOG_SUMS = (_evenly([_AT[f"{kind}_{side}"] for side in _SIDES]) for kind in ("max", "log_sum"))
+_PLACES, _OF_PLACES = _evenly([_AT["argmax_x"], _AT["argmax_z"]]), _evenly([_SIDES.index("x_T"), _SIDES.index("z_T")])
+_ADDED = _evenly([_AT["label_logit"], _AT["mass"], _AT["moment"]])
 
 
 def merged(parts: Tensor, weigh: str, ranks: Ranks = ALONE, places: bool = True) -> Tensor:
@@ -50,7 +59,7 @@ def merged(parts: Tensor, weigh: str, ranks: Ranks = ALONE, places: bool = True)
     top = ranks.max(largest.amax(0))
     # A block or a row that is banned whole has no largest entry to count from: exp(-inf - 0) = 0.
     shifts = largest - top.masked_fill(top == -torch.inf, 0.0)
-    label_logit, mass, moment = (parts[..., column] for column in _ADDED)
+    label_logit, mass, moment = parts[..., _ADDED].unbind(-1)
     if weigh:
         own, other = ("y_T", "x_T") if weigh == "target" else ("x_T", "y_T")
         u, v = shifts[..., _SIDES.index(own)], shifts[..., _SIDES.index(other)]
@@ -70,7 +79,7 @@ def merged(parts: Tensor, weigh: str, ranks: Ranks = ALONE, places: bool = True)
 def _nothing(count: int, device: torch.device) -> Tensor:
     """Statistics of no columns: they add nothing to others."""
     stats = torch.zeros((count, len(STATS_COLUMNS)), dtype=torch.float64, device=device)
-    stats[:, _LARGEST + _LOG_SUMS] = -torch.inf
+    stats[:, _LARGEST] = stats[:, _LOG_SUMS] = -torch.inf
     stats[:, _PLACES] = torch.inf
     return stats
 

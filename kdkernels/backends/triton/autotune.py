@@ -1,13 +1,16 @@
 """KDKERNELS_AUTOTUNE=1: before a kernel first runs on a GPU, time it with blocks around the table's and keep the fastest.
 
 The winner is printed in the table's own form, ready for blocks.py. Without the variable the table is taken as it is.
+
+The search walks: from the best so far it tries one change at a time and moves on to what is faster, until nothing is or its time is
+up. Compiling a candidate takes seconds, so that a whole grid of them would take longer than a training run waits.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,6 +21,8 @@ from kdkernels.backends.triton.blocks import Matrix
 from kdkernels.backends.triton.launch import architecture
 
 REPEATS = 5
+# Seconds after which the search of a kernel tries no more candidates: the three kernels of a dtype end within two minutes.
+PATIENCE = 35.0
 _winners: dict[tuple[str, str, torch.dtype], Matrix] = {}
 
 
@@ -26,21 +31,35 @@ def wanted() -> bool:
 
 
 def neighbours(matrix: Matrix) -> Iterator[Matrix]:
-    """The table's entry, and those with each block halved or doubled and a stage or a factor of two in warps more or less.
+    """The blocks with one change: half or twice the tokens, warps or depth, a stage more or less.
 
     The vocabulary block is never smaller or larger than what a split of the vocabulary was rounded to, so it stays.
     """
-    sizes = itertools.product((1.0, 0.5, 2.0), (1.0, 0.5, 2.0), (1.0, 0.5, 2.0), (0, -1, 1))
-    for block_n, block_d, warps, stages in sizes:
-        found = replace(
-            matrix,
-            block_n=int(matrix.block_n * block_n),
-            block_d=int(matrix.block_d * block_d),
-            num_warps=int(matrix.num_warps * warps),
-            num_stages=matrix.num_stages + stages,
-        )
-        if found.block_n >= 16 and found.block_d >= 16 and 1 <= found.num_warps <= 16 and found.num_stages >= 1:
-            yield found
+    for name in ("block_n", "num_warps", "block_d"):
+        size = getattr(matrix, name)
+        yield from (replace(matrix, **{name: changed}) for changed in (size // 2, size * 2) if _takes(name, changed))
+    yield from (replace(matrix, num_stages=stages) for stages in (matrix.num_stages - 1, matrix.num_stages + 1) if stages >= 1)
+
+
+def _takes(name: str, size: int) -> bool:
+    return 1 <= size <= 16 if name == "num_warps" else 16 <= size <= 256
+
+
+def fastest(matrix: Matrix, timed: Callable[[Matrix], float]) -> dict[Matrix, float]:
+    """Seconds of all blocks that were tried, from ``matrix`` on towards what is faster."""
+    end, tried = time.monotonic() + PATIENCE, {matrix: timed(matrix)}
+    best, moved = matrix, True
+    while moved:
+        start, moved = best, False
+        for candidate in neighbours(start):
+            if candidate in tried:
+                continue
+            if time.monotonic() >= end:
+                return tried
+            tried[candidate] = timed(candidate)
+            if tried[candidate] < tried[best]:
+                best, moved = candidate, True
+    return tried
 
 
 def seconds(start: Callable[[Matrix], None], matrix: Matrix) -> float:
@@ -67,7 +86,7 @@ def chosen(kernel: Any, matrix: Matrix, device: torch.device, dtype: torch.dtype
         return matrix
     key = kernel.fn.__name__, architecture(device), dtype
     if key not in _winners:
-        timed = {candidate: seconds(start, candidate) for candidate in neighbours(matrix)}
+        timed = fastest(matrix, lambda candidate: seconds(start, candidate))
         _winners[key] = min(timed, key=lambda candidate: timed[candidate])
         best = _winners[key]
         print(

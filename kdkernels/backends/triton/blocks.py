@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kdkernels.backends.triton.launch import architecture
+from kdkernels.backends.triton.launch import ENTRIES, architecture
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,13 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Row:
-    """The row kernel's tile and warps. Its registers are capped on NVIDIA: more rows in flight hide the memory's latency."""
+    """The row kernel's tile: a row is cut into as many parts as the program has threads, of ``entries`` adjacent entries a step."""
 
-    block_v: int = 2048
     num_warps: int = 8
-    maxnreg: int = 96
+    entries: int = ENTRIES
 
-    def options(self, device: torch.device) -> dict[str, int]:
-        nvidia = architecture(device).startswith("sm_")
-        return {"num_warps": self.num_warps, **({"maxnreg": self.maxnreg} if nvidia else {})}
+    def lanes(self, device: torch.device) -> int:
+        return self.num_warps * (64 if architecture(device).startswith("gfx9") else 32)
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,9 @@ TABLE: dict[tuple[str, int], Entry] = {
     ("sm_80", 2): Entry(Matrix(64, 128, 32, 8, 3), Matrix(64, 64, 32, 8, 3), Matrix(64, 128, 32, 8, 3)),
     ("sm_80", 4): Entry(Matrix(32, 64, 32, 8, 2), Matrix(32, 64, 32, 8, 2), Matrix(32, 64, 32, 8, 2)),
     ("sm_90", 2): Entry(Matrix(64, 128, 64, 8, 3), Matrix(64, 64, 64, 8, 3), Matrix(64, 128, 64, 8, 3)),
-    ("sm_90", 4): Entry(Matrix(64, 64, 32, 8, 2), Matrix(64, 64, 32, 8, 2), Matrix(64, 64, 32, 8, 2)),
+    ("sm_90", 4): Entry(Matrix(32, 64, 16, 8, 3), Matrix(32, 64, 16, 8, 3), Matrix(64, 64, 16, 8, 3)),
     ("sm_100", 2): Entry(Matrix(64, 64, 64, 8, 3), Matrix(128, 32, 64, 8, 3), Matrix(64, 64, 64, 8, 3)),
-    ("sm_100", 4): Entry(Matrix(64, 64, 32, 8, 2), Matrix(64, 32, 32, 8, 2), Matrix(64, 64, 32, 8, 2)),
+    ("sm_100", 4): Entry(Matrix(32, 64, 16, 8, 3), Matrix(32, 64, 16, 8, 3), Matrix(64, 64, 16, 8, 3)),
     ("gfx942", 2): Entry(Matrix(64, 64, 64, 4, 2), Matrix(64, 64, 64, 4, 2), Matrix(64, 64, 64, 4, 2)),
     ("gfx942", 4): Entry(Matrix(64, 64, 32, 4, 2), Matrix(64, 64, 32, 4, 2), Matrix(64, 64, 32, 4, 2)),
 }

@@ -1,7 +1,9 @@
 """What is done to a tile of logits [ROWS, COLUMNS] in registers: heads, target, statistics, sums, gradient.
 
-Shapes: x, y, z, inside a tile [ROWS, COLUMNS] float32; a statistic or sum [ROWS]. x, y and z are over the temperature once
-loaded. Groups of arguments that travel together are tuples; None in one compiles the part away:
+Shapes: x, y, z a tile [ROWS, COLUMNS] float32, over the temperature once loaded; what is added up over tiles [ROWS]. columns,
+inside: the entries' columns, and which of them the vocabulary has, [1, COLUMNS], or [ROWS, COLUMNS] where the tile's rows are parts
+of one row. Per-row values that enter a tile (statistics, labels, weights): [ROWS, 1], or scalars where the tile is of one row.
+Groups of arguments that travel together are tuples; None in one compiles the part away:
 
 - head: (bias_ptr or None, scale, softcap or None).
 - terms: (a, temperature, kd, ce): the divergence's parameter; T, or None for 1; kd_scale / T and ce_scale, or None for 0.
@@ -14,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kdkernels.backends.triton.functions import exp
+
 NOTHING = tl.constexpr(0)
 TARGET = tl.constexpr(1)
 STUDENT = tl.constexpr(2)
@@ -23,7 +27,7 @@ WEIGH = {"": 0, "target": 1, "student": 2}
 @triton.jit
 def tanh(v):
     """Odd polynomial near 0, where 1 - e^-2v would lose digits (minimax fit, as in csrc/vec.h)."""
-    e = tl.exp(-2.0 * tl.abs(v))
+    e = exp(-2.0 * tl.abs(v))
     far = (1.0 - e) / (1.0 + e)
     square = v * v
     p = square * 0.00211801799 - 0.00815069769
@@ -35,28 +39,40 @@ def tanh(v):
 
 
 @triton.jit
+def reach(columns, end, REACH: tl.constexpr):
+    """Which entries of a row to load or store: REACH adjacent ones together or not at all, so that an access stays wide at every
+    ``end``. The row needs room up to a multiple of REACH."""
+    return columns // REACH * REACH < end
+
+
+@triton.jit
 def after_head(v, head, temperature, columns, inside):
-    """Logits over T from what the product left: T^-1 softcap tanh(scale (v + bias) / softcap); -inf outside. columns: [COLUMNS]."""
+    """Logits over T from what the product left: T^-1 softcap tanh(scale (v + bias) / softcap); -inf outside."""
     bias_ptr, scale, softcap = head
     if bias_ptr is not None:
-        v += tl.load(bias_ptr + columns, mask=inside, other=0.0)[None, :]
+        v += tl.load(bias_ptr + columns, mask=inside, other=0.0)
     v *= scale
     if softcap is not None:
         v = softcap * tanh(v / softcap)
     if temperature is not None:
         v /= temperature
-    return tl.where(inside[None, :], v, float("-inf"))
+    return tl.where(inside, v, float("-inf"))
 
 
 @triton.jit
 def mixed(x, z, t):
-    """y = (1 - t) x + t z from the nearer end; banned where a model with a share bans, NaN where the teacher is NaN or +inf."""
+    """y = (1 - t) x + t z from the nearer end; banned where a model with a share bans. NaN and +inf of the teacher make it NaN or
+    +inf at every t, and +inf makes the row's sums NaN."""
     from_x = t < 0.5
     share = tl.where(from_x, t, t - 1.0)
     base = tl.where(from_x, x, z)
+    other = tl.where(from_x, z, x)
+    # A model without a share neither bans nor hides: 0 times its entry, from 0 up.
+    floor = tl.where(share == 0.0, 0.0, float("-inf"))
+    counts = tl.where(share == 0.0, 0.0, 1.0)
     banned = (x == float("-inf")) | (z == float("-inf"))
-    y = tl.where(banned, tl.where(share == 0.0, base, x + z), base + share * (z - x))
-    return tl.where(z < float("inf"), y, float("nan"))
+    both = base + counts * tl.maximum(other, floor, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(banned, both, base + share * (z - x))
 
 
 @triton.jit
@@ -67,11 +83,12 @@ def at_one(x, temperature):
 
 @triton.jit
 def add_log_sum(state, v):
-    """Largest entry m and sum s of exp(entry - m), with the entries of one more tile."""
+    """Largest entry m and sum s of exp(entry - m), with the entries of one more tile; and their exponentials."""
     m, s = state
     seen = tl.maximum(m, tl.max(v, 1))
     shift = tl.where(seen == float("-inf"), 0.0, seen)  # all banned so far: exp(-inf - 0) = 0
-    return seen, s * tl.exp(m - shift) + tl.sum(tl.exp(v - shift[:, None]), 1)
+    e = exp(v - shift[:, None])
+    return (seen, s * exp(m - shift) + tl.sum(e, 1)), e
 
 
 @triton.jit
@@ -83,16 +100,22 @@ def add_top(state, v, column):
 
 
 @triton.jit
-def add_moments(state, w_old, w_new, o_old, o_new, w, o):
-    """Sums of e^u and e^u (u - v), u and v the weighing and the other side's entries less their largest so far (old: before)."""
+def moments_from(state, u, v):
+    """Mass and moment counted from largest entries that are ``u`` (of the weighing side) and ``v`` higher."""
     mass, moment = state
     empty = mass == 0.0  # the shifts may be infinite then
-    factor = tl.where(empty, 0.0, tl.exp(w_old - w_new))
-    moment = tl.where(empty, 0.0, factor * (moment + mass * ((w_old - w_new) - (o_old - o_new))))
+    factor = tl.where(empty, 0.0, exp(-u))
+    return factor * mass, tl.where(empty, 0.0, factor * (moment - mass * (u - v)))
+
+
+@triton.jit
+def add_moments(state, w_old, w_new, o_old, o_new, w, o, e):
+    """Sums of e^u and e^u (u - v), u and v the weighing and the other side's entries less their largest so far (old: before).
+    e: the e^u of this tile."""
+    mass, moment = moments_from(state, w_new - w_old, o_new - o_old)
     banned = (w == float("-inf")) | (o == float("-inf"))
-    u = w - w_new[:, None]
-    e = tl.where(banned, 0.0, tl.exp(u))
-    return factor * mass + tl.sum(e, 1), moment + tl.sum(tl.where(banned, 0.0, e * (u - (o - o_new[:, None]))), 1)
+    far = (w - w_new[:, None]) - (o - o_new[:, None])
+    return mass + tl.sum(tl.where(banned, 0.0, e), 1), moment + tl.sum(tl.where(banned, 0.0, e * far), 1)
 
 
 @triton.jit
@@ -107,30 +130,70 @@ def no_statistics(ROWS: tl.constexpr):
 def add_statistics(
     state, x, y, z, labels, column, columns, temperature, WEIGH: tl.constexpr, CE: tl.constexpr, METRICS: tl.constexpr
 ):
-    """One more tile. labels: [ROWS] or None. column: the tile's first column; columns: [COLUMNS]."""
+    """One more tile. labels: None where the caller knows their logits. column: of the tile's first entries, [ROWS] or a scalar."""
     x_T, y_T, x_1, z_T, top_x, top_z, label_logit, moments = state
     x_before = x_T[0]
     y_before = y_T[0]
-    x_T = add_log_sum(x_T, x)
-    y_T = add_log_sum(y_T, y)
+    x_T, e_x = add_log_sum(x_T, x)
+    y_T, e_y = add_log_sum(y_T, y)
     if CE:
         if temperature is not None:
-            x_1 = add_log_sum(x_1, x * temperature)
-        label_logit += tl.sum(tl.where(columns[None, :] == labels[:, None], at_one(x, temperature), 0.0), 1)
+            x_1, _ = add_log_sum(x_1, x * temperature)
+        if labels is not None:
+            label_logit += tl.sum(tl.where(columns == labels, at_one(x, temperature), 0.0), 1)
     if METRICS:
-        z_T = add_log_sum(z_T, z)
+        z_T, _ = add_log_sum(z_T, z)
         top_x = add_top(top_x, x, column)
         top_z = add_top(top_z, z, column)
     if WEIGH == TARGET:
-        moments = add_moments(moments, y_before, y_T[0], x_before, x_T[0], y, x)
+        moments = add_moments(moments, y_before, y_T[0], x_before, x_T[0], y, x, e_y)
     if WEIGH == STUDENT:
-        moments = add_moments(moments, x_before, x_T[0], y_before, y_T[0], x, y)
+        moments = add_moments(moments, x_before, x_T[0], y_before, y_T[0], x, y, e_x)
     return x_T, y_T, x_1, z_T, top_x, top_z, label_logit, moments
 
 
 @triton.jit
+def merged_log_sum(state):
+    """Of the parts of one row, [ROWS], a scalar each."""
+    m, s = state
+    whole = tl.max(m, 0)
+    shift = tl.where(whole == float("-inf"), 0.0, whole)
+    return whole, tl.sum(s * exp(m - shift), 0)
+
+
+@triton.jit
+def merged_top(state):
+    m, at = state
+    whole = tl.max(m, 0)
+    return whole, tl.min(tl.where(m == whole, at, float("inf")), 0)
+
+
+@triton.jit
+def merged(state, WEIGH: tl.constexpr):
+    """The statistics of one row, scalars, from those of its parts, [ROWS]. A NaN entry makes its sums NaN, not its maxima."""
+    x_T, y_T, x_1, z_T, top_x, top_z, label_logit, moments = state
+    x = merged_log_sum(x_T)
+    y = merged_log_sum(y_T)
+    if WEIGH == TARGET:
+        moments = moments_from(moments, y[0] - y_T[0], x[0] - x_T[0])
+    if WEIGH == STUDENT:
+        moments = moments_from(moments, x[0] - x_T[0], y[0] - y_T[0])
+    mass, moment = moments
+    return (
+        x,
+        y,
+        merged_log_sum(x_1),
+        merged_log_sum(z_T),
+        merged_top(top_x),
+        merged_top(top_z),
+        tl.sum(label_logit, 0),
+        (tl.sum(mass, 0), tl.sum(moment, 0)),
+    )
+
+
+@triton.jit
 def finished(state, temperature, CE: tl.constexpr):
-    """STATS_COLUMNS, each [ROWS]."""
+    """STATS_COLUMNS, each [ROWS] or a scalar."""
     x_T, y_T, x_1, z_T, top_x, top_z, label_logit, moments = state
     if not CE:
         x_1 = x_T
@@ -176,18 +239,18 @@ def no_sums(ROWS: tl.constexpr):
 
 @triton.jit
 def add_sums(state, x, y, z, stats, a, PAIR: tl.constexpr, METRICS: tl.constexpr):
-    """One more tile. stats: the first eight of STATS_COLUMNS of the whole row, each [ROWS]."""
+    """One more tile. stats: the first eight of STATS_COLUMNS of the whole row."""
     value, slope, entropy_y, entropy_x, overlap = state
-    lq = (x - stats[0][:, None]) - stats[1][:, None]
-    lp = (y - stats[2][:, None]) - stats[3][:, None]
+    lq = (x - stats[0]) - stats[1]
+    lp = (y - stats[2]) - stats[3]
     values, slopes = value_and_slope(lp, lq, a, PAIR)
     value += tl.sum(values, 1)
     slope += tl.sum(slopes, 1)
     if METRICS:
-        q = tl.exp(lq)
-        entropy_y -= tl.sum(entropy_term(tl.exp(lp), lp), 1)
+        q = exp(lq)
+        entropy_y -= tl.sum(entropy_term(exp(lp), lp), 1)
         entropy_x -= tl.sum(entropy_term(q, lq), 1)
-        overlap += tl.sum(tl.minimum(q, tl.exp((z - stats[6][:, None]) - stats[7][:, None])), 1)
+        overlap += tl.sum(tl.minimum(q, exp((z - stats[6]) - stats[7])), 1)
     return value, slope, entropy_y, entropy_x, overlap
 
 
@@ -210,8 +273,8 @@ def sums_of_one_sweep(stats, a, PAIR: tl.constexpr, WEIGH: tl.constexpr):
         own, other = x_log, y_log
         value_0, slope_0 = PAIR(zero, zero, a)
         value_1, slope_1 = PAIR(zero - 1.0, zero, a)
-    mass = mass * tl.exp(-own)
-    moment = moment * tl.exp(-own) + mass * (other - own)
+    mass = mass * exp(-own)
+    moment = moment * exp(-own) + mass * (other - own)
     value = value_0 * mass + (value_1 - value_0) * moment
     return value, shown(value, slope_0 * mass + (slope_1 - slope_0) * moment)
 
@@ -220,22 +283,22 @@ def sums_of_one_sweep(stats, a, PAIR: tl.constexpr, WEIGH: tl.constexpr):
 def gradient(x, y, stats, slope_sum, labels, weight, head, terms, columns, PAIR: tl.constexpr):
     """dx = kd (slope - q sum slope) + ce (softmax(x) - e_label), times the row's weight, through the head's chain rule.
 
-    stats: the first six of STATS_COLUMNS; slope_sum, weight: [ROWS].
+    stats: the first six of STATS_COLUMNS.
     """
     a, temperature, kd, ce = terms
     _, scale, softcap = head
-    lq = (x - stats[0][:, None]) - stats[1][:, None]
-    q = tl.exp(lq)
+    lq = (x - stats[0]) - stats[1]
+    q = exp(lq)
     dx = tl.zeros_like(x)
     if kd is not None:
-        lp = (y - stats[2][:, None]) - stats[3][:, None]
+        lp = (y - stats[2]) - stats[3]
         _, slope = value_and_slope(lp, lq, a, PAIR)
-        dx += kd * (slope - q * slope_sum[:, None])
+        dx += kd * (slope - q * slope_sum)
     if ce is not None:
         if temperature is not None:
-            q = tl.exp((x * temperature - stats[4][:, None]) - stats[5][:, None])
-        dx += ce * (q - tl.where(columns[None, :] == labels[:, None], 1.0, 0.0))
+            q = exp((x * temperature - stats[4]) - stats[5])
+        dx += ce * (q - tl.where(columns == labels, 1.0, 0.0))
     if softcap is not None:
         over_cap = at_one(x, temperature) / softcap
         dx *= 1.0 - over_cap * over_cap
-    return tl.where(weight[:, None] == 0.0, 0.0, dx * (weight * scale)[:, None])
+    return tl.where(weight == 0.0, 0.0, dx * (weight * scale))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -16,6 +16,9 @@ from kdkernels.divergences import bind, resolve
 
 if TYPE_CHECKING:
     from kdkernels.backends.triton.blocks import Matrix
+
+# Entries of a row that a thread loads and stores together: 16 bytes of a 16-bit type, twice 16 of float32.
+ENTRIES = 8
 
 
 def interpreting() -> bool:
@@ -25,8 +28,14 @@ def interpreting() -> bool:
 
 @functools.cache
 def pair_function(divergence: str) -> Any:
-    """The pair function of divergences.py over triton.language, for a kernel's constexpr argument."""
-    return bind(resolve(divergence).pair, tl, triton.jit)
+    """The pair function of divergences.py over functions.py, for a kernel's constexpr argument."""
+    from kdkernels.backends.triton import functions
+
+    def compiled(function: Any) -> Any:
+        function.__globals__["tl"] = triton.language  # the interpreter wants to see it, used or not
+        return triton.jit(function)
+
+    return bind(resolve(divergence).pair, functions, compiled)
 
 
 def head_arguments(bias: Tensor | None, scale: float, softcap: float) -> tuple[Any, ...]:
@@ -50,10 +59,9 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major * 10 + minor}"
 
 
-def precision(dtype: torch.dtype, device: torch.device) -> str:
-    """How float32 operands are multiplied. NVIDIA's matrix units take TF32 only: three products of split operands keep float32's
-    digits. AMD's take float32 itself."""
-    return "tf32x3" if dtype == torch.float32 and architecture(device).startswith("sm_") else "ieee"
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, kernels start on that GPU: Triton takes the current device, whatever its arguments are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def described(device: torch.device) -> bool:

@@ -2,6 +2,10 @@
 
 A program reads its row of x and z once for the statistics, again for the sums unless running sums gave them already (one-sweep
 divergences without metrics), and once more for the gradient, which it writes over x.
+
+Its row is to it a tile of LANES parts, one for each thread, which adds up what is its own; the parts are merged once, after the
+sweep. So no sweep has a barrier or a shuffle in it, and every access is as wide as the hardware has them (``make static`` sees to
+both).
 """
 
 from __future__ import annotations
@@ -19,17 +23,86 @@ from kdkernels.divergences import resolve
 
 
 @triton.jit
-def _tile(x_row_ptr, z_row_ptr, x_head, z_head, t, temperature, columns, vocab):
-    """x, y and z [1, COLUMNS] over the temperature."""
-    inside = columns < vocab
-    x = tl.load(x_row_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-    z = tl.load(z_row_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+def _tile(sides, t, temperature, v0, end, AT_ONE: tl.constexpr, REACH: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """x, y and z [LANES, WIDTH] over the temperature, and their columns. sides: (x_row_ptr, z_row_ptr, x_head, z_head)."""
+    x_row_ptr, z_row_ptr, x_head, z_head = sides
+    columns = v0 + tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    inside = columns < end
+    reach = device.reach(columns, end, REACH)
+    x = tl.load(x_row_ptr + columns, mask=reach, other=0.0).to(tl.float32)
+    z = tl.load(z_row_ptr + columns, mask=reach, other=0.0).to(tl.float32)
     x = device.after_head(x, x_head, temperature, columns, inside)
     z = device.after_head(z, z_head, temperature, columns, inside)
-    return x, device.mixed(x, z, t), z
+    return x, z if AT_ONE else device.mixed(x, z, t), z, columns
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit
+def _statistics(
+    sides, t, temperature, end, WEIGH: tl.constexpr, CE: tl.constexpr, METRICS: tl.constexpr,
+    AT_ONE: tl.constexpr, REACH: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Of the row, scalars."""
+    state = device.no_statistics(LANES)
+    first = tl.arange(0, LANES) * WIDTH
+    for v0 in range(0, end, LANES * WIDTH):
+        x, y, z, columns = _tile(sides, t, temperature, v0, end, AT_ONE, REACH, LANES, WIDTH)
+        state = device.add_statistics(state, x, y, z, None, v0 + first, columns, temperature, WEIGH, CE, METRICS)
+    return device.merged(state, WEIGH)
+
+
+@triton.jit
+def _row(
+    sides, dx_row_ptr, row_ptr, label, weight, t, terms, vocab, PAIR: tl.constexpr, WEIGH: tl.constexpr, METRICS: tl.constexpr,
+    AT_ONE: tl.constexpr, REACH: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One row: its sweeps, its ROW_COLUMNS, its gradient. label: None where nobody asks for the cross-entropy."""
+    x_row_ptr, x_head = sides[0], sides[2]
+    a, temperature, kd = terms[0], terms[1], terms[2]
+    CE: tl.constexpr = label is not None
+    # A row of weight 0 is not computed: its sweeps are empty.
+    live = weight != 0.0
+    end = tl.where(live, vocab, 0)
+    stats = device.finished(
+        _statistics(sides, t, temperature, end, WEIGH, CE, METRICS, AT_ONE, REACH, LANES, WIDTH), temperature, CE
+    )
+
+    sums = (0.0, 0.0, 0.0, 0.0, 0.0)
+    if WEIGH != device.NOTHING:
+        value, slope = device.sums_of_one_sweep(stats, a, PAIR, WEIGH)
+    else:
+        if kd is not None or METRICS:
+            state = device.no_sums(LANES)
+            for v0 in range(0, end, LANES * WIDTH):
+                x, y, z, _ = _tile(sides, t, temperature, v0, end, AT_ONE, REACH, LANES, WIDTH)
+                state = device.add_sums(state, x, y, z, stats, a, PAIR, METRICS)
+            sums = (tl.sum(state[0], 0), tl.sum(state[1], 0), tl.sum(state[2], 0), tl.sum(state[3], 0), tl.sum(state[4], 0))
+        value = sums[0]
+        slope = device.shown(value, sums[1])
+
+    tl.store(row_ptr, tl.where(live, value, 0.0))
+    cross_entropy = 0.0
+    if CE:
+        in_row = live & (label >= 0) & (label < vocab)
+        label_logit = tl.load(x_row_ptr + label, mask=in_row, other=0.0).to(tl.float32)
+        label_logit = device.at_one(device.after_head(label_logit, x_head, temperature, label, in_row), temperature)
+        cross_entropy = tl.where(live, stats[5] - (tl.where(in_row, label_logit, 0.0) - stats[4]), 0.0)
+    tl.store(row_ptr + 1, cross_entropy)
+    tl.store(row_ptr + 2, sums[2])
+    tl.store(row_ptr + 3, sums[3])
+    agreement = 0.0
+    if METRICS:
+        agreement = tl.where(live & (stats[8] == stats[9]), 1.0, 0.0)
+    tl.store(row_ptr + 4, agreement)
+    tl.store(row_ptr + 5, sums[4])
+
+    if dx_row_ptr is not None:
+        for v0 in range(0, vocab, LANES * WIDTH):
+            x, y, z, columns = _tile(sides, t, temperature, v0, end, AT_ONE, REACH, LANES, WIDTH)
+            dx = device.gradient(x, y, stats, slope, label, weight, x_head, terms, columns, PAIR)
+            tl.store(dx_row_ptr + columns, dx.to(dx_row_ptr.dtype.element_ty), mask=device.reach(columns, vocab, REACH))
+
+
+@triton.jit
 def row_loss_kernel(
     logits,  # x_ptr, z_ptr, dx_ptr or None: [rows, vocab]
     strides,  # of their rows, in elements
@@ -44,65 +117,27 @@ def row_loss_kernel(
     PAIR: tl.constexpr,
     WEIGH: tl.constexpr,
     METRICS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    REACH: tl.constexpr,  # see device.reach
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     x_ptr, z_ptr, dx_ptr = logits
-    a, temperature, kd, _ = terms
-    CE: tl.constexpr = labels_ptr is not None
     row = tl.program_id(0).to(tl.int64)
-    at = row + tl.arange(0, 1)
-    x_row_ptr = x_ptr + row * strides[0]
-    z_row_ptr = z_ptr + row * strides[1]
-    weight = tl.load(weight_ptr + at)
-    t = tl.load(t_ptr)
-    labels = None
-    if CE:
-        labels = tl.load(labels_ptr + at)
-    nothing = tl.zeros([1], tl.float32)
-    # A row of weight 0 is not computed: its sweeps are empty.
-    end = tl.where(tl.sum(tl.abs(weight), 0) == 0.0, 0, vocab)
-
-    state = device.no_statistics(1)
-    for v0 in range(0, end, BLOCK_V):
-        columns = v0 + tl.arange(0, BLOCK_V)
-        x, y, z = _tile(x_row_ptr, z_row_ptr, x_head, z_head, t, temperature, columns, vocab)
-        state = device.add_statistics(state, x, y, z, labels, v0, columns, temperature, WEIGH, CE, METRICS)
-    stats = device.finished(state, temperature, CE)
-
-    sums = device.no_sums(1)
-    if WEIGH != device.NOTHING:
-        value, slope = device.sums_of_one_sweep(stats, a, PAIR, WEIGH)
-    else:
-        if kd is not None or METRICS:
-            for v0 in range(0, end, BLOCK_V):
-                columns = v0 + tl.arange(0, BLOCK_V)
-                x, y, z = _tile(x_row_ptr, z_row_ptr, x_head, z_head, t, temperature, columns, vocab)
-                sums = device.add_sums(sums, x, y, z, stats, a, PAIR, METRICS)
-        value = sums[0]
-        slope = device.shown(value, sums[1])
-
-    live = weight != 0.0
-    row_ptr = rows_ptr + at * 6
-    tl.store(row_ptr, tl.where(live, value, 0.0))
-    cross_entropy = nothing
-    if CE:
-        cross_entropy = stats[5] - (stats[10] - stats[4])
-    tl.store(row_ptr + 1, tl.where(live, cross_entropy, 0.0))
-    tl.store(row_ptr + 2, sums[2])
-    tl.store(row_ptr + 3, sums[3])
-    agreement = nothing
-    if METRICS:
-        agreement = tl.where(live & (stats[8] == stats[9]), 1.0, 0.0)
-    tl.store(row_ptr + 4, agreement)
-    tl.store(row_ptr + 5, sums[4])
-
+    sides = (x_ptr + row * strides[0], z_ptr + row * strides[1], x_head, z_head)
+    dx_row_ptr = None
     if dx_ptr is not None:
         dx_row_ptr = dx_ptr + row * strides[2]
-        for v0 in range(0, vocab, BLOCK_V):
-            columns = v0 + tl.arange(0, BLOCK_V)
-            x, y, z = _tile(x_row_ptr, z_row_ptr, x_head, z_head, t, temperature, columns, end)
-            dx = device.gradient(x, y, stats, slope, labels, weight, x_head, terms, columns, PAIR)
-            tl.store(dx_row_ptr + columns[None, :], dx.to(dx_ptr.dtype.element_ty), mask=(columns < vocab)[None, :])
+    row_ptr = rows_ptr + row * 6
+    weight = tl.load(weight_ptr + row)
+    t = tl.load(t_ptr)
+    label = None
+    if labels_ptr is not None:
+        label = tl.load(labels_ptr + row)
+    # Both are there from the first launch on: a target that moves to t = 1 compiles nothing on its way.
+    if t == 1.0:
+        _row(sides, dx_row_ptr, row_ptr, label, weight, t, terms, vocab, PAIR, WEIGH, METRICS, True, REACH, LANES, WIDTH)
+    else:
+        _row(sides, dx_row_ptr, row_ptr, label, weight, t, terms, vocab, PAIR, WEIGH, METRICS, False, REACH, LANES, WIDTH)
 
 
 def row_loss(
@@ -144,12 +179,27 @@ def row_loss(
         launch.term_arguments(a, temperature, kd_scale, ce_scale if wanted else 0.0),
         vocab,
     )
-    row_loss_kernel[(rows,)](
-        *arguments,
-        PAIR=launch.pair_function(divergence),
-        WEIGH=device.WEIGH[weigh],
-        METRICS=metrics,
-        BLOCK_V=entry.block_v,
-        **entry.options(x.device),
-    )
+    with launch.on(x.device):
+        row_loss_kernel[(rows,)](
+            *arguments,
+            PAIR=launch.pair_function(divergence),
+            WEIGH=device.WEIGH[weigh],
+            METRICS=metrics,
+            REACH=entry.entries if all(_has_room(side, entry.entries) for side in (x, z, dx) if side is not None) else 1,
+            LANES=entry.lanes(x.device),
+            WIDTH=entry.entries,
+            num_warps=entry.num_warps,
+        )
     return columns
+
+
+def _has_room(rows: Tensor, entries: int) -> bool:
+    """Whether the memory behind each row reaches to a multiple of ``entries``, and each row begins at one of 16."""
+    count, vocab = rows.shape
+    overhang = -vocab % entries
+    return (
+        rows.stride(0) % 16 == 0
+        and rows.stride(0) >= vocab + overhang
+        and (rows.storage_offset() + (count - 1) * rows.stride(0) + vocab + overhang) * rows.itemsize
+        <= rows.untyped_storage().nbytes()
+    )

@@ -30,17 +30,20 @@ PROGRAMS = 1024
 @triton.jit
 def _product(
     hidden, weight, layout, n0, v0, tokens, vocab, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """hidden[n0 :] weight[v0 :]ᵀ, a tile [BLOCK_N, BLOCK_V] in float32; 0 outside.
 
     hidden: [tokens, D], weight: [vocab, D], as descriptors or pointers. layout: their row strides (None for descriptors), and D.
+
+    float32 operands are multiplied as they are, on NVIDIA's GPUs not by the matrix units. Those would take them as three products of
+    TF32 parts and cut off where they add: simulated, a logit's error is then 1.9 times that of float32 products at D = 16, 6 times
+    at D = 160 and more beyond, where a loss may have twice eager's.
     """
     hidden_stride, weight_stride, width = layout
     logits = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     if hidden_stride is None:
         for d0 in range(0, width, BLOCK_D):
-            logits = tl.dot(hidden.load([n0, d0]), weight.load([v0, d0]).T, logits, input_precision=PRECISION)
+            logits = tl.dot(hidden.load([n0, d0]), weight.load([v0, d0]).T, logits, input_precision="ieee")
     else:
         rows = n0 + tl.arange(0, BLOCK_N)
         columns = v0 + tl.arange(0, BLOCK_V)
@@ -51,33 +54,34 @@ def _product(
             left = width - d0
             h = tl.load(hidden_ptrs + d0, mask=(rows[:, None] < tokens) & (inner[None, :] < left), other=0.0)
             w = tl.load(weight_ptrs + d0, mask=(columns[None, :] < vocab) & (inner[:, None] < left), other=0.0)
-            logits = tl.dot(h, w, logits, input_precision=PRECISION)
+            logits = tl.dot(h, w, logits, input_precision="ieee")
     return logits
 
 
 @triton.jit
 def _tile(
     student_hidden, student_weight, teacher_hidden, teacher_weight, student, teacher, n0, v0, tokens, vocab, t, temperature,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """x, y and z [BLOCK_N, BLOCK_V] over the temperature. student, teacher: (layout, head); a teacher of None is the student."""
-    columns = v0 + tl.arange(0, BLOCK_V)
-    x = _product(student_hidden, student_weight, student[0], n0, v0, tokens, vocab, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
+    """x, y and z [BLOCK_N, BLOCK_V] over the temperature. student, teacher: (layout, head). Teacher's hidden states of None: y and
+    z are x."""
+    columns = (v0 + tl.arange(0, BLOCK_V))[None, :]
+    x = _product(student_hidden, student_weight, student[0], n0, v0, tokens, vocab, BLOCK_N, BLOCK_V, BLOCK_D)
     x = device.after_head(x, student[1], temperature, columns, columns < vocab)
-    if teacher is None:
+    if teacher_hidden is None:  # Triton 3.6 cannot compare a tuple with None
         return x, x, x
-    z = _product(teacher_hidden, teacher_weight, teacher[0], n0, v0, tokens, vocab, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
+    z = _product(teacher_hidden, teacher_weight, teacher[0], n0, v0, tokens, vocab, BLOCK_N, BLOCK_V, BLOCK_D)
     z = device.after_head(z, teacher[1], temperature, columns, columns < vocab)
     return x, device.mixed(x, z, t), z
 
 
 @triton.jit
 def _read(ptr, rows, tokens, COLUMNS: tl.constexpr, FIRST: tl.constexpr):
-    """The first FIRST columns of a [tokens, COLUMNS] float32 matrix, each [BLOCK_N]."""
+    """The first FIRST columns of a [tokens, COLUMNS] float32 matrix, each [BLOCK_N, 1]."""
     found = ()
     for column in tl.static_range(FIRST):
         read = tl.load(ptr + rows * COLUMNS + column, mask=rows < tokens, other=0.0)
-        found = found + (read,)  # type: ignore[assignment]  # noqa: RUF005
+        found = found + (read[:, None],)  # type: ignore[assignment]  # noqa: RUF005
     return found
 
 
@@ -109,7 +113,6 @@ def statistics_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     CE: tl.constexpr = labels_ptr is not None
     n0 = tl.program_id(0) * BLOCK_N
@@ -118,14 +121,14 @@ def statistics_kernel(
     t = tl.load(t_ptr)
     labels = None
     if CE:
-        labels = tl.load(labels_ptr + rows, mask=rows < tokens, other=-1)
+        labels = tl.load(labels_ptr + rows, mask=rows < tokens, other=-1)[:, None]
     state = device.no_statistics(BLOCK_N)
     for v0 in range(split * share, min(split * share + share, vocab), BLOCK_V):
         x, y, z = _tile(
             student_hidden, student_weight, teacher_hidden, teacher_weight, student, teacher,
-            n0, v0, tokens, vocab, t, temperature, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION,
+            n0, v0, tokens, vocab, t, temperature, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
-        columns = v0 + tl.arange(0, BLOCK_V)
+        columns = (v0 + tl.arange(0, BLOCK_V))[None, :]
         state = device.add_statistics(state, x, y, z, labels, v0, columns, temperature, WEIGH, CE, METRICS)
     _write(parts_ptr, split, rows, tokens, device.finished(state, temperature, CE), 13)
 
@@ -151,7 +154,6 @@ def sums_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     n0 = tl.program_id(0) * BLOCK_N
     split = tl.program_id(1)
@@ -162,13 +164,13 @@ def sums_kernel(
     for v0 in range(split * share, min(split * share + share, vocab), BLOCK_V):
         x, y, z = _tile(
             student_hidden, student_weight, teacher_hidden, teacher_weight, student, teacher,
-            n0, v0, tokens, vocab, t, temperature, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION,
+            n0, v0, tokens, vocab, t, temperature, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
         state = device.add_sums(state, x, y, z, stats, a, PAIR, METRICS)
     _write(parts_ptr, split, rows, tokens, state, 5)
 
 
-@triton.jit(do_not_specialize=["tokens", "begin", "end"])
+@triton.jit(do_not_specialize=["tokens", "end"])
 def gradient_kernel(
     student_hidden,
     student_weight,
@@ -188,29 +190,29 @@ def gradient_kernel(
     begin,  # columns of this block
     end,
     PAIR: tl.constexpr,
+    REACH: tl.constexpr,  # see device.reach; ``begin`` is a multiple of it
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     n0 = tl.program_id(0) * BLOCK_N
     v0 = begin + tl.program_id(1) * BLOCK_V
     rows = n0 + tl.arange(0, BLOCK_N)
-    columns = v0 + tl.arange(0, BLOCK_V)
+    columns = (v0 + tl.arange(0, BLOCK_V))[None, :]
     t = tl.load(t_ptr)
     x, y, _ = _tile(
         student_hidden, student_weight, teacher_hidden, teacher_weight, student, teacher,
-        n0, v0, tokens, vocab, t, terms[1], BLOCK_N, BLOCK_V, BLOCK_D, PRECISION,
+        n0, v0, tokens, vocab, t, terms[1], BLOCK_N, BLOCK_V, BLOCK_D,
     )  # fmt: skip
     labels = None
     if labels_ptr is not None:
-        labels = tl.load(labels_ptr + rows, mask=rows < tokens, other=-1)
+        labels = tl.load(labels_ptr + rows, mask=rows < tokens, other=-1)[:, None]
     stats = _read(stats_ptr, rows, tokens, 13, 6)
-    slope_sum = tl.load(rows_ptr + rows, mask=rows < tokens, other=0.0)
-    weight = tl.load(rows_ptr + tokens + rows, mask=rows < tokens, other=0.0)
+    slope_sum = tl.load(rows_ptr + rows, mask=rows < tokens, other=0.0)[:, None]
+    weight = tl.load(rows_ptr + tokens + rows, mask=rows < tokens, other=0.0)[:, None]
     dx = device.gradient(x, y, stats, slope_sum, labels, weight, student[1], terms, columns, PAIR)
-    dx_ptrs = dx_ptr + rows[:, None].to(tl.int64) * dx_stride + (columns - begin)[None, :]
-    tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=(rows < tokens)[:, None] & (columns < end)[None, :])
+    dx_ptrs = dx_ptr + rows[:, None].to(tl.int64) * dx_stride + (columns - begin)
+    tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=(rows < tokens)[:, None] & device.reach(columns, end, REACH))
 
 
 def shares(tokens: int, vocab: int, matrix: blocks.Matrix) -> tuple[int, int]:
@@ -256,14 +258,12 @@ class LearnerSweeps:
 
     def _run(self, kernel: Any, matrix: blocks.Matrix, grid: Any, arguments: tuple[Any, ...], **constants: Any) -> None:
         """grid: from a Matrix. Starts the kernel with the table's blocks, or with those that a search finds to be faster."""
-        precision = launch.precision(self.widest, self.step.device)
 
         def start(chosen: blocks.Matrix) -> None:
-            kernel[grid(chosen)](
-                *self._operands(chosen), *arguments, **constants, **chosen.blocks(), **chosen.options(), PRECISION=precision
-            )
+            kernel[grid(chosen)](*self._operands(chosen), *arguments, **constants, **chosen.blocks(), **chosen.options())
 
-        start(autotune.chosen(kernel, matrix, self.step.device, self.widest, start))
+        with launch.on(self.step.device):
+            start(autotune.chosen(kernel, matrix, self.step.device, self.widest, start))
 
     def _over_splits(self, kernel: Any, matrix: blocks.Matrix, columns: int, arguments: Any, **constants: Any) -> Tensor:
         """Partial results [splits, count, columns] of a kernel that goes over the vocabulary in splits."""
@@ -308,6 +308,7 @@ class LearnerSweeps:
                 *(gradient_kernel, self.table.gradient, grid),
                 (tile, tile.stride(0), stats.float(), rows, labels, self.t, self.terms, count, vocab, block.start, block.stop),
                 PAIR=self.pair,
+                REACH=launch.ENTRIES if tile.stride(0) % launch.ENTRIES == 0 == block.start % launch.ENTRIES else 1,
             )
             yield block, HeadProducts(student.weight[block], student.dtype, self.buffer), tile
 
