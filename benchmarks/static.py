@@ -309,13 +309,18 @@ def table(found: Sequence[Compiled], everything: bool) -> str:
             )
             for one in shown
         ]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if at < 4 else cell.rjust(width) for at, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return aligned(lines, 4)
+
+
+def aligned(lines: Sequence[Sequence[str]], names: int) -> str:
+    """Columns under each other: the first ``names`` flush left, numbers flush right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+    def flush(line: Sequence[str]) -> Iterator[str]:
+        for at, (cell, width) in enumerate(zip(line, widths, strict=True)):
+            yield cell.ljust(width) if at < names else cell.rjust(width)
+
+    return "\n".join("  ".join(flush(line)) for line in lines)
 
 
 def count_traffic() -> int:
