@@ -455,8 +455,9 @@ def launched(architecture: str, wanted: Sequence[Job]) -> Report:
     processes = min(len(wanted), len(os.sched_getaffinity(0)))
     # an executor, and not a pool, which would wait for ever for a process that the launcher's C code has brought down
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _prepare, (architecture,)) as pool:
-        for part in pool.map(_done, wanted):
+        for at, part in enumerate(pool.map(_done, wanted)):
             report.add(part)
+            print(f"{architecture}: {at + 1} of {len(wanted)} jobs done", file=sys.stderr)
     return report
 
 
