@@ -505,12 +505,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             chosen.setting,
         )
         found[architecture] = launched(architecture, wanted)
-    print(table(found))
     faults = [fault for report in found.values() for fault in report.faults]
     problems = sum(report.problems for report in found.values())
     if problems == 0:
         print(f"error: --setting is {chosen.setting!r}, which none of these has", file=sys.stderr)
         return 2
+    print(table(found))
     print(f"\n{problems} problems launched, {len(faults)} faults" + "".join(f"\n  {fault}" for fault in faults))
     return 1 if faults else 0
 
