@@ -6,7 +6,7 @@ TORCH := 2.13.0
 
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.py) kdkernels/divergences.py
 
-.PHONY: setup demo test bench static sanitize lint clean
+.PHONY: setup demo test bench static launch sanitize lint clean
 
 setup: .venv/.built
 
@@ -39,6 +39,10 @@ bench: setup
 # Compiles every GPU kernel and counts the bytes of a loss: minutes, no GPU.
 static: setup
 	$(PY) -m benchmarks.static
+
+# Starts every GPU kernel on a driver that runs nothing. LAUNCH=--quick is what CI runs; what is compiled is kept in build/launch.
+launch: setup
+	$(PY) -m benchmarks.launch $(LAUNCH)
 
 # Native code under AddressSanitizer and UndefinedBehaviorSanitizer, on every instruction set that this processor has: tests run in a
 # copy with an extension of its own, so the normal build stays. Takes GCC; two to three minutes. Logits of spread 30 access nothing

@@ -21,6 +21,11 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _patch_
 from kdkernels import backends
 from kdkernels.backends.triton.blocks import Entry, Matrix, Row
 
+# What the products on a GPU run in and come out in, whatever this CPU would choose.
+GPU_PRODUCTS: dict[str, Any] = {
+    **{f"kdkernels.{module}.product_dtype": lambda dtype, _: dtype for module in ("ops", "plan", "products", "step")},
+    "kdkernels.products.keeps_sums": lambda _: True,
+}
 _patched: set[Any] = set()
 _cast = InterpreterBuilder.cast_impl
 
@@ -71,8 +76,7 @@ def as_on_a_gpu(
     matrix = Matrix(*blocks, num_warps=4, num_stages=1)
     entry = Entry(matrix, matrix, matrix, Row(num_warps=1, entries=row // 32))
     replaced: dict[str, Any] = {
-        **{f"kdkernels.{module}.product_dtype": lambda dtype, _: dtype for module in ("ops", "plan", "products", "step")},
-        "kdkernels.products.keeps_sums": lambda _: True,
+        **GPU_PRODUCTS,
         "kdkernels.products.multiply": _multiply,
         "kdkernels.products.add_multiplied": _add_multiplied,
         "kdkernels.backends.triton.blocks.entry": lambda *_: entry,

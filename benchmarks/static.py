@@ -389,7 +389,18 @@ def table(found: Sequence[Compiled], everything: bool) -> str:
             )
             for one in shown
         ]
-    return _aligned(lines, left=4)
+    return aligned(lines, 4)
+
+
+def aligned(lines: Sequence[Sequence[str]], names: int) -> str:
+    """Columns under each other: the first ``names`` flush left, numbers flush right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+    def flush(line: Sequence[str]) -> Iterator[str]:
+        for at, (cell, width) in enumerate(zip(line, widths, strict=True)):
+            yield cell.ljust(width) if at < names else cell.rjust(width)
+
+    return "\n".join("  ".join(flush(line)) for line in lines)
 
 
 def per_logit(one: Compiled) -> tuple[list[float], list[float]]:
@@ -410,17 +421,7 @@ def row_table(found: Sequence[Compiled]) -> str:
             bits = sorted({bits for sweep in one.sweeps for bits in sweep.widths})
             name = one.label.removesuffix(PLAIN)
             lines.append((one.architecture, one.dtype, name, str(one.registers), *counts, ", ".join(map(str, bits))))
-    return _aligned(lines, left=3)
-
-
-def _aligned(lines: Sequence[tuple[str, ...]], left: int) -> str:
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if at < left else cell.rjust(width) for at, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return aligned(lines, 3)
 
 
 def count_traffic() -> int:

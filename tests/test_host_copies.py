@@ -22,8 +22,8 @@ from tests.cases import Case, draw, dressed, keywords
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from benchmarks.interpreter import as_on_a_gpu  # noqa: E402
-from kdkernels.backends.triton import rows, vocabulary  # noqa: E402
+from benchmarks.interpreter import as_on_a_gpu
+from kdkernels.backends.triton import rows, vocabulary
 
 # Of these the host needs the values, or how many there are; or their values come from the host.
 WAITING = {

@@ -1,0 +1,519 @@
+"""``make launch``: every Triton kernel started at every setting of the GPU checks, without a GPU.
+
+    python -m benchmarks.launch [--quick] [--only ARCHITECTURE] [--dtype ...] [--strategy ...] [--divergence ...] [--setting ...]
+
+The library runs on CPU tensors as it would on a GPU's, and Triton's own compiler, launcher and tensor-map encoder start its
+kernels on a driver that runs nothing (stub_driver.c), but refuses what a driver and the hardware would: misaligned operands, boxes,
+grids and blocks that are too large, too much shared memory, too many registers. Then the heads of Qwen2.5, Llama-3 and Gemma-3 at
+their real sizes, in memory that is never touched; and a training run, in which no kernel may be compiled anew at every token count.
+
+Per architecture and kernel: how often it was started and compiled, the tensor maps made for it, its largest grid and shared memory,
+and the seconds that it took. Results are garbage and not looked at. Compiled kernels are kept in build/launch.
+
+--quick is what CI runs: the quick GPU checks on sm_90, one divergence that has its value in one sweep and one that needs two.
+
+Exit status 1 if anything is refused, named with kernel and setting; 2 if nothing could be launched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import kdkernels as kd
+from benchmarks import gpu_checks, static
+from benchmarks.contenders import HEADS, Head
+from benchmarks.gpu_checks import DTYPES, MIB
+from benchmarks.static import KERNELS
+from kdkernels import backends
+from tests.cases import Case, InsideOperators
+
+ROOT = Path(__file__).parent.parent
+BUILT = ROOT / "build" / "launch"
+ARCHITECTURES = tuple(name for name, limits in static.TARGETS.items() if limits.backend == "cuda")
+STRATEGIES = ("tokens", "vocab")
+FULL = "sm_90"  # the others launch what --quick does: compiling takes the time
+QUICK_DIVERGENCES = ("forward_kl", "jsd")
+# Kept tokens of a run's steps, and how many a kernel may be compiled for: those that 16 divides, and those that it does not.
+RUN_TOKENS = (300, 301, 304, 305, 1023, 1024)
+RUN_COMPILATIONS = 2
+# A vocabulary that 16 does not divide, so that its last block has another width than the others; the smaller budget makes several.
+RUN_VOCAB, RUN_BUDGETS = 5003, (None, 4 * MIB)
+REAL_BUDGET = 4096 * MIB
+
+
+class StubLaunch(ctypes.Structure):
+    _fields_ = (
+        ("kernel", ctypes.c_char * 64),
+        ("grid", ctypes.c_uint32 * 3),
+        ("threads", ctypes.c_uint32),
+        ("shared", ctypes.c_uint32),
+    )
+
+
+class StubTensorMap(ctypes.Structure):
+    _fields_ = (
+        ("address", ctypes.c_uint64),
+        ("dims", ctypes.c_uint64 * 5),
+        ("strides", ctypes.c_uint64 * 4),
+        ("rank", ctypes.c_uint32),
+        ("element_size", ctypes.c_uint32),
+        ("box", ctypes.c_uint32 * 5),
+        ("launches", ctypes.c_uint32),
+    )
+
+
+class CompilerMissingError(Exception):
+    """Says what is looked for."""
+
+
+def built() -> Path:
+    """The stub driver, compiled against the header of the installed Triton."""
+    import triton
+    from triton.backends.nvidia import driver
+
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise CompilerMissingError("Triton's launcher is compiled with gcc, clang or $CC, and there is none")
+    source = Path(__file__).with_name("stub_driver.c")
+    library: Path = BUILT / triton.__version__ / "libcuda.so.1"
+    if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        made = library.with_suffix(f".{os.getpid()}")  # another process may want it at the same time
+        # Whoever asks for libcuda.so.1 gets what is loaded by that name.
+        options = ("-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1")
+        subprocess.run([compiler, *options, *(f"-I{path}" for path in driver.include_dirs), source, "-o", made], check=True)
+        made.replace(library)
+    return library
+
+
+class Stub:
+    """The stub driver as Triton's, for the rest of this process. CPU tensors stand for those of a device of that architecture."""
+
+    def __init__(self, architecture: str) -> None:
+        library = built()
+        os.environ["TRITON_LIBCUDA_PATH"] = str(library.parent)
+        os.environ["TRITON_CACHE_DIR"] = str(BUILT / "cache")
+        self.library = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        for name, kind in (("stub_launches", StubLaunch), ("stub_tensor_maps", StubTensorMap)):
+            getattr(self.library, name).restype = ctypes.POINTER(kind)
+        limits = static.TARGETS[architecture]
+        capability = int(limits.number)
+        self.library.stub_device(capability, limits.shared, limits.shared_all)
+
+        from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
+        from triton.runtime.driver import driver
+
+        class Driver(CudaDriver):  # type: ignore[misc]
+            """Triton's, which asks the driver and not torch.cuda."""
+
+            def __init__(self) -> None:
+                self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
+                self.get_device_capability = lambda device=0: divmod(capability, 10)
+                self.get_current_stream = lambda device: 0
+                self.get_current_device = lambda: 0
+                self.set_current_device = lambda device: None
+
+            def get_active_torch_device(self) -> torch.device:
+                return torch.device("cpu")
+
+        driver.set_active(Driver())
+
+    def _read(self, name: str) -> list[Any]:
+        count = ctypes.c_size_t()
+        found = getattr(self.library, name)(ctypes.byref(count))
+        return [type(found[at]).from_buffer_copy(found[at]) for at in range(count.value)]
+
+    def taken(self) -> tuple[list[StubLaunch], list[StubTensorMap]]:
+        """What was asked of the driver since the last time, refusals left out."""
+        found = self._read("stub_launches"), self._read("stub_tensor_maps")
+        self.library.stub_forget()
+        return found
+
+
+class OnlyLaunches(InsideOperators):
+    """Products, which CPUs may not have in these dtypes, and operators over large tensors leave memory as they find it."""
+
+    LARGE = 2**22  # elements
+    PRODUCTS = ("mm", "addmm")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        product = func._schema.name.removeprefix("aten::").rstrip("_") in self.PRODUCTS
+        views, written = _aliases(func)
+        if func.namespace != "aten" or views or not (product or any(one.numel() > self.LARGE for one in tensors)):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        if written is not None:
+            return kwargs.get(written, args[0] if args else None)
+        if product:
+            left, right = tensors[-2:]
+            dtype = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)), left.dtype)
+            return left.new_empty((left.shape[0], right.shape[1]), dtype=dtype)
+
+        def imagined(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+            return torch.device("meta") if isinstance(value, torch.device) else value
+
+        made = func(*map(imagined, args), **{name: imagined(value) for name, value in kwargs.items()})
+        return torch.empty_strided(made.shape, made.stride(), dtype=made.dtype)
+
+
+@functools.cache
+def _aliases(operator: Any) -> tuple[bool, str | None]:
+    """Whether it returns a view, and the argument that it writes to."""
+    aliases = {argument.name: argument.alias_info for argument in operator._schema.arguments if argument.alias_info is not None}
+    written = next((name for name, alias in aliases.items() if alias.is_write), None)
+    return bool(aliases) and written is None, written
+
+
+@contextlib.contextmanager
+def as_on_a_gpu(architecture: str) -> Iterator[None]:
+    """The library takes CPU tensors to lie on a device of that architecture."""
+    from benchmarks.interpreter import GPU_PRODUCTS
+
+    replaced = {
+        **GPU_PRODUCTS,
+        **{f"kdkernels.backends.triton.{module}.architecture": lambda _: architecture for module in ("launch", "blocks")},
+        "kdkernels.backends.usable": lambda: backends.NAMES,
+    }
+    with contextlib.ExitStack() as stack:
+        for name, value in replaced.items():
+            stack.enter_context(mock.patch(name, value))
+        stack.enter_context(backends.use("triton"))
+        stack.enter_context(OnlyLaunches())  # type: ignore[no-untyped-call]
+        yield
+
+
+@dataclass
+class Kernel:
+    """What became of one kernel. keys: of what it was compiled for, by which Triton knows them."""
+
+    launches: int = 0
+    keys: set[str] = field(default_factory=set)
+    tensor_maps: int = 0
+    grid: tuple[int, ...] = (0, 0, 0)
+    shared: int = 0
+    seconds: float = 0.0
+
+    def add(self, other: Kernel) -> None:
+        self.launches += other.launches
+        self.keys |= other.keys
+        self.tensor_maps += other.tensor_maps
+        self.grid = tuple(map(max, self.grid, other.grid))
+        self.shared = max(self.shared, other.shared)
+        self.seconds += other.seconds
+
+
+@dataclass
+class Report:
+    kernels: dict[str, Kernel] = field(default_factory=lambda: {name: Kernel() for name in KERNELS})
+    problems: int = 0
+    faults: list[str] = field(default_factory=list)
+
+    def add(self, other: Report) -> None:
+        for name, kernel in other.kernels.items():
+            self.kernels[name].add(kernel)
+        self.problems += other.problems
+        self.faults += other.faults
+
+
+def _innermost(error: BaseException) -> str:
+    """One line of what an error comes from: the compiler wraps it once for each function on the way there."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[-400:]}"
+
+
+def jit_functions() -> dict[str, Any]:
+    from kdkernels.backends.triton import rows, vocabulary
+
+    return {name: getattr(rows if name == "row_loss" else vocabulary, f"{name}_kernel") for name in KERNELS}
+
+
+class Watch:
+    """What the library starts, and what arrives at the driver."""
+
+    def __init__(self, architecture: str) -> None:
+        self.architecture, self.stub = architecture, Stub(architecture)
+        self.started: list[str] = []
+        self.report = Report()
+        for name, kernel in jit_functions().items():
+            kernel.add_pre_run_hook(lambda *_, name=name, **__: self.started.append(name))
+            kernel._do_compile = self._compiling(name, kernel._do_compile)
+
+    def _compiling(self, name: str, compile: Callable[..., Any]) -> Callable[..., Any]:
+        # Triton 3.6 has a hook for this too, but cannot serialise for it a kernel that takes a function as its argument.
+        def timed(key: str, *rest: Any) -> Any:
+            begin = time.perf_counter()
+            made = compile(key, *rest)
+            self.report.kernels[name].seconds += time.perf_counter() - begin
+            self.report.kernels[name].keys.add(key)
+            return made
+
+        return timed
+
+    def run(self, setting: str, problem: Callable[[], object]) -> None:
+        self.started.clear()
+        self.report.problems += 1
+        fault = None
+        try:
+            problem()
+        except Exception as error:  # of the driver, of Triton or of the library: each would stop a training run
+            fault = _innermost(error)
+        launches, maps = self.stub.taken()
+        for at, launch in enumerate(launches):
+            kernel = self.report.kernels[launch.kernel.decode().removesuffix("_kernel")]
+            kernel.add(Kernel(1, set(), sum(one.launches == at for one in maps), tuple(launch.grid), launch.shared))
+        if fault is None and len(launches) != len(self.started):
+            # Triton's launcher passes over a grid whose product is 0, or past 2^31.
+            fault = f"of {len(self.started)} launches {len(launches)} reached the driver"
+        if fault is not None:
+            kernel_name = self.started[-1] if self.started else "no kernel"
+            self.report.faults.append(f"{self.architecture}, {kernel_name}, {setting}: {fault}")
+
+    def run_anew(self, setting: str, problem: Callable[[], object]) -> None:
+        """Also counts what is compiled for it, as if by a process that launches nothing else."""
+        before = self.taken()
+        for kernel in jit_functions().values():
+            kernel.device_caches.clear()
+        self.run(setting, problem)
+        for name, kernel in self.report.kernels.items():
+            if len(kernel.keys) > RUN_COMPILATIONS:
+                fault = f"compiled {len(kernel.keys)} times over steps of {RUN_TOKENS} tokens, at most {RUN_COMPILATIONS}"
+                self.report.faults.append(f"{self.architecture}, {name}, {setting}: {fault}")
+        self.report.add(before)
+
+    def taken(self) -> Report:
+        """What there was since the last time."""
+        found, self.report = self.report, Report()
+        return found
+
+
+def cut(case: Case) -> Case:
+    """The same with every operand cut out of a larger tensor, one element after a multiple of 16 bytes."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        flat = tensor.new_empty(tensor.numel() + 1)[1:]
+        return flat.view(tensor.shape).copy_(tensor)
+
+    parts: dict[str, Any] = {name: moved(part) for name, part in vars(case).items() if isinstance(part, Tensor)}
+    return replace(case, **parts)
+
+
+def transposed(case: Case) -> Case:
+    """The same with heads [V, D] that lie in memory as [D, V]."""
+    student, teacher = (weight.t().contiguous().t() for weight in (case.student_weight, case.teacher_weight))
+    return replace(case, student_weight=student, teacher_weight=teacher)
+
+
+Problem = tuple[str, Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process starts at a time. size: of the GPU checks; setting: if not all."""
+
+    part: str
+    strategy: str
+    dtype: str
+    divergence: str
+    size: str
+    setting: str | None = None
+
+
+def stepped(case: Case, **more: Any) -> None:
+    """Loss and gradients."""
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in case.learned().items()}
+    loss = case.loss(leaves, **more)
+    torch.autograd.grad(loss[0] if isinstance(loss, tuple) else loss, list(leaves.values()))
+
+
+def both_learn(case: Case, **more: Any) -> None:
+    """Loss and gradients of both models."""
+    assert case.labels is not None
+    parts = (case.student_hidden, case.student_weight, case.teacher_hidden, case.teacher_weight)
+    leaves = hidden, head, teacher_hidden, teacher_head = [part.detach().requires_grad_() for part in parts]
+    loss = kd.linear_okd_loss(hidden, head, teacher_hidden, teacher_head, case.labels, divergence=case.options.divergence, **more)
+    torch.autograd.grad(loss.student + loss.teacher, leaves)
+
+
+def checks(job: Job) -> Iterator[Problem]:
+    """What the GPU checks start, and the ways to call for other launches than theirs.
+
+    Draws of one setting differ in their values alone, so the first one stands for all.
+    """
+    dtype = DTYPES[job.dtype]
+    for name, setting in gpu_checks.settings_of(job.size).items():
+        case = gpu_checks.cases(setting, job.divergence, dtype, 3.0)[0]
+        yield name, partial(case.run, strategy=job.strategy, memory_budget=gpu_checks.budget(case, setting.chunks))
+    case = gpu_checks.repeated(job.divergence, dtype, job.size, "cpu")
+    options: dict[str, Any] = {"strategy": job.strategy, "memory_budget": gpu_checks.budget(case, 3)}
+    yield "repeated", partial(stepped, case, **options)
+    yield "metrics", partial(stepped, case, return_metrics=True, **options)
+    yield "both models learn", partial(both_learn, case, **options)
+    yield "cut from larger tensors", partial(stepped, cut(case), **options)
+    yield "transposed heads", partial(stepped, transposed(case), **options)
+    assert case.labels is not None
+    yield "every token masked", partial(stepped, replace(case, labels=torch.full_like(case.labels, -100)), **options)
+
+
+def step_of(head: Head, tokens: int, job: Job) -> None:
+    def empty(rows: int, width: int) -> Tensor:
+        return torch.empty(rows, width, dtype=DTYPES[job.dtype])
+
+    hidden, weight = (empty(rows, head.student_dim).requires_grad_() for rows in (tokens, head.vocab))
+    teacher_hidden, teacher_weight = (empty(rows, head.teacher_dim) for rows in (tokens, head.teacher_vocab))
+    options: dict[str, Any] = {"vocab_size": head.vocab, "strategy": job.strategy, "memory_budget": REAL_BUDGET}
+    loss = kd.linear_kd_loss(hidden, weight, teacher_hidden, teacher_weight, divergence=job.divergence, **options)
+    torch.autograd.grad(loss, (hidden, weight))
+
+
+def real_sizes(job: Job) -> Iterator[Problem]:
+    """Real heads, and the most tokens and columns at once; what large tensors hold is neither written nor read."""
+    for name, head in HEADS.items():
+        yield f"{name}, 8192 tokens", partial(step_of, head, 8192, job)
+    yield "gemma3, 32768 tokens", partial(step_of, HEADS["gemma3"], 32_768, job)
+
+
+def steps(job: Job, budget: int | None) -> None:
+    """Of one batch shape, of which the labels keep another number of tokens each time, and a t that changes."""
+    tokens, dims, dtype = max(RUN_TOKENS), (64, 96), DTYPES[job.dtype]
+    hidden, head = (torch.zeros(rows, dims[0], dtype=dtype, requires_grad=True) for rows in (tokens, RUN_VOCAB))
+    teacher = torch.zeros(tokens, dims[1], dtype=dtype), torch.zeros(RUN_VOCAB, dims[1], dtype=dtype)
+    options: dict[str, Any] = {"divergence": job.divergence, "ce_weight": 0.5, "strategy": job.strategy, "memory_budget": budget}
+    for step, kept in enumerate(RUN_TOKENS):
+        labels = torch.where(torch.arange(tokens) < kept, 1, -100)
+        loss = kd.linear_kd_loss(hidden, head, *teacher, labels, t=torch.tensor(0.4 + step / 10), **options)
+        torch.autograd.grad(loss, (hidden, head))
+
+
+def training_runs(job: Job) -> Iterator[Problem]:
+    for budget in RUN_BUDGETS:
+        yield "training run" if budget is None else f"training run in {budget} bytes", partial(steps, job, budget)
+
+
+PARTS: dict[str, Callable[[Job], Iterator[Problem]]] = {"checks": checks, "real sizes": real_sizes, "training run": training_runs}
+
+
+def jobs(
+    size: str, divergences: Sequence[str], dtypes: Sequence[str], strategies: Sequence[str], setting: str | None = None
+) -> list[Job]:
+    """The longest first. Sizes and token counts are launched alike for every dtype and divergence: those parts take a few only."""
+    return [
+        Job(part, strategy, dtype, divergence, size, setting)
+        for strategy in sorted(strategies, reverse=True)
+        for part in PARTS
+        for dtype in dtypes
+        for divergence in divergences
+        if part == "checks" or (dtype == "bf16" and divergence in QUICK_DIVERGENCES)
+    ]
+
+
+_watch: Watch | None = None
+
+
+def _prepare(architecture: str) -> None:
+    """Once in a process: Triton has one driver there, and kernels that were compiled for it."""
+    global _watch
+    torch.set_num_threads(1)
+    _watch = Watch(architecture)
+
+
+def _done(job: Job) -> Report:
+    assert _watch is not None
+    run = _watch.run_anew if job.part == "training run" else _watch.run
+    with as_on_a_gpu(_watch.architecture):
+        for setting, problem in PARTS[job.part](job):
+            if job.setting in (None, setting):
+                run(f"{job.strategy}, {job.dtype}, {job.divergence}, {setting}", problem)
+    return _watch.taken()
+
+
+def launched(architecture: str, wanted: Sequence[Job]) -> Report:
+    """The jobs side by side, as many as there are processors."""
+    report = Report()
+    processes = min(len(wanted), len(os.sched_getaffinity(0)))
+    # an executor, and not a pool, which would wait for ever for a process that the launcher's C code has brought down
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _prepare, (architecture,)) as pool:
+        for at, part in enumerate(pool.map(_done, wanted)):
+            report.add(part)
+            print(f"{architecture}: {at + 1} of {len(wanted)} jobs done", file=sys.stderr)
+    return report
+
+
+HEADER = ("architecture", "kernel", "launches", "compiled", "tensor maps", "largest grid", "shared", "seconds")
+
+
+def table(found: dict[str, Report]) -> str:
+    lines = [HEADER] + [
+        (
+            *(architecture, name, str(kernel.launches), str(len(kernel.keys)), str(kernel.tensor_maps)),
+            *(" x ".join(map(str, kernel.grid[:2])), str(kernel.shared), f"{kernel.seconds:.0f}"),
+        )
+        for architecture, report in found.items()
+        for name, kernel in report.kernels.items()
+    ]
+    return static.aligned(lines, 2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.launch", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help=f"what CI runs: {FULL} alone, fewer settings and divergences")
+    parser.add_argument("--only", choices=ARCHITECTURES, help="one architecture (default: all)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the models (default: all)")
+    parser.add_argument("--strategy", choices=STRATEGIES, help="one strategy (default: both)")
+    parser.add_argument("--divergence", choices=kd.divergences(), help="one divergence (default: all)")
+    parser.add_argument("--setting", help="one problem, by the name that a fault ends with (default: all)")
+    chosen = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("error: TRITON_INTERPRET=1 is set, so nothing would be launched; unset it", file=sys.stderr)
+        return 2
+    try:
+        built()
+    except CompilerMissingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    found = {}
+    for architecture in (chosen.only,) if chosen.only else (FULL,) if chosen.quick else ARCHITECTURES:
+        thorough = architecture == FULL and not chosen.quick
+        divergences = (chosen.divergence,) if chosen.divergence else kd.divergences() if thorough else QUICK_DIVERGENCES
+        wanted = jobs(
+            "full" if thorough else "quick",
+            divergences,
+            (chosen.dtype,) if chosen.dtype else tuple(DTYPES),
+            (chosen.strategy,) if chosen.strategy else STRATEGIES,
+            chosen.setting,
+        )
+        found[architecture] = launched(architecture, wanted)
+    faults = [fault for report in found.values() for fault in report.faults]
+    problems = sum(report.problems for report in found.values())
+    if problems == 0:
+        print(f"error: --setting is {chosen.setting!r}, which none of these has", file=sys.stderr)
+        return 2
+    print(table(found))
+    print(f"\n{problems} problems launched, {len(faults)} faults" + "".join(f"\n  {fault}" for fault in faults))
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
