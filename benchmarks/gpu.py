@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import itertools
 import json
 import os
@@ -81,19 +82,21 @@ def _losses(size: str, divergences: Any, dtypes: tuple[str, ...]) -> list[Part]:
 
 
 def _checks(size: str) -> list[Part]:
-    """One for each strategy, dtype and divergence, then those of each dtype."""
+    """One for each strategy, divergence and dtype, then those of each dtype; at toy size one for each strategy."""
     divergences = gpu_checks.TOY_DIVERGENCES if size == "toy" else sorted(kd.divergences(), key=_cost)
-    parts, of_dtype = [], []
-    for strategy, divergence, dtype in itertools.product(STRATEGIES, divergences, gpu_checks.DTYPES):
-        items = tuple(gpu_checks.items(size, dtype, divergence))
-        parts.append(Part(f"check {strategy}", gpu_checks.opened, (strategy,), items, 75, together=True))
-    for strategy, dtype in itertools.product(STRATEGIES, gpu_checks.DTYPES):
-        items = tuple(gpu_checks.items_of_dtype(dtype))
-        of_dtype.append(Part(f"check {strategy}", gpu_checks.opened, (strategy,), items, 75, together=True))
-    if size != "toy":
-        return [*parts, *of_dtype]
-    grouped = {strategy: [part for part in (*parts, *of_dtype) if part.arguments == (strategy,)] for strategy in STRATEGIES}
-    return [replace(some[0], items=tuple(item for part in some for item in part.items)) for some in grouped.values()]
+    dtypes = gpu_checks.DTYPES
+    shards = [
+        *(
+            (strategy, gpu_checks.items(size, dtype, of))
+            for strategy, of, dtype in itertools.product(STRATEGIES, divergences, dtypes)
+        ),
+        *((strategy, gpu_checks.items_of_dtype(dtype)) for strategy, dtype in itertools.product(STRATEGIES, dtypes)),
+    ]
+    if size == "toy":
+        shards = [(strategy, [item for of, items in shards if of == strategy for item in items]) for strategy in STRATEGIES]
+    return [
+        Part(f"check {strategy}", gpu_checks.opened, (strategy,), tuple(items), 75, together=True) for strategy, items in shards
+    ]
 
 
 def parts(size: str) -> dict[str, list[Part]]:
@@ -170,6 +173,12 @@ def said(*command: str) -> str | None:
     return lines[-1] if lines else None
 
 
+def sources() -> str:
+    """Tells one state of the library's files from another."""
+    files = sorted(Path(kd.__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
 def device_facts(size: str) -> Result:
     if size == "toy":
         return {"device": f"{info.processor()}, through the Triton interpreter", "capability": None}
@@ -197,6 +206,7 @@ def machine(size: str) -> Result:
             **{name: facts[name] for name in ("torch", "triton", "transformers", "python", "kdkernels")},
             **{peer: version(peer) for peer in ("liger-kernel", "trl")},
             "commit": said("git", "describe", "--always", "--dirty"),
+            "sources": sources(),  # where the checkout was copied without its history
         },
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),

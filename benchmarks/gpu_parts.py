@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 START_S = 60.0  # for a process to import what it needs and to make its inputs, before its first item
+MOST_PROCESSES = 16
 BACKEND = "triton"
 _SPAWN = multiprocessing.get_context("spawn")  # a forked process cannot use the device
 
@@ -33,7 +34,7 @@ Result = dict[str, Any]
 class Part:
     """What one process does: ``opened(size, *arguments)`` once, and what that returns for each item, which yields results.
 
-    limit: seconds for one item. together: may run beside others of its stage, as many as there are processors; else alone.
+    limit: seconds for one item. together: may run beside others of its stage, as many as ``side_by_side`` says; else alone.
     """
 
     name: str
@@ -169,8 +170,10 @@ class _Job:
         return {"part": self.part.named(self.part.items[self.at or 0]), "broken": reason}
 
 
-def processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def side_by_side() -> int:
+    """How many processes may share the device: one for each processor, as compilers take most of the time, while memory lasts."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(processors, MOST_PROCESSES)
 
 
 def results(size: str, parts: Sequence[Part], limit: float, done: set[Part], slower: float = 1.0) -> Iterator[Result]:
@@ -183,7 +186,7 @@ def results(size: str, parts: Sequence[Part], limit: float, done: set[Part], slo
     running: list[_Job] = []
     unfinished: list[Part] = []
     while (waiting or running) and time.monotonic() < begin + limit:
-        while waiting and (not running or (waiting[0].together and running[0].part.together and len(running) < processors())):
+        while waiting and (not running or (waiting[0].together and running[0].part.together and len(running) < side_by_side())):
             running.append(_Job(size, waiting.pop(0), slower))
         patience = min([begin + limit, *(job.deadline for job in running)]) - time.monotonic()
         wait([job.receiver for job in running], max(0.0, patience))

@@ -355,13 +355,14 @@ class TestParts:
         assert last["not_run"] == []
 
     def test_parts_run_side_by_side_where_they_may(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(gpu_parts, "processors", lambda: 2)
+        monkeypatch.setattr(gpu_parts, "side_by_side", lambda: 2)
         both = [part(tmp_path, side, together=True) for side in ("left", "right")]
         results, _ = self.told(*both)
         assert sorted(result["did"] for result in results) == ["left", "right"]
 
-    def test_parts_run_one_by_one_where_they_must(self, tmp_path: Path) -> None:
-        one_by_one = [part(tmp_path, side, limit=3) for side in ("left", "right")]
+    @pytest.mark.parametrize("together", [(False, True), (True, False)])
+    def test_a_part_that_must_be_alone_is(self, together: tuple[bool, bool], tmp_path: Path) -> None:
+        one_by_one = [part(tmp_path, side, limit=3, together=may) for side, may in zip(("left", "right"), together, strict=True)]
         results, _ = self.told(*one_by_one)
         assert results == [{"part": "part left", "broken": "not done after 3 s"}, {"did": "right"}]
 
