@@ -150,7 +150,7 @@ def products(given: Problem, block: int, dtype: torch.dtype | None = None) -> Ca
     return run
 
 
-def _ours(loss: str, strategy: str) -> Loss:
+def ours(loss: str, strategy: str, memory_budget: int | None = None) -> Loss:
     divergence, t = ("forward_kl", TAID_T) if loss == "taid" else (loss, 1.0)
 
     def run(given: Problem) -> Tensor:
@@ -165,6 +165,7 @@ def _ours(loss: str, strategy: str) -> Loss:
             ignore_index=IGNORED,
             vocab_size=given.vocab,
             strategy=strategy,
+            memory_budget=memory_budget,
         )
         return value
 
@@ -311,8 +312,8 @@ def _trl(loss: str) -> Loss:
 
 
 CONTENDERS: dict[str, Callable[[str], Loss]] = {
-    "tokens": lambda loss: _ours(loss, "tokens"),
-    "vocab": lambda loss: _ours(loss, "vocab"),
+    "tokens": lambda loss: ours(loss, "tokens"),
+    "vocab": lambda loss: ours(loss, "vocab"),
     "eager": _eager,
     "compiled": _compiled,
     "checkpointed": _checkpointed,

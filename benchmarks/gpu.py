@@ -1,237 +1,307 @@
-"""Checks and times of ``linear_kd_loss`` on the GPU of this machine, and of what else computes the same loss.
+"""Checks and times of ``linear_kd_loss`` on the GPU of this machine, and of what else computes the same loss, in stages that fit a
+short lease.
 
-    python -m benchmarks.gpu --out FILE              # everything
-    python -m benchmarks.gpu --out FILE --quick      # fewer settings, one head, two token counts
-    python -m benchmarks.gpu --out FILE --only "times: gemma3 jsd"
-    python -m benchmarks.gpu --out FILE --interpret  # the same code at toy size on the CPU, through the Triton interpreter
+    python -m benchmarks.gpu --out FILE                             # all stages: planned to take at most 11 minutes on an H100
+    python -m benchmarks.gpu --out FILE --stages smoke,checks,ours,profile                   # at most 5.5 minutes of them
+    python -m benchmarks.gpu --out FILE --append --stages rows,blocks,others                 # the rest, into the same file
+    python -m benchmarks.gpu --out FILE --only "gemma3 8192 jsd"    # the items whose name contains this
+    python -m benchmarks.gpu --out FILE --full                      # more settings, token counts and losses: hours
+    python -m benchmarks.gpu --out FILE --interpret                 # the same code at toy size on the CPU, in Triton's interpreter
+    python -m benchmarks.gpu --report FILE                          # the tables of a file, also of an unfinished one
 
-First the checks (gpu_checks.py), side by side, then the times (gpu_times.py) of the contenders (contenders.py), one after another.
-Each part runs in a process of its own, so that a kernel that takes the device down takes only its part with it. FILE is JSON,
-written anew after every result; it must not exist yet. The exit status is 1 if a check failed or a part broke off, and 2 if nothing
-could be measured.
+Stages, in order of worth:
+    smoke    products as the library asks for them, the rates of products and copies, a small loss through every kernel
+    checks   values, gradients and the rest of the contract against float64 (gpu_checks.py)
+    ours     both strategies at two memory budgets, and eager, on three heads (gpu_times.py)
+    profile  the kernels of a step (gpu_kernels.py)
+    rows     the row kernel alone, with the table's sizes and others
+    blocks   the kernels of the strategy vocab with other blocks than the table's
+    others   Liger's losses, TRL's, and torch.compile
 
-Needs the development requirements (the checks share their oracle with the tests). liger_kernel and trl are measured where they are
-installed. Times that the interpreter took say nothing about a GPU: such a file has ``"interpreter": true``.
+FILE is JSON Lines: the machine's facts, then each result as soon as it is known. Each stage and each item has a time limit of its
+own; what hangs, or takes its process down, costs only its item, and a stage ends with what it had no time for. The exit status is 1
+if a check failed or anything broke off or was not run, and 2 if nothing could be measured.
+
+Runs from a checkout, nothing of it installed: PyTorch, Triton, NumPy and pytest are enough, and no compiled extension. The wheels
+liger-kernel and trl (with datasets, dill and multiprocess) add contenders. Times that the interpreter took say nothing about a GPU:
+such a file has ``"interpreter": true``.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
+import itertools
 import json
-import multiprocessing
 import os
 import shlex
 import subprocess
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack
-from multiprocessing.connection import Connection, wait
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PEERS = ("liger-kernel", "trl")
-PATIENCE = 1200  # seconds without any result after which what still runs is taken for hung
-Part = tuple[str, Any, Any]
+import kdkernels as kd
+from benchmarks import gpu_checks, gpu_kernels, gpu_report, gpu_smoke, gpu_times
+from benchmarks.gpu_parts import Part, Result, results
+from benchmarks.gpu_report import line
+from benchmarks.measure import version
+from kdkernels import info
+from kdkernels.divergences import resolve
+
+# Seconds of each stage on a GPU: the first four, and the last three, are to fit 5.5 minutes.
+LIMITS = {"smoke": 65, "checks": 125, "ours": 90, "profile": 45, "rows": 70, "blocks": 90, "others": 165}
+# How much longer each stage, and each item, may take.
+SLOWER = {"short": (1, 1), "full": (60, 4), "toy": (3, 3)}
+STRATEGIES = ("vocab", "tokens")  # the one that compiles more first
 
 
-def parts(size: str) -> dict[str, Part]:
-    """What runs in a process of its own, by the name that --only looks at."""
-    from benchmarks import contenders, gpu_checks, gpu_times
+def _cost(divergence: str) -> int:
+    """The divergences with more kernels first."""
+    return len(resolve(divergence).one_sweep)
 
-    dtypes = tuple(gpu_checks.DTYPES)
-    groups = (dtypes,) if size == "toy" else tuple((dtype,) for dtype in dtypes)
-    checks: dict[str, Part] = {
-        f"checks: {strategy} {' '.join(group)}": ("checks", strategy, group) for strategy in ("tokens", "vocab") for group in groups
+
+def _shards(size: str, part: Part) -> list[Part]:
+    """A part for each item, side by side; at toy size, where starting a process takes longest, they stay together."""
+    if size == "toy":
+        return [part]
+    return [replace(part, items=(item,), together=True) for item in part.items]
+
+
+def _losses(size: str, divergences: Any, dtypes: tuple[str, ...]) -> list[Part]:
+    """Small losses, which also compile the kernels that the times take."""
+    items = tuple(itertools.product(sorted(divergences, key=_cost), dtypes))
+    parts = [Part(f"loss {strategy}", gpu_smoke.opened_losses, (strategy,), items, 40) for strategy in STRATEGIES]
+    return [shard for part in parts for shard in _shards(size, part)]
+
+
+def _checks(size: str) -> list[Part]:
+    """One for each strategy, divergence and dtype, then those of each dtype; at toy size one for each strategy."""
+    divergences = gpu_checks.TOY_DIVERGENCES if size == "toy" else sorted(kd.divergences(), key=_cost)
+    dtypes = gpu_checks.DTYPES
+    shards = [
+        *(
+            (strategy, gpu_checks.items(size, dtype, of))
+            for strategy, of, dtype in itertools.product(STRATEGIES, divergences, dtypes)
+        ),
+        *((strategy, gpu_checks.items_of_dtype(dtype)) for strategy, dtype in itertools.product(STRATEGIES, dtypes)),
+    ]
+    if size == "toy":
+        shards = [(strategy, [item for of, items in shards if of == strategy for item in items]) for strategy in STRATEGIES]
+    return [
+        Part(f"check {strategy}", gpu_checks.opened, (strategy,), tuple(items), 75, together=True) for strategy, items in shards
+    ]
+
+
+def parts(size: str) -> dict[str, list[Part]]:
+    """What runs in each stage."""
+    extent = gpu_times.EXTENTS[size]
+    toy = size == "toy"
+    divergences = gpu_checks.TOY_DIVERGENCES if toy else kd.divergences()
+    timed = ("forward_kl", "jsd")
+    compiled = [] if toy else _losses(size, timed, ("bf16",))
+
+    settings = tuple(itertools.product(extent.tokens, extent.losses))
+    ours = tuple((*setting, contender) for setting in settings for contender in gpu_times.OURS)
+    others = tuple((*setting, contender) for contender in extent.others for setting in settings)
+    profiled = tuple(itertools.product(timed, gpu_kernels.PROFILED))
+    profiled_heads = tuple(extent.heads) if toy else gpu_kernels.PROFILED_HEADS
+    labels = tuple(map(gpu_kernels.label, gpu_kernels.ROW_CANDIDATES[: 2 if toy else None]))
+    vocabularies = (150,) if toy else gpu_kernels.ROW_VOCABULARIES
+    tried = gpu_kernels.TOY_BLOCKS if toy else gpu_kernels.BLOCK_CANDIDATES
+
+    def compiled_then_timed(
+        name: str, opened: Callable[..., Any], first: tuple[Any, ...], all_of_them: tuple[Any, ...]
+    ) -> list[Part]:
+        return [
+            *_shards(size, Part(f"compile {name}", opened, (True,), first, 60)),
+            Part(f"time {name}", opened, (False,), all_of_them, 30),
+        ]
+
+    found = {
+        "smoke": [
+            Part("device", gpu_smoke.opened, (), (("backend",), ("kept_product",), ("added_product",), ("rates",)), 25),
+            *_losses(size, divergences, ("bf16", "fp32")),
+        ],
+        "checks": _checks(size),
+        "ours": [*compiled, *(Part(f"time {head}", gpu_times.opened, (head,), ours, 40) for head in extent.heads)],
+        "profile": [
+            *compiled,
+            *(Part(f"profile {head}", gpu_kernels.opened_profile, (head,), profiled, 20) for head in profiled_heads),
+        ],
+        "rows": compiled_then_timed(
+            *("rows", gpu_kernels.opened_rows),
+            tuple(itertools.product(timed, vocabularies[:1], labels)),
+            tuple(itertools.product(timed, vocabularies, labels)),
+        ),
+        "blocks": compiled_then_timed(
+            "blocks", gpu_kernels.opened_blocks, *[tuple((loss, *blocks) for blocks in tried for loss in timed[::-1])] * 2
+        ),
+        "others": [Part(f"time {head}", gpu_times.opened, (head,), others, 75) for head in extent.other_heads],
     }
-    return checks | {
-        f"times: {head} {loss}": ("times", head, loss) for head in gpu_times.EXTENTS[size].heads for loss in contenders.LOSSES
-    }
+    # times of the interpreter mean nothing, so nothing has to be alone
+    return {stage: [replace(part, together=True) for part in some] for stage, some in found.items()} if toy else found
 
 
-def work(size: str, part: Part, sender: Connection) -> None:
-    """Sends the part's results, each as it is known; runs in a process of its own."""
-    from benchmarks import gpu_checks, gpu_times
-
-    kind, first, second = part
-    if kind == "checks" or size == "toy":
-        torch.set_num_threads(1)  # problems are small, and checks run side by side
-    with sender, ExitStack() as stack:
-        if size == "toy":
-            # On a GPU the device chooses the backend, its dtypes and its blocks; CPU tensors have to be told.
-            warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")  # inf - inf in NumPy
-            from benchmarks.interpreter import as_on_a_gpu  # Triton may not be installed
-
-            stack.enter_context(as_on_a_gpu(gpu_checks.BACKEND))
-        for result in (gpu_checks if kind == "checks" else gpu_times).run(size, first, second):
-            sender.send(result)
+def chosen(size: str, stages: list[str], only: str) -> dict[str, list[Part]]:
+    """The stages, and of them the items whose name contains ``only``."""
+    found = {}
+    for stage in stages:
+        some = [
+            replace(part, items=tuple(item for item in part.items if only in part.named(item))) if only else part
+            for part in parts(size)[stage]
+        ]
+        some = [part for part in some if part.items]
+        if some:
+            found[stage] = some
+    return found
 
 
 def said(*command: str) -> str | None:
     """The last line that a command prints, None if it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, cwd=Path(__file__).parent)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, cwd=Path(__file__).parent)
     except (OSError, subprocess.SubprocessError):
         return None
     lines = done.stdout.strip().splitlines()
     return lines[-1] if lines else None
 
 
-def machine(size: str) -> dict[str, Any]:
-    """Device, versions, date and command."""
-    from benchmarks.measure import version
-    from kdkernels import info
+def sources() -> str:
+    """Tells one state of the library's files from another."""
+    files = sorted(Path(kd.__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
-    facts = info.facts()
-    found: dict[str, Any] = {"device": f"{facts['processor']}, through the Triton interpreter", "capability": None}
+
+def device_facts(size: str) -> Result:
+    if size == "toy":
+        return {"device": f"{info.processor()}, through the Triton interpreter", "capability": None}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        **{"device": properties.name, "capability": f"{properties.major}.{properties.minor}"},
+        **{"memory_bytes": properties.total_memory, "multiprocessors": properties.multi_processor_count},
+    }
+
+
+def machine(size: str) -> Result:
+    """Device, versions, date and command."""
     driver = None
     if size != "toy":
-        properties = torch.cuda.get_device_properties(0)
-        found = {"device": properties.name, "capability": f"{properties.major}.{properties.minor}"}
-        found |= {"memory_bytes": properties.total_memory, "multiprocessors": properties.multi_processor_count}
         driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         driver = driver or said("rocm-smi", "--showdriverversion", "--csv")
+    facts = info.facts()
     return {
-        **found,
+        **device_facts(size),
         "interpreter": size == "toy",
         "extent": size,
+        "processors": os.cpu_count(),
         "versions": {
             **{"driver": driver, "cuda": torch.version.cuda, "hip": torch.version.hip},
-            **{name: facts[name] for name in ("torch", "triton", "python", "kdkernels")},
-            **{peer: version(peer) for peer in PEERS},
+            **{name: facts[name] for name in ("torch", "triton", "transformers", "python", "kdkernels")},
+            **{peer: version(peer) for peer in ("liger-kernel", "trl")},
             "commit": said("git", "describe", "--always", "--dirty"),
+            "sources": sources(),  # where the checkout was copied without its history
         },
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
     }
 
 
-def written(path: Path, report: dict[str, Any]) -> None:
-    """Replaces the file as a whole: who interrupts finds the one before or this one."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(beside, path)
+def append(path: Path, record: Result) -> None:
+    """One line more, on disk when this returns; behind a line that was cut off it begins a new one."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(record).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def line(result: dict[str, Any]) -> str:
-    """A result, for the terminal."""
-    if "check" in result:
-        about = " ".join(str(result[key]) for key in ("strategy", "dtype", "divergence", "check", "spread") if key in result)
-        if "skipped" in result:
-            return f"  -     {about}: {result['skipped']}"
-        if not result["passed"]:
-            return f"  FAIL  {about}: {result['reason']}"
-        return f"  ok    {about}" + (f": at most {result['worst_ratio']:.2f} of the bound" if "worst_ratio" in result else "")
-    about = f"  {result['tokens']:>6} tokens  {result['contender']:14}"
-    if "failed" in result:
-        return f"{about} {result['failed']}"
-    peak = "" if result["peak_bytes"] is None else f"  {result['peak_bytes'] / 2**30:6.2f} GiB"
-    times = f"{result['median_ms']:9.2f} ms ({result['p20_ms']:.2f}-{result['p80_ms']:.2f})"
-    return f"{about} {times}  {result['ratio']:6.3f}x{peak}  {result['share_of_product_rate']:.0%} of the product rate"
+def measured(path: Path, size: str, stages: dict[str, list[Part]]) -> Iterator[Result]:
+    """The results of the stages, each in the file before it is yielded."""
+    begin = time.monotonic()
+    append(path, machine(size))
+    done: set[Part] = set()
+    slower, slower_items = SLOWER[size]
+    for stage, some in stages.items():
+        for result in results(size, some, LIMITS[stage] * slower, done, slower_items):
+            record = {"stage": stage, **result, "at_s": round(time.monotonic() - begin, 1)}
+            append(path, record)
+            yield record
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Time over the bare products, and peak memory, of every contender (a dash where it failed)."""
-    names = list(dict.fromkeys(row["contender"] for row in rows))
-    problems = dict.fromkeys((row["head"], row["loss"], row["tokens"]) for row in rows)
-    by_key = {(row["head"], row["loss"], row["tokens"], row["contender"]): row for row in rows}
-
-    def cell(row: dict[str, Any] | None) -> str:
-        if row is None or "failed" in row:
-            return "-"
-        peak = "" if row["peak_bytes"] is None else f" {row['peak_bytes'] / 2**30:.1f}G"
-        return f"{row['ratio']:.2f}x{peak}"
-
-    header = ["head", "loss", "tokens", *names]
-    lines = [header] + [[*map(str, key), *(cell(by_key.get((*key, name))) for name in names)] for key in problems]
-    widths = [max(len(row[at]) for row in lines) for at in range(len(header))]
-    return "\n".join("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in lines)
+def measure(path: Path, size: str, stages: dict[str, list[Part]]) -> int:
+    """Runs the stages and says what they find; returns the exit status."""
+    bad = []
+    for result in measured(path, size, stages):
+        print(line(result), flush=True)
+        if result.get("passed") is False or "broken" in result or result.get("not_run"):
+            bad.append(result)
+    print("\n".join(["", *map(line, bad), f"wrote {path}; python -m benchmarks.gpu --report {path} shows it"]))
+    return 1 if bad else 0
 
 
-def results(size: str, together: dict[str, Part]) -> Iterator[dict[str, Any]]:
-    """Runs the parts side by side, each in a process of its own; one that breaks off is a failed check."""
-    context = multiprocessing.get_context("spawn")
-    running: dict[Any, tuple[str, Any]] = {}
-    for name, part in together.items():
-        print(name, flush=True)
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=work, args=(size, part, sender), daemon=True)
-        process.start()
-        sender.close()  # so that the process holds the only end, and its death is the end of the results
-        running[receiver] = name, process
-    while running:
-        ready = wait(list(running), PATIENCE)
-        if not ready:
-            for _, process in running.values():
-                process.kill()
-        for receiver in [one for one in running if one in ready]:
-            result = received(receiver)
-            if result is not None:
-                yield result
-                continue
-            name, process = running.pop(receiver)
-            process.join()
-            if process.exitcode != 0:
-                reason = f"the process ended with exit status {process.exitcode}"
-                yield {"check": f"{name} ran to its end", "passed": False, "reason": reason}
-
-
-def received(receiver: Connection) -> dict[str, Any] | None:
-    """A part's next result, None after the last."""
+def refusal(out: Path, adds: bool, size: str) -> str | None:
+    """Why results may not go to this file."""
+    if not adds:
+        if out.exists():
+            return f"--out {out} exists; results are never overwritten, and --append adds to them"
+        return None if out.parent.is_dir() else f"--out {out}: there is no folder {out.parent}"
     try:
-        result: dict[str, Any] = receiver.recv()
-    except EOFError:
-        return None
-    return result
-
-
-def measure(path: Path, size: str, chosen: dict[str, Part]) -> int:
-    """Runs the parts, checks side by side and times one by one; keeps the file up to date; returns the exit status."""
-    report: dict[str, Any] = {**machine(size), "checks": [], "rows": []}
-    written(path, report)
-    checks = {name: part for name, part in chosen.items() if part[0] == "checks"}
-    alone = [{name: part} for name, part in chosen.items() if name not in checks]
-    for together in (checks, *alone):
-        for result in results(size, together):
-            report["checks" if "check" in result else "rows"].append(result)
-            print(line(result), flush=True)
-            written(path, report)
-    failed = [check for check in report["checks"] if check.get("passed") is False]
-    if report["rows"]:
-        print(f"\ntime over the bare products{' (of the interpreter)' if size == 'toy' else ', peak memory'}")
-        print(table(report["rows"]))
-    print(f"\n{len(report['checks'])} checks, {len(failed)} failed")
-    print("\n".join([*map(line, failed), f"wrote {path}"]))
-    return 1 if failed else 0
+        machines, _, _ = gpu_report.read(out)
+    except (OSError, ValueError) as error:
+        return f"--append to {out}: {error}"
+    there, here = machines[0]["device"], device_facts(size)["device"]
+    return None if there == here else f"--append to {out}: its results are of {there!r}, and this is {here!r}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the results go; must not exist")
-    parser.add_argument("--only", default="", metavar="NAME", help="run the parts whose name contains this")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", type=Path, metavar="FILE", help="where the results go; must not exist, but for --append")
+    target.add_argument("--report", type=Path, metavar="FILE", help="print what a result file says")
+    parser.add_argument("--append", action="store_true", help="add to the results of the same device that --out holds")
+    parser.add_argument("--stages", default=",".join(LIMITS), metavar="A,B,...", help="which to run (default: %(default)s)")
+    parser.add_argument("--only", default="", metavar="NAME", help="run the items whose name contains this")
     extent = parser.add_mutually_exclusive_group()
-    extent.add_argument("--quick", action="store_true", help="fewer settings and sizes")
+    extent.add_argument("--full", action="store_true", help="more settings, token counts, losses and repeats")
     extent.add_argument("--interpret", action="store_true", help="toy sizes on the CPU, through the Triton interpreter")
     arguments = parser.parse_args()
-    out: Path = arguments.out
-    if out.exists():
-        parser.error(f"--out {out} exists; results are never overwritten")
-    if not out.parent.is_dir():
-        parser.error(f"--out {out}: there is no folder {out.parent}")
+    if arguments.report is not None:
+        try:
+            report = gpu_report.text(arguments.report)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        with suppress(BrokenPipeError):
+            print(report)
+        return 0
     if arguments.interpret:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, here and in the parts' processes
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, in the parts' processes
     elif not torch.cuda.is_available():
         parser.error(f"no GPU here (torch {torch.__version__}); --interpret runs the same code at toy size on the CPU")
     else:
         os.environ.pop("TRITON_INTERPRET", None)  # left over from something else, it would time the interpreter
-    size = "toy" if arguments.interpret else "quick" if arguments.quick else "full"
-    chosen = {name: part for name, part in parts(size).items() if arguments.only in name}
-    if not chosen:
-        parser.error(f"--only {arguments.only!r} is part of no name; there are: {', '.join(parts(size))}")
-    return measure(out, size, chosen)
+    size = "toy" if arguments.interpret else "full" if arguments.full else "short"
+    wanted = arguments.stages.split(",")
+    unknown = [stage for stage in wanted if stage not in LIMITS]
+    if unknown:
+        parser.error(f"--stages: {', '.join(map(repr, unknown))} is none of {', '.join(LIMITS)}")
+    stages = chosen(size, [stage for stage in LIMITS if stage in wanted], arguments.only)
+    if not stages:
+        names = dict.fromkeys(part.name for stage in wanted for part in parts(size)[stage])
+        parser.error(f"--only {arguments.only!r} is part of no name in these stages; names begin with: {', '.join(names)}")
+    reason = refusal(arguments.out, arguments.append, size)
+    if reason:
+        parser.error(reason)
+    return measure(arguments.out, size, stages)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from benchmarks.gpu_times import freed, peak_bytes
-from benchmarks.measure import why
-from tests.cases import Case, Result, assert_as_good_as_eager, draw, dressed, ratios
+from benchmarks.gpu_parts import Result, device_of, why
+from benchmarks.gpu_times import peak_bytes
+from tests.cases import Case, assert_as_good_as_eager, draw, dressed, ratios
 from tests.oracle import Options
 
-BACKEND = "triton"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIB = 2**20
 
@@ -67,7 +66,7 @@ SETTINGS = {
     "banned tokens, t < 1": Setting((12,), 1003, banned=True, t=0.4, temperature=2.0, draws=2),
 }
 SPREADS = (1.0, 10.0, 30.0)
-QUICK = ("plain", "both, odd widths", "vocabulary smaller than a block", "several chunks", "dressed, t < 1", "banned tokens")
+SHORT = ("plain", "both, odd widths", "vocabulary smaller than a block", "several chunks", "dressed, t < 1", "banned tokens")
 TOY = {
     "dressed, t < 1": Setting((5,), 37, dressed=True, t=0.4, temperature=2.0, draws=3),
     "banned tokens": Setting((2, 2), 45, (7, 9), banned=True, draws=3),
@@ -97,7 +96,7 @@ def moved(case: Case, device: str) -> Case:
     return replace(case, **parts)
 
 
-def on_cpu(result: Result) -> Result:
+def on_cpu(result: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.cpu() for name, value in result.items()}
 
 
@@ -109,7 +108,7 @@ def budget(case: Case, chunks: int) -> int | None:
     return tokens * vocab * case.student_weight.itemsize // chunks
 
 
-def accuracy(divergence: str, strategy: str, dtype: torch.dtype, spread: float, size: str, device: str) -> dict[str, Any]:
+def accuracy(divergence: str, strategy: str, dtype: torch.dtype, spread: float, size: str, device: str) -> Result:
     """How the errors of value and gradients compare with what they may be: at most 1 is right (see assert_as_good_as_eager)."""
     compared = {}
     for name, setting in settings_of(size).items():
@@ -129,20 +128,20 @@ def accuracy(divergence: str, strategy: str, dtype: torch.dtype, spread: float, 
 def settings_of(size: str) -> dict[str, Setting]:
     if size == "toy":
         return TOY
-    return {name: SETTINGS[name] for name in QUICK} if size == "quick" else SETTINGS
+    return SETTINGS if size == "full" else {name: SETTINGS[name] for name in SHORT}
 
 
 def repeated(divergence: str, dtype: torch.dtype, size: str, device: str) -> Case:
     return moved(cases(REPEATED["toy" if size == "toy" else "full"], divergence, dtype, 3.0)[0], device)
 
 
-def _same(found: Result, expected: Result) -> None:
+def _same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, value in expected.items():
         if not torch.equal(found[name], value):
             raise ArithmeticError(f"{name} differs by up to {(found[name].double() - value.double()).abs().max().item():.3g}")
 
 
-def two_runs(case: Case, strategy: str) -> dict[str, Any]:
+def two_runs(case: Case, strategy: str) -> Result:
     """Two runs in several chunks agree bit for bit."""
     first, second = (case.run(strategy=strategy, memory_budget=budget(case, 3)) for _ in range(2))
     _same(second, first)
@@ -154,7 +153,7 @@ def _with_graph(case: Case, strategy: str) -> tuple[dict[str, Tensor], Any]:
     return leaves, case.loss(leaves, strategy=strategy)
 
 
-def backward_twice(case: Case, strategy: str) -> dict[str, Any]:
+def backward_twice(case: Case, strategy: str) -> Result:
     """backward(retain_graph=True) twice gives the same gradients twice, and leaves the inputs alone."""
     leaves, loss = _with_graph(case, strategy)
     before = {name: leaf.detach().clone() for name, leaf in leaves.items()}
@@ -166,7 +165,7 @@ def backward_twice(case: Case, strategy: str) -> dict[str, Any]:
     return {}
 
 
-def host_syncs(case: Case, strategy: str) -> dict[str, Any]:
+def host_syncs(case: Case, strategy: str) -> Result:
     """At most one host sync in loss and backward, with labels, masks and token weights to look at."""
     if case.student_hidden.device.type != "cuda":
         raise SkippedError("host syncs are counted by CUDA")
@@ -190,7 +189,7 @@ def host_syncs(case: Case, strategy: str) -> dict[str, Any]:
     return {"syncs": count}
 
 
-def special_values(case: Case, strategy: str) -> dict[str, Any]:
+def special_values(case: Case, strategy: str) -> Result:
     """Every token masked: loss and gradients 0. NaN in: NaN out."""
     assert case.labels is not None
     for name, value in replace(case, labels=torch.full_like(case.labels, -100)).run(strategy=strategy).items():
@@ -214,7 +213,7 @@ def _step(tokens: int, vocab: int, dims: tuple[int, int], dtype: torch.dtype) ->
     return leaves, lambda **options: kd.linear_kd_loss(*leaves, *inputs[2:], **options)
 
 
-def planned_memory(dtype: torch.dtype, strategy: str, device: str) -> dict[str, Any]:
+def planned_memory(dtype: torch.dtype, strategy: str, device: str) -> Result:
     """A step's peak, above inputs and returned gradients, is what kd.plan said: to 16 MiB or a twentieth, in both directions."""
     if device != "cuda":
         raise SkippedError("the peak is read from the CUDA allocator")
@@ -241,7 +240,7 @@ def planned_memory(dtype: torch.dtype, strategy: str, device: str) -> dict[str, 
     return {"scratch_bytes": found}
 
 
-def large_offsets(dtype: torch.dtype, strategy: str, device: str) -> dict[str, Any]:
+def large_offsets(dtype: torch.dtype, strategy: str, device: str) -> Result:
     """Logits past 2^31 entries in one chunk give what small chunks give, to a hundredth of the gradients' norm."""
     if device != "cuda" or dtype != torch.bfloat16:
         raise SkippedError("run on a GPU in bfloat16 only, for the memory that it takes")
@@ -261,16 +260,8 @@ def large_offsets(dtype: torch.dtype, strategy: str, device: str) -> dict[str, A
     return {"relative_differences": errors}
 
 
-def served_by(dtype: torch.dtype, device: str) -> dict[str, Any]:
-    found = kd.backend(device, dtype)
-    if found != BACKEND:
-        raise LookupError(f"{found!r} runs on this device, not {BACKEND!r}")
-    return {"backend": found}
-
-
-def checked(facts: dict[str, Any], device: str, check: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """The check's outcome; raises only if the device no longer answers after the check before."""
-    freed(device)
+def checked(facts: Result, check: Callable[..., Result], *arguments: Any) -> Result:
+    """The check's outcome."""
     try:
         return {**facts, "passed": True, **check(*arguments)}
     except SkippedError as reason:
@@ -279,20 +270,37 @@ def checked(facts: dict[str, Any], device: str, check: Callable[..., dict[str, A
         return {**facts, "passed": False, "reason": why(error)}
 
 
-def run(size: str, strategy: str, dtype_names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """The checks of one strategy in these dtypes."""
-    device = "cpu" if size == "toy" else "cuda"
-    for dtype_name in dtype_names:
+REPEATED_CHECKS = (two_runs, backward_twice, host_syncs, special_values)
+OF_DTYPE = (planned_memory, large_offsets)
+Item = tuple[str, str | None, str, float | None]  # dtype, divergence, check, spread
+
+
+def items(size: str, dtype: str, divergence: str) -> list[Item]:
+    """The checks of a divergence."""
+    spreads = (3.0,) if size == "toy" else SPREADS
+    at_spreads: list[Item] = [(dtype, divergence, "accuracy", spread) for spread in spreads]
+    return at_spreads + [(dtype, divergence, check.__name__, None) for check in REPEATED_CHECKS]
+
+
+def items_of_dtype(dtype: str) -> list[Item]:
+    """The checks that are made once for each dtype."""
+    return [(dtype, None, check.__name__, None) for check in OF_DTYPE]
+
+
+def opened(size: str, strategy: str) -> Callable[[str, str | None, str, float | None], Iterator[Result]]:
+    device = device_of(size)
+    by_name = {check.__name__: check for check in (*REPEATED_CHECKS, *OF_DTYPE)}
+
+    def run(dtype_name: str, divergence: str | None, name: str, spread: float | None) -> Iterator[Result]:
         dtype = DTYPES[dtype_name]
-        facts = {"strategy": strategy, "dtype": dtype_name}
-        yield checked({"check": "backend", **facts}, device, served_by, dtype, device)
-        for divergence in TOY_DIVERGENCES if size == "toy" else kd.divergences():
-            named = {**facts, "divergence": divergence}
-            for spread in (3.0,) if size == "toy" else SPREADS:
-                about = {"check": "accuracy", **named, "spread": spread}
-                yield checked(about, device, accuracy, divergence, strategy, dtype, spread, size, device)
-            case = repeated(divergence, dtype, size, device)
-            for check in (two_runs, backward_twice, host_syncs, special_values):
-                yield checked({"check": check.__name__, **named}, device, check, case, strategy)
-        for of_size in (planned_memory, large_offsets):
-            yield checked({"check": of_size.__name__, **facts}, device, of_size, dtype, strategy, device)
+        facts: Result = {"check": name, "strategy": strategy, "dtype": dtype_name}
+        if divergence is None:
+            yield checked(facts, by_name[name], dtype, strategy, device)
+            return
+        facts["divergence"] = divergence
+        if spread is None:
+            yield checked(facts, by_name[name], repeated(divergence, dtype, size, device), strategy)
+        else:
+            yield checked({**facts, "spread": spread}, accuracy, divergence, strategy, dtype, spread, size, device)
+
+    return run

@@ -1,9 +1,9 @@
-"""Times and peak memory of the contenders on one head and one loss, each interleaved with the bare matrix products.
+"""Times and peak memory of the contenders on one head, each interleaved with the bare matrix products.
 
 A step is the loss and the gradients of the hidden states and of the head. Before and after each timed step the bare products run
 (``contenders.products``), so that a clock that drifts moves both; a ratio is step / mean of the products around it, and what is
 reported is the median over the repeats. On a GPU the clock is a pair of CUDA events around the step, the launches included; the
-device is idle before each.
+device is idle before each. The first step, in which a contender may compile, is timed by itself: ``first_s``.
 
 Units: milliseconds, bytes, operations per second. Bytes are what the allocator handed out at the peak of one step, above what it
 had handed out before: ``peak_bytes`` with the returned gradients in it, ``scratch_bytes`` without them.
@@ -11,37 +11,62 @@ had handed out before: ``peak_bytes`` with the returned gradients in it, ``scrat
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import Tensor
 
+from benchmarks import contenders
 from benchmarks.contenders import CONTENDERS, HEADS, Head, Loss, Problem, problem, products
-from benchmarks.measure import why
+from benchmarks.gpu_parts import Result, device_of, freed, told
+
+GIB = 2**30
+OURS: dict[str, Callable[[str], Loss]] = {
+    "tokens": CONTENDERS["tokens"],
+    "tokens 8 GiB": lambda loss: contenders.ours(loss, "tokens", 8 * GIB),
+    "vocab": CONTENDERS["vocab"],
+    "vocab 8 GiB": lambda loss: contenders.ours(loss, "vocab", 8 * GIB),
+    "eager": CONTENDERS["eager"],
+}
+PEERS = ("liger", "liger triton", "trl")
+# What a machine that has PyTorch and transformers lacks for a contender.
+WHEELS = {
+    "liger": "liger-kernel",
+    "liger compiled": "liger-kernel",
+    "liger triton": "liger-kernel",
+    "trl": "trl, datasets, dill and multiprocess",
+}
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured. block: tokens per block of the bare products, enough of them for the full rate of the device."""
+    """How much is measured. others: what is timed beside ours, on ``other_heads``, in order of worth.
+
+    block: tokens per block of the bare products, enough of them for the full rate of the device.
+    """
 
     heads: dict[str, Head]
     tokens: tuple[int, ...]
+    losses: tuple[str, ...]
+    others: tuple[str, ...]
+    other_heads: tuple[str, ...]
     repeats: int
     warmups: int
-    device: str = "cuda"
     dtype: torch.dtype = torch.bfloat16
     block: int = 4096
 
 
+_ALL = (*PEERS, "checkpointed", "liger compiled", "compiled")
 EXTENTS = {
-    "full": Extent(HEADS, (2048, 4096, 8192, 16_384, 32_768), repeats=20, warmups=3),
-    "quick": Extent({"qwen2.5": HEADS["qwen2.5"]}, (2048, 8192), repeats=5, warmups=2),
+    "short": Extent(HEADS, (8192,), ("forward_kl", "jsd"), (*PEERS, "compiled"), ("qwen2.5",), repeats=5, warmups=1),
+    "full": Extent(HEADS, (2048, 4096, 8192, 16_384, 32_768), contenders.LOSSES, _ALL, tuple(HEADS), repeats=20, warmups=3),
     # float32, so that the losses of all contenders agree to more than two digits
-    "toy": Extent({"toy": Head("toy", "toy", 150, 160, 16, 24)}, (6, 12), 2, 1, device="cpu", dtype=torch.float32, block=8),
+    "toy": Extent(
+        {"toy": Head("toy", "toy", 150, 160, 16, 24)}, (6,), ("forward_kl", "jsd"), _ALL, ("toy",), 2, 0, torch.float32, block=8
+    ),
 }
 
 
@@ -73,35 +98,41 @@ def spread(times: list[float]) -> dict[str, float]:
     return {"median_ms": statistics.median(times), "p20_ms": cuts[0], "p80_ms": cuts[-1]}
 
 
-def measured(loss: Loss, given: Problem, extent: Extent) -> dict[str, Any]:
-    """What a row says about one contender that runs."""
-    value = torch.empty(0)
+def stepped(loss: Loss, given: Problem) -> Callable[[], Tensor]:
+    """The step: its gradients are the leaves', its value is returned."""
 
-    def step() -> None:
-        nonlocal value
+    def step() -> Tensor:
         given.hidden.grad = given.head.grad = None
         result = loss(given)
         result.backward()
-        value = result.detach()
+        return result.detach()
 
-    yardstick = products(given, extent.block)
-    for _ in range(extent.warmups):
-        step()
-        yardstick()
-    result: dict[str, Any] = {"loss_value": float(value), "peak_bytes": None, "scratch_bytes": None}
+    return step
+
+
+def measured(loss: Loss, given: Problem, extent: Extent, device: str) -> Result:
+    """What a row says about one contender that runs."""
+    step, yardstick = stepped(loss, given), products(given, extent.block)
+    start = time.perf_counter()
+    value = float(step())
+    result: Result = {"first_s": time.perf_counter() - start, "loss_value": value, "peak_bytes": None, "scratch_bytes": None}
     grads = [leaf.grad for leaf in (given.hidden, given.head)]
     returned = sum(grad.nbytes for grad in grads if grad is not None)
     if any(grad is None or not bool(grad.isfinite().all()) for grad in grads):
         raise ArithmeticError("a gradient of the student is missing or not finite")
     del grads
-    if extent.device == "cuda":
+    yardstick()
+    for _ in range(extent.warmups):
+        step()
+        yardstick()
+    if device == "cuda":
         given.hidden.grad = given.head.grad = None
         result["peak_bytes"] = peak_bytes(step)
         result["scratch_bytes"] = result["peak_bytes"] - returned
-    times, bare, ratios = [], [milliseconds(yardstick, extent.device)], []
+    times, bare, ratios = [], [milliseconds(yardstick, device)], []
     for _ in range(extent.repeats):
-        times.append(milliseconds(step, extent.device))
-        bare.append(milliseconds(yardstick, extent.device))
+        times.append(milliseconds(step, device))
+        bare.append(milliseconds(yardstick, device))
         ratios.append(2 * times[-1] / (bare[-2] + bare[-1]))
     tokens, student_dim = given.hidden.shape
     operations = 2 * tokens * given.vocab * (3 * student_dim + given.teacher_hidden.shape[1])
@@ -118,33 +149,33 @@ def measured(loss: Loss, given: Problem, extent: Extent) -> dict[str, Any]:
     }
 
 
-def freed(device: str) -> None:
-    """Gives back what was left behind; raises if the device no longer answers."""
-    if device == "cuda":
-        gc.collect()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-
-
-def run(size: str, head_name: str, loss: str) -> Iterator[dict[str, Any]]:
-    """The rows of one head and loss, over all token counts and contenders; a contender that fails is a row that says why."""
-    extent = EXTENTS[size]
+def opened(size: str, head_name: str) -> Callable[[int, str, str], Iterator[Result]]:
+    """The row of a token count, loss and contender at one head; a contender that fails has a row that says why."""
+    extent, device = EXTENTS[size], device_of(size)
     head = extent.heads[head_name]
-    for tokens in extent.tokens:
-        given: Problem | None = None
-        for name, make in CONTENDERS.items():
-            row: dict[str, Any] = {
-                **{"head": head_name, "student": head.student, "teacher": head.teacher, "loss": loss, "tokens": tokens},
-                **{"vocab": head.vocab, "student_dim": head.student_dim, "teacher_dim": head.teacher_dim},
-                **{"dtype": str(extent.dtype).removeprefix("torch."), "contender": name},
-            }
-            freed(extent.device)
-            try:
-                made = make(loss)
-                given = given or problem(head, tokens, extent.dtype, extent.device)
-                row |= measured(made, given, extent)
-            except Exception as error:  # whatever another library raises is what its row has to say
-                row["failed"] = why(error)
-            if given is not None:
-                given.hidden.grad = given.head.grad = None
-            yield row
+    made: dict[int, Problem] = {}
+
+    def run(tokens: int, loss: str, contender: str) -> Iterator[Result]:
+        if tokens not in made:
+            made.clear()
+            freed(device)
+
+        def measure() -> Result:
+            loss_of = (OURS | CONTENDERS)[contender](loss)
+            if tokens not in made:
+                made[tokens] = problem(head, tokens, extent.dtype, device)
+            return measured(loss_of, made[tokens], extent, device)
+
+        facts: Result = {
+            **{"head": head_name, "student": head.student, "teacher": head.teacher, "loss": loss, "tokens": tokens},
+            **{"vocab": head.vocab, "student_dim": head.student_dim, "teacher_dim": head.teacher_dim},
+            **{"dtype": str(extent.dtype).removeprefix("torch."), "contender": contender},
+        }
+        row = told(facts, measure)
+        if row.get("failed", "").startswith("ModuleNotFoundError") and contender in WHEELS:
+            row["failed"] += f"; the wheels that bring it: {WHEELS[contender]}"
+        for given in made.values():
+            given.hidden.grad = given.head.grad = None
+        yield row
+
+    return run

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _patch_lang
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _patch_lang, _patch_lang_tensor
 
 from kdkernels import backends
 from kdkernels.backends.triton.blocks import Entry, Matrix, Row
@@ -45,6 +45,12 @@ def _cast_repaired(builder: Any, source: Any, to: Any) -> Any:
         kept = np.where(np.isnan(source.data), (bits >> 16) | 0x40, nearest_even)
         return TensorHandle(kept.astype(np.uint16), to.scalar)
     return _cast(builder, source, to)
+
+
+def _patch_tensor_repaired(tensor: Any, scope: Any) -> None:
+    """A scalar is an array of one entry here, which Triton 3.6 leaves to NumPy to take for a number; NumPy 2.5 does not."""
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda scalar: int(scalar.handle.data.item()))
 
 
 def _call_device_function(function: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -81,6 +87,7 @@ def as_on_a_gpu(
         "kdkernels.products.add_multiplied": _add_multiplied,
         "kdkernels.backends.triton.blocks.entry": lambda *_: entry,
         "kdkernels.backends.triton.vocabulary.PROGRAMS": programs,
+        "triton.runtime.interpreter._patch_lang_tensor": _patch_tensor_repaired,
         "triton.runtime.interpreter.InterpreterBuilder.create_dot": _create_dot_repaired,
         "triton.runtime.interpreter.InterpreterBuilder.cast_impl": _cast_repaired,
         "triton.runtime.interpreter.InterpretedFunction.__call__": _call_device_function,

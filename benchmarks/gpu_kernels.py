@@ -1,0 +1,185 @@
+"""Where the time of a step goes, kernel by kernel, and what other block sizes than the table's would make of it.
+
+- profile: the kernels of one step under torch.profiler, and how much of the step is none of them.
+- rows: the row kernel alone, and the rate at which it moves the bytes that traffic.py counts.
+- blocks: the kernels of ``vocab``, with the same blocks for all three.
+
+A winner goes into kdkernels/backends/triton/blocks.py by hand.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks import contenders
+from benchmarks.contenders import Head, Problem, problem
+from benchmarks.gpu_parts import Result, device_of, told
+from benchmarks.gpu_times import EXTENTS, OURS, milliseconds, spread, stepped
+from kdkernels import traffic
+from kdkernels.divergences import resolve
+
+PROFILED = ("tokens", "tokens 8 GiB", "vocab")
+PROFILED_HEADS = ("qwen2.5", "gemma3")
+SHOWN = 14  # kernels of a profile
+# What replaces a field of the table's Row; the first leaves it as it is.
+ROW_CANDIDATES: tuple[dict[str, int], ...] = (
+    {},
+    {"num_warps": 4},
+    {"num_warps": 16, "maxnreg": 64},
+    {"maxnreg": 64},
+    {"maxnreg": 128},
+    {"num_warps": 4, "maxnreg": 64},
+    {"num_warps": 4, "maxnreg": 128},
+    {"num_warps": 16, "maxnreg": 48},
+)
+ROW_TOKENS, ROW_VOCABULARIES = 2048, (151_936, 262_144)
+# block_n, block_v, block_d, num_warps, num_stages
+BLOCK_CANDIDATES = (
+    (64, 128, 64, 8, 3),
+    (64, 128, 64, 8, 4),
+    (64, 128, 128, 8, 3),
+    (128, 64, 64, 8, 4),
+    (128, 128, 64, 8, 3),
+    (128, 128, 64, 8, 4),
+    (64, 256, 64, 8, 3),
+    (64, 64, 64, 4, 4),
+)
+TOY_BLOCKS = ((16, 32, 16, 4, 1),)
+BLOCK_HEAD = "qwen2.5"
+# As many columns as a compiler needs to see the same divisible sizes that the measured problem has.
+COMPILED_TOKENS, COMPILED_VOCAB = 256, 4096
+
+
+def profiled(step: Callable[[], object], device: str) -> list[Result]:
+    """Name, calls and milliseconds of each kernel of a step, the longest first; on a CPU of each operator."""
+    activity = getattr(torch.profiler.ProfilerActivity, device.upper())
+    with torch.profiler.profile(activities=[activity], acc_events=True) as profile:
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    times = [
+        (event, getattr(event, f"self_{'device' if device == 'cuda' else 'cpu'}_time_total")) for event in profile.key_averages()
+    ]
+    times.sort(key=lambda pair: -pair[1])
+    return [{"name": event.key[:100], "calls": event.count, "ms": time_us / 1e3} for event, time_us in times if time_us > 0]
+
+
+def opened_profile(size: str, head_name: str) -> Callable[[str, str], Iterator[Result]]:
+    extent, device = EXTENTS[size], device_of(size)
+    tokens = 8192 if size != "toy" else extent.tokens[0]
+    given = problem(extent.heads[head_name], tokens, extent.dtype, device)
+
+    def measure(loss: str, contender: str) -> Result:
+        step = stepped(OURS[contender](loss), given)
+        step()
+        step_ms = statistics.median(milliseconds(step, device) for _ in range(3))
+        kernels = profiled(step, device)
+        kernel_ms = sum(kernel["ms"] for kernel in kernels)
+        # the profiler slows the launches down, and not the kernels
+        gaps = 1 - kernel_ms / step_ms if device == "cuda" else None
+        return {"step_ms": step_ms, "kernel_ms": kernel_ms, "share_without_kernel": gaps, "kernels": kernels[:SHOWN]}
+
+    def run(loss: str, contender: str) -> Iterator[Result]:
+        yield told({"head": head_name, "loss": loss, "tokens": tokens, "contender": contender}, lambda: measure(loss, contender))
+        given.hidden.grad = given.head.grad = None
+
+    return run
+
+
+def label(candidate: dict[str, int]) -> str:
+    return " ".join(f"{name}={value}" for name, value in candidate.items()) or "the table's"
+
+
+def opened_rows(size: str, compile_only: bool) -> Callable[[str, int, str], Iterator[Result]]:
+    """The row kernel's times over float32 logits, dx in bfloat16; or only its first start, which compiles it."""
+    from kdkernels.backends.triton import blocks, row_loss  # Triton may not be installed
+
+    device = device_of(size)
+    rows = 4 if size == "toy" else 16 if compile_only else ROW_TOKENS
+    candidates = {label(candidate): candidate for candidate in ROW_CANDIDATES}
+    made: dict[int, tuple[torch.Tensor, ...]] = {}
+
+    def logits(vocab: int) -> tuple[torch.Tensor, ...]:
+        if vocab not in made:
+            made.clear()
+            x, z = (torch.randn(rows, vocab, device=device).mul_(3) for _ in range(2))
+            made[vocab] = x, z, torch.empty(rows, vocab, device=device, dtype=torch.bfloat16)
+        return made[vocab]
+
+    def measure(loss: str, vocab: int, candidate: dict[str, int]) -> Result:
+        x, z, dx = logits(vocab)
+        entry = replace(blocks.row_entry(x.device), **candidate)
+        weight, t = torch.ones(rows, device=device), torch.ones((), device=device)
+        head = [1.0, 0.0, 1.0, 0.0]  # scales and softcaps
+
+        def start() -> None:
+            row_loss(x, z, None, None, None, weight, t, loss, resolve(loss).a, 1.0, 1.0, 0.0, head, True, False, dx)
+
+        with mock.patch.object(blocks, "row_entry", return_value=entry):
+            begin = time.perf_counter()
+            start()
+            dx[0, 0].item()  # waits for the kernel
+            found: Result = {"row": str(entry), "first_s": time.perf_counter() - begin}
+            if compile_only:
+                return found
+            start()
+            found |= spread([milliseconds(start, device) for _ in range(3 if size == "toy" else 9)])
+        swept = traffic.sweeps(loss)
+        bytes_ = traffic.row_loss(rows, vocab, (x.itemsize, z.itemsize), dx.itemsize, sweeps=swept).total
+        return {**found, "bytes": bytes_, "bytes_per_second": bytes_ / found["median_ms"] * 1e3}
+
+    def run(loss: str, vocab: int, name: str) -> Iterator[Result]:
+        yield told(
+            {"loss": loss, "vocab": vocab, "tokens": rows, "candidate": name}, lambda: measure(loss, vocab, candidates[name])
+        )
+
+    return run
+
+
+def opened_blocks(size: str, compile_only: bool) -> Callable[..., Iterator[Result]]:
+    """The milliseconds of each kernel of a ``vocab`` step; or only that of a small problem, which compiles them."""
+    from kdkernels.backends.triton import blocks, vocabulary  # Triton may not be installed
+
+    extent, device = EXTENTS[size], device_of(size)
+    name, tokens = (BLOCK_HEAD, 8192) if size != "toy" else ("toy", extent.tokens[0])
+    head, table = extent.heads[name], blocks.entry
+    if compile_only and size != "toy":
+        head, tokens = Head("", "", COMPILED_VOCAB, COMPILED_VOCAB, head.student_dim, head.teacher_dim), COMPILED_TOKENS
+    given: Problem = problem(head, tokens, extent.dtype, device)
+
+    def measure(loss: str, candidate: tuple[int, ...]) -> Result:
+        matrix = blocks.Matrix(*candidate)
+
+        def entry(*of: Any) -> blocks.Entry:
+            return replace(table(*of), statistics=matrix, sums=matrix, gradient=matrix)
+
+        with mock.patch.object(blocks, "entry", entry):
+            step = stepped(contenders.ours(loss, "vocab"), given)
+            begin = time.perf_counter()
+            step().item()
+            found: Result = {"first_s": time.perf_counter() - begin}
+            if compile_only:
+                return found
+            kernels = {one["name"]: one["ms"] for one in profiled(step, device) if hasattr(vocabulary, one["name"])}
+        if device != "cuda":
+            return {**found, "skipped": "the interpreter's kernels are none of the profiler's"}
+        return {**found, "kernels": kernels, "median_ms": sum(kernels.values())}
+
+    def run(loss: str, *candidate: int) -> Iterator[Result]:
+        facts: Result = {
+            "head": name,
+            "loss": loss,
+            "tokens": tokens,
+            "candidate": "{} x {} x {}, {} warps, {} stages".format(*candidate),
+        }
+        yield told(facts, lambda: measure(loss, candidate))
+        given.hidden.grad = given.head.grad = None
+
+    return run
