@@ -20,7 +20,9 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _patch_
 
 from kdkernels import backends
 from kdkernels.backends.triton.blocks import Entry, Matrix, Row
+from kdkernels.scratch import row_stride
 
+_PADS = ("plan", "scratch")  # what they know of a GPU's rows
 _patched: set[Any] = set()
 _cast = InterpreterBuilder.cast_impl
 
@@ -59,7 +61,8 @@ def _multiply(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | Non
 def as_on_a_gpu(
     backend: str = "triton", blocks: tuple[int, int, int] = (16, 32, 16), row: int = 128, programs: int = 2
 ) -> Iterator[None]:
-    """Everything inside runs on ``backend`` as it would on a GPU: 16-bit products, added up and kept in float32; small blocks.
+    """Everything inside runs on ``backend`` as it would on a GPU: 16-bit products, added up and kept in float32; padded rows of
+    logits; small blocks.
 
     blocks: of tokens, vocabulary and hidden size in kernels that multiply. row: columns of the row kernel's tile. programs: how
     many should run side by side, which decides the splits of the vocabulary.
@@ -68,6 +71,7 @@ def as_on_a_gpu(
     entry = Entry(matrix, matrix, matrix, Row(block_v=row))
     replaced: dict[str, Any] = {
         **{f"kdkernels.{module}.product_dtype": lambda dtype, _: dtype for module in ("ops", "plan", "products", "step")},
+        **{f"kdkernels.{module}.row_stride": lambda columns, _: row_stride(columns, torch.device("cuda")) for module in _PADS},
         "kdkernels.products.keeps_sums": lambda _: True,
         "kdkernels.products.multiply": _multiply,
         "kdkernels.backends.triton.blocks.entry": lambda *_: entry,
