@@ -16,7 +16,8 @@ from kdkernels.roofline import VOCAB_KERNEL_EFFICIENCY, Device, row_instructions
 class Predicted:
     """One way to compute the step. peak_bytes: with inputs and returned gradients. seconds, flops: of loss and gradients.
 
-    over_products: seconds over those of the bare products. cut: into how many pieces, in words. note: what to know about the figures, or nothing.
+    over_products: seconds over those of the bare products. cut: into how many pieces, in words. note: what to know about the
+    figures, or nothing.
     """
 
     name: str
@@ -76,7 +77,8 @@ def compare(
 
 def _instructions(divergence: str) -> str:
     counts = dict(zip(("statistics", "sums", "gradient"), row_instructions(divergence), strict=True))
-    return f"{sum(counts.values())} instructions a logit: " + ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+    listed = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+    return f"{sum(counts.values())} instructions a logit: {listed}"
 
 
 def _count(number: int, what: str) -> str:
@@ -93,13 +95,13 @@ def _size(count: float) -> str:
 
 def table(ways: Sequence[Predicted], on: Device) -> str:
     """The comparison in plain text; the columns say that their figures are predicted."""
-    columns = ("peak memory, predicted", 24), ("time, predicted", 17), ("over products, predicted", 26), ("matrix Tflop, predicted", 25)
-    lines = [f"{'':8}{''.join(f'{title:>{width}}' for title, width in columns)}  cut"]
+    columns = {"peak memory, predicted": 24, "time, predicted": 17, "over products, predicted": 26, "matrix Tflop, predicted": 25}
+    lines = [f"{'':8}{''.join(f'{title:>{width}}' for title, width in columns.items())}  cut"]
     notes = []
     for way in ways:
         time = f"{way.seconds * 1e3:,.2f} ms"
         cells = _size(way.peak_bytes), time, f"{way.over_products:,.2f}", f"{way.flops / 1e12:,.3f}"
-        row = "".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, columns, strict=True))
+        row = "".join(f"{cell:>{width}}" for cell, width in zip(cells, columns.values(), strict=True))
         lines.append(f"{way.name:8}{row}  {way.cut}")
         if way.note:
             notes.append(f"{way.name}: {way.note}.")

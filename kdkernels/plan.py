@@ -24,8 +24,8 @@ STRATEGIES = ("auto", "tokens", "vocab")
 DEFAULT_BUDGET = {"cpu": 512 * 2**20}
 OTHER_BUDGET = 2**30
 GPU_SHARE = 16  # of a GPU's memory
-# Multiples that the rows of a chunk and the columns of a block come in, the first with which they fit. On a GPU, whose matrix
-# libraries cut results into tiles of 128 and 256, 129 rows take as long as 256. On a CPU 103 rows take a tenth longer each than 104.
+# Multiples that the rows of a chunk and the columns of a block come in, the first with which they fit. On a GPU libraries cut
+# results into tiles of 128 and 256: 129 rows take as long as 256. On a CPU 103 rows take a tenth longer each than 104.
 CPU_ROWS, CPU_COLUMNS = (16, 8, 4), (128, 64, 16)
 GPU_MULTIPLES = (128, 64, 32, 16, 8)
 # Live [tokens, V] tensors in the working dtype of the eager computation. In the formula: both log-softmaxes and three terms, and
@@ -44,7 +44,7 @@ class Plan:
 
     strategy: "tokens" or "vocab". chunk_rows: tokens per chunk, of ``chunks`` in all. block_columns: vocabulary columns per block,
         of ``blocks`` in all. The one that the strategy does not cut is whole.
-    logits_bytes: the reused scratch for logits and their gradients; this is what the memory budget bounds.
+    logits_bytes: the reused scratch for logits and their gradients, and what pads its rows on a GPU: the memory budget bounds it.
     accumulator_bytes: float32 sums of a 16-bit gradient that several chunks or blocks add to: the head's, or the hidden states'.
     scratch_bytes: all of the step's own memory, at its peak. peak_bytes: scratch, inputs and returned gradients together.
     flops: of the matrix products. seconds: predicted time; None for a dtype or device whose rates are not known.
@@ -170,15 +170,12 @@ def _cut(strategy: str, size: Size) -> tuple[int, int]:
 
 def _passes(strategy: str, size: Size, on: roofline.Device) -> tuple[roofline.Pass, ...]:
     sizes = (size.tokens, size.vocab, size.student_dim, size.teacher_dim, product_dtype(size.dtype, size.device))
-    loss = roofline.Loss(
-        divergence=size.divergence,
-        train_head=size.train_head,
-        online_teacher=size.learners == 2,
-        train_teacher_head=size.train_teacher_head,
+    learns = roofline.Learns(
+        train_head=size.train_head, online_teacher=size.learners == 2, train_teacher_head=size.train_teacher_head
     )
     if strategy == "products":
-        del loss["divergence"]
-        return roofline.products_passes(*sizes, **loss)
+        return roofline.products_passes(*sizes, **learns)
+    loss = roofline.Loss(divergence=size.divergence, **learns)
     if strategy == "eager":
         return roofline.eager_passes(*sizes, **loss, cached_row=on.cached_row)
     rows, columns = _cut(strategy, size)
@@ -243,10 +240,10 @@ def plan(
     tokens: kept rows N. vocab: V. student_dim, teacher_dim: hidden sizes. dtype: of hidden states and heads (teacher_dtype: of the
     teacher's, if different): float32, bfloat16, float16 or float64. device: "cpu" or "cuda", or a GPU of ``roofline.DEVICES`` such
     as "H100", which need not be here.
-    memory_budget: bytes for logits scratch. train_head: whether the student's head takes a gradient. strategy, divergence: as for
-    the loss. online_teacher: the teacher's hidden states take a gradient too; train_teacher_head: and so does its head. Raises
-    ValueError for sizes below 1, a budget below 1 byte, names that are not known, and a teacher's head that is trained alone, and
-    TypeError for what is of another type.
+    memory_budget: bytes for logits scratch (default: as for the loss there; a sixteenth of the named GPU's memory). train_head:
+    whether the student's head takes a gradient. strategy, divergence: as for the loss. online_teacher: the teacher's hidden states
+    take a gradient too; train_teacher_head: and so does its head. Raises ValueError for sizes below 1, a budget below 1 byte, names
+    that are not known, and a teacher's head that is trained alone, and TypeError for what is of another type.
     """
     for name, value in {"tokens": tokens, "vocab": vocab, "student_dim": student_dim, "teacher_dim": teacher_dim}.items():
         _at_least_1(name, value, "an integer")

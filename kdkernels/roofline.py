@@ -35,9 +35,9 @@ from kdkernels import traffic
 from kdkernels.divergences import resolve
 from kdkernels.products import HeadProducts, add_head_grad, block_size, product_dtype
 
-# What large products reach of the dense rate where their tiles fill the device: with what ``filled`` takes off, 728 of 989 Tflop/s
-# on an H100 (the bare head products of huggingface/trl#7244, a row of benchmarks/published.csv). The clock falls under a full matrix
-# load, so no library reaches the datasheet's rate.
+# What large products reach of the dense rate where their tiles fill the device. With what ``filled`` takes off that is 728 of 989
+# Tflop/s on an H100 (the bare head products of huggingface/trl#7244, a row of benchmarks/published.csv). The clock falls under a full
+# matrix load, so no library reaches the datasheet's rate.
 MATRIX_EFFICIENCY = 0.744
 # Tiles that matrix libraries cut results into, and what the small one reaches of the rate: it waits for its operands. Where there
 # are fewer tiles than multiprocessors the inner size is split, into parts of at least SPLIT_INNER, and the parts are added up. The
@@ -50,8 +50,8 @@ ISSUE_EFFICIENCY = 0.64
 # What the vocab strategy's kernels that multiply reach of what library products do: about 250 of 790 Tflop/s, estimated from the
 # instructions of the compiled kernels (64x64 tiles, barriers in each step), not measured.
 VOCAB_KERNEL_EFFICIENCY = 0.32
-# Instructions of the row kernel for each logit, as compiled for sm_90: statistics, sums, gradient. For plain logits (T = 1, no bias,
-# no labels). A divergence that is not listed is counted at the most in each sweep; sums of one that needs none are not.
+# Instructions of the row kernel for each logit, as compiled for sm_90: statistics, sums, gradient. Of plain logits: T = 1, no bias,
+# no labels. A divergence that is not listed is counted at the most in each sweep that it makes.
 ROW_INSTRUCTIONS: dict[str, tuple[int, int, int]] = {
     "forward_kl": (55, 0, 40),
     "jsd": (40, 60, 55),
@@ -76,8 +76,8 @@ class Device:
 
     name: as ``DEVICES`` and the command line spell it. bandwidth: of the main memory, bytes/s. rates: dense products without
     sparsity, flop/s by dtype; float32 without TF32, which PyTorch leaves off. overhead: seconds between two kernels. memory: bytes.
-    cache, units: last-level cache in bytes and multiprocessors. issue: instructions/s, one for each lane of all units. measured: the
-        rates were reached here, nothing is taken off them; nor are tiles and instructions counted.
+    cache, units: last-level cache in bytes and multiprocessors. issue: instructions/s, one for each lane of all units.
+    measured: the rates were reached here, nothing is taken off them; nor are tiles and instructions counted.
     operand_bandwidth: bytes/s by dtype at which products get through their operands and results, where that comes before
         multiplying; where there is none they arrive meanwhile, at ``bandwidth``.
     """
@@ -124,7 +124,15 @@ class Pass:
 
 
 def _gpu(
-    name: str, bandwidth: float, float32: float, half: float, memory: float, cache: float, units: int, clock: float, lanes: int = 128
+    name: str,
+    bandwidth: float,
+    float32: float,
+    half: float,
+    memory: float,
+    cache: float,
+    units: int,
+    clock: float,
+    lanes: int = 128,
 ) -> Device:
     """bandwidth in TB/s, rates in Tflop/s (bfloat16 and float16 alike, sums in float32), memory in GB, cache in MB, clock in GHz.
 
@@ -373,16 +381,21 @@ EAGER_TRAFFIC: dict[str, tuple[int, int, int, int]] = {
 }
 
 
-class Loss(TypedDict):
-    """What the passes of every strategy depend on beside the sizes.
+class Learns(TypedDict):
+    """Who takes a gradient beside the student's hidden states.
 
     online_teacher: the teacher learns too, by forward KL to the student; train_teacher_head: and so does its head.
     """
 
-    divergence: str
     train_head: bool
     online_teacher: bool
     train_teacher_head: bool
+
+
+class Loss(Learns):
+    """What the passes of every strategy depend on beside the sizes."""
+
+    divergence: str
 
 
 def check_divergence(name: str) -> str:
@@ -453,12 +466,13 @@ def tokens_passes(
     online_teacher: bool = False,
     train_teacher_head: bool = False,
 ) -> tuple[Pass, ...]:
-    """Loss and gradients of the ``tokens`` strategy in chunks of ``chunk_rows`` tokens (None: all in one), each with one row kernel.
+    """Loss and gradients of the ``tokens`` strategy in chunks of ``chunk_rows`` tokens (None: all in one), a row kernel each.
 
     Products: 3·Us + Ut. Each chunk reads both heads for its logits, which are kept in at least float32 as on a GPU, and the
-    student's again for dH. The row kernel's bytes are those of ``traffic.row_loss``, its instructions those of ROW_INSTRUCTIONS; the
-    products read dx back. With several chunks the head's gradient is summed in float32, inside the product: read and written by
-    each of them. An online teacher is another row kernel over the same logits, and its own products: Ut, or 2·Ut with its head.
+    student's again for dH. The row kernel's bytes are those of ``traffic.row_loss``, its instructions those of
+    ``row_instructions``; the products read dx back. With several chunks the head's gradient is summed in float32, inside the
+    product: read and written by each of them. An online teacher is another row kernel over the same logits, and its own products:
+    Ut, or 2·Ut with its head.
     """
     logit = max(4, dtype.itemsize)
     learners = _learners(student_dim, teacher_dim, divergence, train_head, online_teacher, train_teacher_head)

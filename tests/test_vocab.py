@@ -503,9 +503,7 @@ class TestBlockColumns:
 
     @devices
     @hypothesis.given(SIZES, strategies.integers(1, 10**8))
-    def test_blocks_fit_are_even_and_are_no_more_than_needed(
-        self, device: str, sizes: tuple[int, int, int], memory: int
-    ) -> None:
+    def test_blocks_fit_are_even_and_are_no_more_than_needed(self, device: str, sizes: tuple[int, int, int], memory: int) -> None:
         tokens, vocab, per_logit = sizes
         columns = block_columns(tokens, vocab, per_logit, memory, torch.device(device))
         assert 1 <= columns <= vocab
