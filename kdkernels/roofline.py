@@ -36,8 +36,8 @@ from kdkernels.divergences import resolve
 from kdkernels.products import HeadProducts, add_head_grad, block_size, product_dtype
 
 # What large products reach of the dense rate where their tiles fill the device. With what ``filled`` takes off that is 728 of 989
-# Tflop/s on an H100 (the bare head products of huggingface/trl#7244, a row of benchmarks/published.csv). The clock falls under a full
-# matrix load, so no library reaches the datasheet's rate.
+# Tflop/s on an H100 (the bare head products of huggingface/trl#7244, a row of benchmarks/published.csv). The clock falls under
+# a full matrix load, so no library reaches the datasheet's rate.
 MATRIX_EFFICIENCY = 0.744
 # Tiles that matrix libraries cut results into, and what the small one reaches of the rate: it waits for its operands. Where there
 # are fewer tiles than multiprocessors the inner size is split, into parts of at least SPLIT_INNER, and the parts are added up. The

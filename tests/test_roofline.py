@@ -359,6 +359,8 @@ def test_a_kernel_that_multiplies_itself_is_counted_at_its_own_rate() -> None:
     assert total_flops(own) == total_flops(shared) == 4 * US + 2 * UT
     rates = [sum(step.flops * step.times / step.efficiency for step in passes) for passes in (own, shared)]
     assert rates == pytest.approx([2 * (US + UT) / 0.32 + 2 * US, 4 * US + 2 * UT])
+    whole, half = (seconds([Pass(1e15, 0.0, torch.bfloat16, 0, efficiency=part)], H100) for part in (1.0, 0.5))
+    assert half == pytest.approx(2 * whole)
 
 
 class TestBareProducts:
