@@ -32,12 +32,11 @@ SHOWN = 14  # kernels of a profile
 ROW_CANDIDATES: tuple[dict[str, int], ...] = (
     {},
     {"num_warps": 4},
-    {"num_warps": 16, "maxnreg": 64},
-    {"maxnreg": 64},
-    {"maxnreg": 128},
-    {"num_warps": 4, "maxnreg": 64},
-    {"num_warps": 4, "maxnreg": 128},
-    {"num_warps": 16, "maxnreg": 48},
+    {"num_warps": 16},
+    {"entries": 4},
+    {"entries": 16},
+    {"num_warps": 4, "entries": 16},
+    {"num_warps": 16, "entries": 4},
 )
 ROW_TOKENS, ROW_VOCABULARIES = 2048, (151_936, 262_144)
 # block_n, block_v, block_d, num_warps, num_stages

@@ -20,10 +20,15 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _patch_
 
 from kdkernels import backends
 from kdkernels.backends.triton.blocks import Entry, Matrix, Row
+from kdkernels.scratch import row_stride
 
-# What the products on a GPU run in and come out in, whatever this CPU would choose.
-GPU_PRODUCTS: dict[str, Any] = {
+# What is chosen for a GPU, whatever this CPU would choose: dtypes of products and their results, and rows with room behind them.
+GPU_CHOICES: dict[str, Any] = {
     **{f"kdkernels.{module}.product_dtype": lambda dtype, _: dtype for module in ("ops", "plan", "products", "step")},
+    **{
+        f"kdkernels.{module}.row_stride": lambda columns, _: row_stride(columns, torch.device("cuda"))
+        for module in ("plan", "scratch")
+    },
     "kdkernels.products.keeps_sums": lambda _: True,
 }
 _patched: set[Any] = set()
@@ -74,7 +79,8 @@ def _add_multiplied(left: Tensor, right: Tensor, out: Tensor) -> None:
 def as_on_a_gpu(
     backend: str = "triton", blocks: tuple[int, int, int] = (16, 32, 16), row: int = 128, programs: int = 2
 ) -> Iterator[None]:
-    """Everything inside runs on ``backend`` as it would on a GPU: 16-bit products, added up and kept in float32; small blocks.
+    """Everything inside runs on ``backend`` as it would on a GPU: 16-bit products, added up and kept in float32; padded rows of
+    logits; small blocks.
 
     blocks: of tokens, vocabulary and hidden size in kernels that multiply. row: columns of the row kernel's tile. programs: how
     many should run side by side, which decides the splits of the vocabulary.
@@ -82,7 +88,7 @@ def as_on_a_gpu(
     matrix = Matrix(*blocks, num_warps=4, num_stages=1)
     entry = Entry(matrix, matrix, matrix, Row(num_warps=1, entries=row // 32))
     replaced: dict[str, Any] = {
-        **GPU_PRODUCTS,
+        **GPU_CHOICES,
         "kdkernels.products.multiply": _multiply,
         "kdkernels.products.add_multiplied": _add_multiplied,
         "kdkernels.backends.triton.blocks.entry": lambda *_: entry,

@@ -189,10 +189,10 @@ def _aliases(operator: Any) -> tuple[bool, str | None]:
 @contextlib.contextmanager
 def as_on_a_gpu(architecture: str) -> Iterator[None]:
     """The library takes CPU tensors to lie on a device of that architecture."""
-    from benchmarks.interpreter import GPU_PRODUCTS
+    from benchmarks.interpreter import GPU_CHOICES
 
     replaced = {
-        **GPU_PRODUCTS,
+        **GPU_CHOICES,
         **{f"kdkernels.backends.triton.{module}.architecture": lambda _: architecture for module in ("launch", "blocks")},
         "kdkernels.backends.usable": lambda: backends.NAMES,
     }

@@ -139,8 +139,9 @@ class Trace(TorchDispatchMode):
         inputs = _tensors(args) + _tensors(list(kwargs.values()))
         if func in (aten.mm.default, aten.mm.out):
             left, right = inputs[:2]
-            flops = 2.0 * left.shape[0] * left.shape[1] * right.shape[1]
-            self.passes.append(Pass(flops, sum(map(_bytes, (left, right, *outputs))), left.dtype))
+            (rows, inner), columns = left.shape, right.shape[1]
+            moved = sum(map(_bytes, (left, right, *outputs)))
+            self.passes.append(Pass(2.0 * rows * inner * columns, moved, left.dtype, shape=(rows, columns, inner)))
         elif func is aten.nll_loss_forward.default:
             self.passes.append(Pass(0.0, 0.0))  # one logit per row
         elif func is aten.nll_loss_backward.default:

@@ -7,10 +7,11 @@ temperature, cross-entropy), and compiled for sm_80, sm_90, sm_100 and gfx942 wi
 its divergences is printed (--all: each): registers of a thread, bytes spilled to memory, shared memory of a program, tensor-core
 instructions, and occupancy, the share of the multiprocessor's warps that fit.
 
-For the row kernel a second table, of NVIDIA's machine code: instructions per logit in each sweep of a plain loss (float32 logits, no
-bias, softcap, temperature or cross-entropy), at t = 1 and at t < 1, and the widths in bits of the accesses in them. Then, for the
-whole report, the bytes that both strategies move per token, counted in Triton's interpreter (benchmarks/traffic.py), beside the
-least possible and beside Liger's.
+For the row kernel a second table, of NVIDIA's machine code: instructions per logit in each sweep of a plain loss (float32 logits,
+no bias, softcap, temperature or cross-entropy), at t = 1 and at t < 1, and the widths in bits of the accesses in them.
+
+Then, for the whole report, the bytes that both strategies move per token, counted in Triton's interpreter (benchmarks/traffic.py),
+beside the least possible and beside Liger's.
 
 Exit status 1 if anything spills, a kernel that multiplies 16-bit operands has no tensor-core instruction, a sweep of the row kernel
 waits at a barrier, shuffles, or accesses memory by less than 128 bits, shared memory is above the limit, or the bytes could not be
@@ -414,7 +415,7 @@ def per_logit(one: Compiled) -> tuple[list[float], list[float]]:
 
 def row_table(found: Sequence[Compiled]) -> str:
     """The plain row kernels: what their sweeps take."""
-    lines = [("architecture", "dx", "divergence", "registers", "t = 1", "t < 1", "bits")]
+    lines: list[tuple[str, ...]] = [("architecture", "dx", "divergence", "registers", "t = 1", "t < 1", "bits")]
     for one in found:
         if one.sweeps and one.label.endswith(PLAIN):
             counts = [" + ".join(f"{count:.0f}" for count in half) for half in per_logit(one)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.divergences import Divergence, resolve
-from kdkernels.plan import STRATEGIES, default_budget
+from kdkernels.plan import STRATEGIES
 
 REDUCTIONS = ("mean", "sum", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -263,11 +263,12 @@ def cut_vocabulary(rows: int, vocab_size: int | None, what: str) -> int:
     return vocab_size
 
 
-def scratch_of(strategy: Any, memory_budget: Any, device: torch.device) -> int:
-    """The bytes of scratch for logits, after a look at both."""
+def scratch_of(strategy: Any, memory_budget: Any) -> int:
+    """The bytes of scratch for logits, after a look at both. 0 where the device decides: the operators ask it, since a compiler
+    cannot look into that."""
     one_of("strategy", strategy, STRATEGIES)
     if memory_budget is None:
-        return default_budget(device)
+        return 0
     budget = whole("memory_budget", memory_budget, "a number of bytes")
     if budget < 1:
         raise ValueError(f"memory_budget is a positive number of bytes, got {budget}")
@@ -329,7 +330,7 @@ def linear_of(
             "dimensions but the last"
         )
     vocab = vocabulary(student.weight.shape[0], teacher.weight.shape[0], vocab_size)
-    budget = scratch_of(strategy, memory_budget, device)
+    budget = scratch_of(strategy, memory_budget)
     dtypes = (
         compute_dtype(student_hidden, student.weight, "student_hidden and student_head"),
         compute_dtype(teacher_hidden, teacher.weight, "teacher_hidden and teacher_head"),

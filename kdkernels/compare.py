@@ -9,21 +9,21 @@ from dataclasses import dataclass
 import torch
 
 from kdkernels.plan import plan
-from kdkernels.roofline import Device
-
-VOCAB_NOTE = "its kernels are counted at the rate of library products"
+from kdkernels.roofline import VOCAB_KERNEL_EFFICIENCY, Device, row_instructions
 
 
 @dataclass(frozen=True)
 class Predicted:
     """One way to compute the step. peak_bytes: with inputs and returned gradients. seconds, flops: of loss and gradients.
 
-    cut: into how many pieces, in words. note: what to know about the figures, or nothing.
+    over_products: seconds over those of the bare products. cut: into how many pieces, in words. note: what to know about the
+    figures, or nothing.
     """
 
     name: str
     peak_bytes: int
     seconds: float
+    over_products: float
     flops: float
     cut: str
     note: str = ""
@@ -57,14 +57,28 @@ def compare(
         online_teacher=online_teacher,
     )
     chunked, streamed = make(strategy="tokens"), make(strategy="vocab")
-    assert chunked.seconds is not None
-    assert streamed.seconds is not None
-    assert chunked.eager_seconds is not None
+    products = chunked.products_seconds
+
+    def predicted(name: str, peak: int, seconds: float | None, flops: int, cut: str, note: str = "") -> Predicted:
+        assert seconds is not None
+        assert products is not None
+        return Predicted(name, peak, seconds, seconds / products, flops, cut, "" if on.measured else note)
+
+    row_note = f"its row kernel is counted at {_instructions(divergence)}"
+    if online_teacher:
+        row_note += f"; the teacher's at {_instructions('forward_kl')}"
+    vocab_note = f"its kernels are counted at {VOCAB_KERNEL_EFFICIENCY} of the rate of library products, an estimate"
     return (
-        Predicted("eager", chunked.eager_peak_bytes, chunked.eager_seconds, chunked.eager_flops, "whole"),
-        Predicted("tokens", chunked.peak_bytes, chunked.seconds, chunked.flops, _count(chunked.chunks, "chunk")),
-        Predicted("vocab", streamed.peak_bytes, streamed.seconds, streamed.flops, _count(streamed.blocks, "block"), VOCAB_NOTE),
+        predicted("eager", chunked.eager_peak_bytes, chunked.eager_seconds, chunked.eager_flops, "whole"),
+        predicted("tokens", chunked.peak_bytes, chunked.seconds, chunked.flops, _count(chunked.chunks, "chunk"), row_note),
+        predicted("vocab", streamed.peak_bytes, streamed.seconds, streamed.flops, _count(streamed.blocks, "block"), vocab_note),
     )
+
+
+def _instructions(divergence: str) -> str:
+    counts = dict(zip(("statistics", "sums", "gradient"), row_instructions(divergence), strict=True))
+    listed = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+    return f"{sum(counts.values())} instructions a logit: {listed}"
 
 
 def _count(number: int, what: str) -> str:
@@ -81,15 +95,23 @@ def _size(count: float) -> str:
 
 def table(ways: Sequence[Predicted], on: Device) -> str:
     """The comparison in plain text; the columns say that their figures are predicted."""
-    lines = [f"{'':8}{'peak memory, predicted':>24}{'time, predicted':>20}{'matrix Tflop, predicted':>25}  cut"]
+    columns = {"peak memory, predicted": 24, "time, predicted": 17, "over products, predicted": 26, "matrix Tflop, predicted": 25}
+    lines = [f"{'':8}{''.join(f'{title:>{width}}' for title, width in columns.items())}  cut"]
     notes = []
     for way in ways:
         time = f"{way.seconds * 1e3:,.2f} ms"
-        lines.append(f"{way.name:8}{_size(way.peak_bytes):>24}{time:>20}{way.flops / 1e12:>25,.3f}  {way.cut}")
+        cells = _size(way.peak_bytes), time, f"{way.over_products:,.2f}", f"{way.flops / 1e12:,.3f}"
+        row = "".join(f"{cell:>{width}}" for cell, width in zip(cells, columns.values(), strict=True))
+        lines.append(f"{way.name:8}{row}  {way.cut}")
         if way.note:
             notes.append(f"{way.name}: {way.note}.")
         if 0 < on.memory < way.peak_bytes:
             notes.append(f"{way.name}: more than the {_size(on.memory)} of {on.name}.")
     source = "rates measured here" if on.measured else "the datasheet's rates"
-    lines += ["", f"Peak memory holds inputs and returned gradients. Time is a roofline from {source}: nothing was run.", *notes]
+    lines += [
+        "",
+        f"Peak memory holds inputs and returned gradients. Time is a roofline from {source}: nothing was run.",
+        "Over products: the time over that of the matrix products alone, which no loss with these gradients can do without.",
+        *notes,
+    ]
     return "\n".join(lines)

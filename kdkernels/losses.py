@@ -133,8 +133,8 @@ def linear_kd_loss(
     vocab_size: cut both heads to their first rows (padded vocabularies); the rest gets zero gradient.
     strategy: "tokens" cuts the tokens and takes the fewest products; "vocab" cuts the vocabulary, multiplies twice or three times
         for the logits and takes the least memory; "auto" is the one that ``kd.plan`` predicts to be faster.
-    memory_budget: bytes of scratch for logits (default 1 GiB; 512 MiB on a CPU, where the scratch stays allocated for the next call
-        until ``kd.free_scratch()``).
+    memory_budget: bytes of scratch for logits (default a sixteenth of a GPU's memory; 512 MiB on a CPU, where the scratch stays
+        allocated for the next call until ``kd.free_scratch()``; 1 GiB elsewhere).
     process_group: a torch.distributed.ProcessGroup over whose ranks the vocabulary is split. Each rank passes its own rows of both
         heads (and biases): those of rank r follow those of rank r - 1, as many as it has, at least one, the same of both heads.
         Everything else is the same on every rank: hidden states, labels (tokens of the whole vocabulary), weights, options, and

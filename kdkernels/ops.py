@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdkernels import logits, outcomes, tokens, vocab
 from kdkernels.backends.operators import accumulate_dtype, library
-from kdkernels.plan import choose
+from kdkernels.plan import choose, default_budget
 from kdkernels.products import product_dtype
 from kdkernels.step import METRICS, Inputs, Outcome, Split, Step, Terms, prepare, prepare_both, summary
 
@@ -67,6 +67,7 @@ def linear_kd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         arguments[begin:end] for begin, end in ((0, 3), (3, 6), (6, 9), (9, 11))
     )
     ignore_index, vocab_size, student_dtype, teacher_dtype, strategy, budget, group, needs, metrics = arguments[17:]
+    budget = budget or default_budget(student[0].device)
     # The products' dtypes are decided already; an ambient autocast must not change them.
     with torch.autocast(student[0].device.type, enabled=False):
         step = prepare(
@@ -85,6 +86,7 @@ def linear_okd(*arguments: Any) -> tuple[Tensor, ...]:
     terms = Terms(*arguments[11:17])
     teacher_kd, teacher_ce, ignore_index, vocab_size, student_dtype, teacher_dtype = arguments[17:23]
     strategy, budget, group, needs, metrics = arguments[23:]
+    budget = budget or default_budget(student[0].device)
     # KL(q || p) for the teacher is forward KL with the student as its constant target.
     swapped = Terms("forward_kl", 0.0, terms.temperature, teacher_kd, teacher_ce, [*terms.head[2:], *terms.head[:2]])
     with torch.autocast(student[0].device.type, enabled=False):
@@ -102,6 +104,7 @@ def linear_topk_kd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
         arguments[begin:end] for begin, end in ((0, 3), (3, 6), (6, 8), (8, 10))
     )
     tail, ignore_index, vocab_size, dtype, strategy, budget, needs, metrics = arguments[16:]
+    budget = budget or default_budget(student[0].device)
     with torch.autocast(student[0].device.type, enabled=False):
         step = prepare(
             *(student, None, token_weight, grad_scale, lift, labels, t, Terms(*arguments[10:16])),

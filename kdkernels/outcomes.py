@@ -297,7 +297,7 @@ def _tiles(step: Step) -> list[torch.dtype]:
 def _by_tokens(step: Step, inputs: Inputs, known: Known, tail: str) -> Outcome:
     model, tiles, everything = step.student, _tiles(step), slice(0, step.vocab)
     per_logit = sum(dtype.itemsize for dtype in tiles)
-    size = chunk_rows(step.count, step.vocab, per_logit, step.budget)
+    size = chunk_rows(step.count, step.vocab, per_logit, step.budget, step.device)
     run = _Run(step, inputs, known, tail, weight_parts=-(-step.count // size))
     block = block_size(step.vocab, model.weight.shape[1], step.device)
     shapes = [((size, step.vocab), dtype) for dtype in tiles]
@@ -319,7 +319,7 @@ def _by_tokens(step: Step, inputs: Inputs, known: Known, tail: str) -> Outcome:
 
 def _by_columns(step: Step, inputs: Inputs, known: Known, tail: str) -> Outcome:
     model, tiles = step.student, _tiles(step)
-    width = block_columns(step.count, step.vocab, sum(dtype.itemsize for dtype in tiles), step.budget)
+    width = block_columns(step.count, step.vocab, sum(dtype.itemsize for dtype in tiles), step.budget, step.device)
     blocks = [slice(begin, min(begin + width, step.vocab)) for begin in range(0, step.vocab, width)]
     run = _Run(step, inputs, known, tail, hidden_parts=len(blocks))
     if step.count == 0:

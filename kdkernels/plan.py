@@ -18,10 +18,16 @@ from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS, accumulate
 from kdkernels.backends.reference import LIVE_COPIES
 from kdkernels.divergences import Divergence, resolve
 from kdkernels.products import block_size, logits_dtype, product_dtype
+from kdkernels.scratch import ROW_ELEMENTS, row_stride
 
 STRATEGIES = ("auto", "tokens", "vocab")
 DEFAULT_BUDGET = {"cpu": 512 * 2**20}
 OTHER_BUDGET = 2**30
+GPU_SHARE = 16  # of a GPU's memory
+# Multiples that the rows of a chunk and the columns of a block come in, the first with which they fit. On a GPU libraries cut
+# results into tiles of 128 and 256: 129 rows take as long as 256. On a CPU 103 rows take a tenth longer each than 104.
+CPU_ROWS, CPU_COLUMNS = (16, 8, 4), (128, 64, 16)
+GPU_MULTIPLES = (128, 64, 32, 16, 8)
 # Live [tokens, V] tensors in the working dtype of the eager computation. In the formula: both log-softmaxes and three terms, and
 # what the student's loss keeps for its backward while that of a teacher that learns too is made. When the gradients are made: both
 # log-softmaxes and the gradient of the student's logits.
@@ -38,10 +44,11 @@ class Plan:
 
     strategy: "tokens" or "vocab". chunk_rows: tokens per chunk, of ``chunks`` in all. block_columns: vocabulary columns per block,
         of ``blocks`` in all. The one that the strategy does not cut is whole.
-    logits_bytes: the reused scratch for logits and their gradients; this is what the memory budget bounds.
+    logits_bytes: the reused scratch for logits and their gradients, and what pads its rows on a GPU: the memory budget bounds it.
     accumulator_bytes: float32 sums of a 16-bit gradient that several chunks or blocks add to: the head's, or the hidden states'.
     scratch_bytes: all of the step's own memory, at its peak. peak_bytes: scratch, inputs and returned gradients together.
     flops: of the matrix products. seconds: predicted time; None for a dtype or device whose rates are not known.
+    products_seconds: of the bare products, which no loss with these gradients can do without, predicted as seconds are.
     eager_*: the same for plain PyTorch.
     """
 
@@ -56,6 +63,7 @@ class Plan:
     peak_bytes: int
     flops: int
     seconds: float | None
+    products_seconds: float | None
     eager_scratch_bytes: int
     eager_peak_bytes: int
     eager_flops: int
@@ -89,9 +97,14 @@ class Size:
         return tuple((dim, head) for dim, head, dtype in models[: self.learners] if dtype.itemsize == 2)
 
 
-def default_budget(device: torch.device) -> int:
-    """Bytes of logits scratch where the caller names none: 512 MiB on a CPU, 1 GiB elsewhere."""
-    return DEFAULT_BUDGET.get(device.type, OTHER_BUDGET)
+def default_budget(device: torch.device, on: roofline.Device | None = None) -> int:
+    """Bytes of logits scratch where the caller names none: 512 MiB on a CPU, a sixteenth of a GPU's memory, 1 GiB elsewhere.
+
+    on: what the device is, where it is planned for by its name; otherwise the GPU that is here.
+    """
+    if device.type != "cuda":
+        return DEFAULT_BUDGET.get(device.type, OTHER_BUDGET)
+    return (roofline.gpu_memory(device) if on is None else on.memory) // GPU_SHARE
 
 
 def _backend(device: torch.device, *dtypes: torch.dtype) -> str:
@@ -123,51 +136,52 @@ def column_bytes(student: torch.dtype, teacher: torch.dtype, device: torch.devic
     return logit_bytes(student, teacher, device, learners) + copied * logits.itemsize
 
 
-def _share(total: int, most: int, tiles: tuple[int, ...]) -> int:
-    """Sizes of parts of one size, at most ``most``, a multiple of the first tile with which that still holds."""
+def _share(total: int, most: int, multiples: tuple[int, ...]) -> int:
+    """Sizes of parts of one size, at most ``most``, a multiple of the first with which that still holds."""
     if total <= most:
         return max(1, total)
     even = math.ceil(total / math.ceil(total / most))
-    rounded = (math.ceil(even / tile) * tile for tile in tiles)
+    rounded = (math.ceil(even / multiple) * multiple for multiple in multiples)
     return next((size for size in rounded if size <= most), even)
 
 
-def chunk_rows(tokens: int, vocab: int, bytes_per_logit: int, budget: int) -> int:
-    """Tokens per chunk: as many as the budget holds, in chunks of one size.
-
-    Matrix libraries work in tiles: 103 rows take a tenth longer each than 104.
-    """
-    return _share(tokens, max(1, budget // max(1, vocab * bytes_per_logit)), (16, 8, 4))
+def chunk_rows(tokens: int, vocab: int, bytes_per_logit: int, budget: int, device: torch.device) -> int:
+    """Tokens per chunk: as many as the budget holds, in chunks of one size."""
+    row = row_stride(vocab, device) * bytes_per_logit
+    return _share(tokens, max(1, budget // max(1, row)), CPU_ROWS if device.type == "cpu" else GPU_MULTIPLES)
 
 
-def block_columns(tokens: int, vocab: int, bytes_per_logit: int, budget: int) -> int:
+def block_columns(tokens: int, vocab: int, bytes_per_logit: int, budget: int, device: torch.device) -> int:
     """Vocabulary columns per block: as many as the budget holds, in blocks of one size."""
-    return _share(vocab, max(1, budget // max(1, tokens * bytes_per_logit)), (128, 64, 16))
+    most = max(1, budget // max(1, tokens * bytes_per_logit))
+    if row_stride(most, device) > most:
+        most -= most % ROW_ELEMENTS
+    return _share(vocab, most, CPU_COLUMNS if device.type == "cpu" else GPU_MULTIPLES)
 
 
 def _cut(strategy: str, size: Size) -> tuple[int, int]:
     """Tokens of a chunk, and columns of a block."""
     if strategy == "tokens":
         per_logit = logit_bytes(size.dtype, size.teacher_dtype, size.device, size.learners)
-        return chunk_rows(size.tokens, size.vocab, per_logit, size.budget), size.vocab
+        return chunk_rows(size.tokens, size.vocab, per_logit, size.budget, size.device), size.vocab
     per_logit = column_bytes(size.dtype, size.teacher_dtype, size.device, size.learners)
-    return size.tokens, block_columns(size.tokens, size.vocab, per_logit, size.budget)
+    return size.tokens, block_columns(size.tokens, size.vocab, per_logit, size.budget, size.device)
 
 
 def _passes(strategy: str, size: Size, on: roofline.Device) -> tuple[roofline.Pass, ...]:
     sizes = (size.tokens, size.vocab, size.student_dim, size.teacher_dim, product_dtype(size.dtype, size.device))
-    loss = roofline.Loss(
-        divergence=size.divergence,
-        train_head=size.train_head,
-        online_teacher=size.learners == 2,
-        train_teacher_head=size.train_teacher_head,
+    learns = roofline.Learns(
+        train_head=size.train_head, online_teacher=size.learners == 2, train_teacher_head=size.train_teacher_head
     )
+    if strategy == "products":
+        return roofline.products_passes(*sizes, **learns)
+    loss = roofline.Loss(divergence=size.divergence, **learns)
     if strategy == "eager":
         return roofline.eager_passes(*sizes, **loss, cached_row=on.cached_row)
     rows, columns = _cut(strategy, size)
     if strategy == "tokens":
-        return roofline.tokens_passes(*sizes, **loss, chunks=math.ceil(size.tokens / rows))
-    return roofline.vocab_passes(*sizes, **loss, blocks=math.ceil(size.vocab / columns), shared=not _fused(size))
+        return roofline.tokens_passes(*sizes, **loss, chunk_rows=rows)
+    return roofline.vocab_passes(*sizes, **loss, block_columns=columns, shared=not _fused(size))
 
 
 def _fused(size: Size) -> bool:
@@ -184,11 +198,14 @@ def _products(strategy: str, size: Size, blocks: int) -> int:
     return own + (2 if size.learners == 2 and _fused(size) else 0)
 
 
-def choose(strategy: str, size: Size) -> str:
-    """The strategy that "auto" stands for: the one predicted to be faster, from rates that are the same in every run."""
+def choose(strategy: str, size: Size, on: roofline.Device | None = None) -> str:
+    """The strategy that "auto" stands for: the one predicted to be faster, from rates that are the same in every run.
+
+    on: the GPU that is planned for by its name; otherwise the device's nominal rates.
+    """
     if strategy != "auto":
         return strategy
-    on = roofline.nominal(size.device)
+    on = on or roofline.nominal(size.device)
     # One chunk is the fewest products, and no head is read twice.
     if size.tokens <= _cut("tokens", size)[0] or product_dtype(size.dtype, size.device) not in on.rates:
         return "tokens"
@@ -223,10 +240,10 @@ def plan(
     tokens: kept rows N. vocab: V. student_dim, teacher_dim: hidden sizes. dtype: of hidden states and heads (teacher_dtype: of the
     teacher's, if different): float32, bfloat16, float16 or float64. device: "cpu" or "cuda", or a GPU of ``roofline.DEVICES`` such
     as "H100", which need not be here.
-    memory_budget: bytes for logits scratch. train_head: whether the student's head takes a gradient. strategy, divergence: as for
-    the loss. online_teacher: the teacher's hidden states take a gradient too; train_teacher_head: and so does its head. Raises
-    ValueError for sizes below 1, a budget below 1 byte, names that are not known, and a teacher's head that is trained alone, and
-    TypeError for what is of another type.
+    memory_budget: bytes for logits scratch (default: as for the loss there; a sixteenth of the named GPU's memory). train_head:
+    whether the student's head takes a gradient. strategy, divergence: as for the loss. online_teacher: the teacher's hidden states
+    take a gradient too; train_teacher_head: and so does its head. Raises ValueError for sizes below 1, a budget below 1 byte, names
+    that are not known, and a teacher's head that is trained alone, and TypeError for what is of another type.
     """
     for name, value in {"tokens": tokens, "vocab": vocab, "student_dim": student_dim, "teacher_dim": teacher_dim}.items():
         _at_least_1(name, value, "an integer")
@@ -248,6 +265,7 @@ def plan(
     if train_teacher_head and not online_teacher:
         raise ValueError("train_teacher_head is True; accepted only with online_teacher=True")
     runs_on, on = roofline.resolve_device(device)
+    named = on if on is not None and not on.measured and on.name.lower() == str(device).lower() else None
     size = Size(
         tokens=tokens,
         vocab=vocab,
@@ -258,11 +276,11 @@ def plan(
         divergence=resolve(divergence).name,
         train_head=train_head,
         device=runs_on,
-        budget=default_budget(runs_on) if memory_budget is None else memory_budget,
+        budget=default_budget(runs_on, named) if memory_budget is None else memory_budget,
         learners=2 if online_teacher else 1,
         train_teacher_head=train_teacher_head,
     )
-    strategy = choose(strategy, size)
+    strategy = choose(strategy, size, named)
     rows, columns = _cut(strategy, size)
     chunks, blocks = math.ceil(tokens / rows), math.ceil(vocab / columns)
     logits, accumulator, rest = (_tokens_bytes if strategy == "tokens" else _vocab_bytes)(size, rows, columns)
@@ -291,6 +309,7 @@ def plan(
         peak_bytes=scratch + inputs + gradients,
         flops=_products(strategy, size, blocks) * both + gradient_products,
         seconds=predict(strategy),
+        products_seconds=predict("products"),
         eager_scratch_bytes=eager - gradients,
         eager_peak_bytes=eager + inputs,
         eager_flops=both + gradient_products,
@@ -322,13 +341,13 @@ def _widened(size: Size, rows: int) -> int:
 
 def _tokens_bytes(size: Size, rows: int, columns: int) -> tuple[int, int, int]:
     """Logits, accumulators and the rest."""
-    logits = rows * columns * logit_bytes(size.dtype, size.teacher_dtype, size.device, size.learners)
+    logits = rows * row_stride(columns, size.device) * logit_bytes(size.dtype, size.teacher_dtype, size.device, size.learners)
     summed = sum(dim for dim, head in size.accumulators if head) if rows < size.tokens else 0
     return logits, size.vocab * summed * 4, _buffers(size, columns) + _widened(size, rows)
 
 
 def _vocab_bytes(size: Size, rows: int, columns: int) -> tuple[int, int, int]:
-    logits = rows * columns * column_bytes(size.dtype, size.teacher_dtype, size.device, size.learners)
+    logits = rows * row_stride(columns, size.device) * column_bytes(size.dtype, size.teacher_dtype, size.device, size.learners)
     summed = sum(dim for dim, _ in size.accumulators) if columns < size.vocab else 0
     copies = STATISTICS_COPIES + size.learners - 1
     statistics = rows * (copies * len(STATS_COLUMNS) + 2 * size.learners * len(SUMS_COLUMNS)) * 8

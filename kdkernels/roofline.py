@@ -1,9 +1,13 @@
 """How long a loss step should take on a device that is not at hand: a stated roofline, not a measurement.
 
-A step is a sequence of passes. A pass does some matrix work and moves some bytes; it takes the longer of the two, and each of its
-kernels costs a launch:
+A step is a sequence of passes. A pass does some matrix work, issues some instructions and moves some bytes; it takes the longest of
+the three, and each of its kernels costs a launch:
 
-    seconds = Σ max(flops / (rate · MATRIX_EFFICIENCY), bytes / (bandwidth · MEMORY_EFFICIENCY)) + launches · overhead
+    seconds = Σ max(flops / (rate · MATRIX_EFFICIENCY · efficiency · filled),
+                    instructions / (issue rate · ISSUE_EFFICIENCY),
+                    bytes / (bandwidth · MEMORY_EFFICIENCY)) + launches · overhead
+
+``filled`` is what a library product loses to tiles that hang over its result and to waves that do not fill the device.
 
 On a processor a product takes both, one after the other: a matrix library copies its operands into its own order before it
 multiplies, and the same cores do both. (A chunk of ``tokens`` took a time for the heads and one for each of its rows, from 4 rows
@@ -31,9 +35,29 @@ from kdkernels import traffic
 from kdkernels.divergences import resolve
 from kdkernels.products import HeadProducts, add_head_grad, block_size, product_dtype
 
-# What large products reach of the dense rate: 728 of 989 Tflop/s on an H100 (the bare head products of huggingface/trl#7244, a row
-# of benchmarks/published.csv). The clock falls under a full matrix load, so no library reaches the datasheet's rate.
-MATRIX_EFFICIENCY = 0.73
+# What large products reach of the dense rate where their tiles fill the device. With what ``filled`` takes off that is 728 of 989
+# Tflop/s on an H100 (the bare head products of huggingface/trl#7244, a row of benchmarks/published.csv). The clock falls under
+# a full matrix load, so no library reaches the datasheet's rate.
+MATRIX_EFFICIENCY = 0.744
+# Tiles that matrix libraries cut results into, and what the small one reaches of the rate: it waits for its operands. Where there
+# are fewer tiles than multiprocessors the inner size is split, into parts of at least SPLIT_INNER, and the parts are added up. The
+# two shares are estimates.
+TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.88))
+SPLIT_INNER, SPLIT_EFFICIENCY = 512, 0.93
+# Instructions that kernels issue, of those that the multiprocessors could at the datasheet's clock: 1.7 of 1.98 GHz under load, and
+# three of four slots filled. An estimate, not a measurement.
+ISSUE_EFFICIENCY = 0.64
+# What the vocab strategy's kernels that multiply reach of what library products do: about 250 of 790 Tflop/s, estimated from the
+# instructions of the compiled kernels (64x64 tiles, barriers in each step), not measured.
+VOCAB_KERNEL_EFFICIENCY = 0.32
+# Instructions of the row kernel for each logit, as compiled for sm_90: statistics, sums, gradient. Of plain logits: T = 1, no bias,
+# no labels. A divergence that is not listed is counted at the most in each sweep that it makes.
+ROW_INSTRUCTIONS: dict[str, tuple[int, int, int]] = {
+    "forward_kl": (55, 0, 40),
+    "jsd": (40, 60, 55),
+}
+# Tokens that the bare products are made for at a time (benchmarks/contenders.py).
+PRODUCTS_BLOCK = 4096
 # What kernels that stream large tensors reach of the datasheet's bandwidth: 0.92 to 0.95 in the forward rows of Liger's table for
 # H100s (benchmarks/published.csv); the rest goes to refresh and to turns between reads and writes.
 MEMORY_EFFICIENCY = 0.92
@@ -52,7 +76,8 @@ class Device:
 
     name: as ``DEVICES`` and the command line spell it. bandwidth: of the main memory, bytes/s. rates: dense products without
     sparsity, flop/s by dtype; float32 without TF32, which PyTorch leaves off. overhead: seconds between two kernels. memory: bytes.
-    cache, units: last-level cache in bytes and multiprocessors. measured: the rates were reached here, nothing is taken off them.
+    cache, units: last-level cache in bytes and multiprocessors. issue: instructions/s, one for each lane of all units.
+    measured: the rates were reached here, nothing is taken off them; nor are tiles and instructions counted.
     operand_bandwidth: bytes/s by dtype at which products get through their operands and results, where that comes before
         multiplying; where there is none they arrive meanwhile, at ``bandwidth``.
     """
@@ -64,6 +89,7 @@ class Device:
     memory: int
     cache: int
     units: int
+    issue: float = math.inf
     measured: bool = False
     operand_bandwidth: dict[torch.dtype, float] = field(default_factory=dict, hash=False)
 
@@ -83,7 +109,8 @@ class Device:
 class Pass:
     """flops: of matrix products. bytes: read and written in main memory. dtype: of the products. launches: kernels.
 
-    times: how often the pass is made; the other figures are of one of them.
+    times: how often the pass is made; the other figures are of one of them. shape: rows, columns and inner size of a library's
+    product, whose tiles count. efficiency: of the library's rate, of a kernel that multiplies itself. instructions: of all threads.
     """
 
     flops: float
@@ -91,30 +118,49 @@ class Pass:
     dtype: torch.dtype = torch.float32
     launches: int = 1
     times: int = 1
+    shape: tuple[int, int, int] | None = None
+    efficiency: float = 1.0
+    instructions: float = 0.0
 
 
-def _gpu(name: str, bandwidth: float, float32: float, half: float, memory: float, cache: float, units: int) -> Device:
-    """bandwidth in TB/s, rates in Tflop/s (bfloat16 and float16 alike, sums in float32), memory in GB, cache in MB."""
+def _gpu(
+    name: str,
+    bandwidth: float,
+    float32: float,
+    half: float,
+    memory: float,
+    cache: float,
+    units: int,
+    clock: float,
+    lanes: int = 128,
+) -> Device:
+    """bandwidth in TB/s, rates in Tflop/s (bfloat16 and float16 alike, sums in float32), memory in GB, cache in MB, clock in GHz.
+
+    lanes: that a unit issues an instruction for in each cycle: four schedulers of 32 on NVIDIA's.
+    """
     rates = {torch.float32: float32 * 1e12, torch.bfloat16: half * 1e12, torch.float16: half * 1e12}
-    return Device(name, bandwidth * 1e12, rates, LAUNCH_SECONDS, int(memory * 1e9), int(cache * 1e6), units)
+    issue = units * lanes * clock * 1e9
+    return Device(name, bandwidth * 1e12, rates, LAUNCH_SECONDS, int(memory * 1e9), int(cache * 1e6), units, issue)
 
 
 # float32 is the plain rate: TF32 would be half of the bfloat16 rate on NVIDIA's data centre GPUs, and is off in PyTorch by default.
+# The clock is the boost clock that this rate is stated for: the rate over units and float32 operations of a unit in a cycle.
 _GPUS = (
-    # NVIDIA A100 datasheet, SXM 80 GB: 2,039 GB/s, 19.5 / 312 Tflop/s; whitepaper: 40 MB L2, 108 SMs
-    _gpu("A100-80", 2.039, 19.5, 312, 80, 40, 108),
-    # NVIDIA H100 datasheet, SXM5: 3.35 TB/s, 67 / 989.4 Tflop/s; whitepaper: 50 MB L2, 132 SMs
-    _gpu("H100", 3.35, 67, 989.4, 80, 50, 132),
+    # NVIDIA A100 datasheet, SXM 80 GB: 2,039 GB/s, 19.5 / 312 Tflop/s; whitepaper: 40 MB L2, 108 SMs, 1.41 GHz
+    _gpu("A100-80", 2.039, 19.5, 312, 80, 40, 108, 1.41),
+    # NVIDIA H100 datasheet, SXM5: 3.35 TB/s, 67 / 989.4 Tflop/s; whitepaper: 50 MB L2, 132 SMs of 128 float32 units
+    _gpu("H100", 3.35, 67, 989.4, 80, 50, 132, 1.98),
     # NVIDIA H100 datasheet, PCIe: 2 TB/s, 51 / 756 Tflop/s; whitepaper: 50 MB L2, 114 SMs
-    _gpu("H100-PCIe", 2.0, 51, 756, 80, 50, 114),
+    _gpu("H100-PCIe", 2.0, 51, 756, 80, 50, 114, 1.755),
     # NVIDIA H200 datasheet, SXM: 4.8 TB/s, the H100's rates
-    _gpu("H200", 4.8, 67, 989.4, 141, 50, 132),
+    _gpu("H200", 4.8, 67, 989.4, 141, 50, 132, 1.98),
     # NVIDIA DGX B200 datasheet, an eighth of it: 8 TB/s, 180 GB, 75 / 2,250 Tflop/s; Blackwell tuning guide: 126 MB L2, 148 SMs
-    _gpu("B200", 8.0, 75, 2250, 180, 126, 148),
-    # NVIDIA Ada whitepaper, GeForce RTX 4090: 1,008 GB/s, 82.6 / 165.2 Tflop/s with sums in float32, 72 MB L2, 128 SMs
-    _gpu("RTX4090", 1.008, 82.6, 165.2, 24, 72, 128),
-    # AMD Instinct MI300X datasheet: 5.3 TB/s, 163.4 / 1,307.4 Tflop/s, 304 compute units, 256 MB Infinity Cache
-    _gpu("MI300X", 5.3, 163.4, 1307.4, 192, 256, 304),
+    _gpu("B200", 8.0, 75, 2250, 180, 126, 148, 1.98),
+    # NVIDIA Ada whitepaper, GeForce RTX 4090: 1,008 GB/s, 82.6 / 165.2 Tflop/s with sums in float32, 72 MB L2, 128 SMs, 2.52 GHz
+    _gpu("RTX4090", 1.008, 82.6, 165.2, 24, 72, 128, 2.52),
+    # AMD Instinct MI300X datasheet: 5.3 TB/s, 163.4 / 1,307.4 Tflop/s, 304 compute units, 256 MB Infinity Cache, 2.1 GHz; CDNA 3:
+    # four units of 16 lanes
+    _gpu("MI300X", 5.3, 163.4, 1307.4, 192, 256, 304, 2.1, lanes=64),
 )
 DEVICES = {gpu.name: gpu for gpu in _GPUS}
 
@@ -157,6 +203,12 @@ NOMINAL_CPU = Device(
 def nominal(where: torch.device) -> Device:
     """What choices for a torch device are made from: its datasheet, or a processor's nominal rates."""
     return NOMINAL_CPU if where.type == "cpu" else this_gpu(where) or DEVICES["H100"]
+
+
+@functools.cache
+def gpu_memory(where: torch.device) -> int:
+    """Bytes of memory of a GPU of this machine; where there is none, of the one that choices are made from."""
+    return torch.cuda.get_device_properties(where).total_memory if torch.cuda.is_available() else nominal(where).memory
 
 
 @functools.cache
@@ -251,15 +303,40 @@ def measured_cpu() -> Device:
 
 def seconds(passes: Sequence[Pass], on: Device) -> float:
     """Predicted time of the passes one after the other."""
-    matrix, memory = (1.0, 1.0) if on.measured else (MATRIX_EFFICIENCY, MEMORY_EFFICIENCY)
-    total = 0.0
-    for step in passes:
-        multiplying = step.flops / (on.rate(step.dtype) * matrix) if step.flops else 0.0
-        operands = on.operand_bandwidth.get(step.dtype) if step.flops else None
-        arriving = step.bytes / (operands or on.bandwidth * memory)
-        once = multiplying + arriving if operands else max(multiplying, arriving)
-        total += step.times * (once + step.launches * on.overhead)
-    return total
+    return sum(step.times * ((_on_cpu if on.measured else _on_gpu)(step, on) + step.launches * on.overhead) for step in passes)
+
+
+def _on_cpu(step: Pass, on: Device) -> float:
+    multiplying = step.flops / on.rate(step.dtype) if step.flops else 0.0
+    operands = on.operand_bandwidth.get(step.dtype) if step.flops else None
+    arriving = step.bytes / (operands or on.bandwidth)
+    return multiplying + arriving if operands else max(multiplying, arriving)
+
+
+def _on_gpu(step: Pass, on: Device) -> float:
+    multiplying = 0.0
+    if step.flops:
+        reached = MATRIX_EFFICIENCY * step.efficiency * (filled(step.shape, on.units) if step.shape else 1.0)
+        multiplying = step.flops / (on.rate(step.dtype) * reached)
+    issuing = step.instructions / (on.issue * ISSUE_EFFICIENCY)
+    return max(multiplying, issuing, step.bytes / (on.bandwidth * MEMORY_EFFICIENCY))
+
+
+def filled(shape: tuple[int, int, int], units: int) -> float:
+    """What a product [rows, inner] x [inner, columns] keeps of the rate on so many multiprocessors, by the best of TILES.
+
+    A tile that hangs over the edge takes as long as a whole one, and so does the last wave of tiles, however few they are.
+    """
+    rows, columns, inner = shape
+    best = 0.0
+    for height, width, reached in TILES:
+        tiles = math.ceil(rows / height) * math.ceil(columns / width)
+        busy = tiles / (math.ceil(tiles / units) * units)
+        if tiles < units:
+            parts = min(inner / SPLIT_INNER, units // tiles)
+            busy = max(busy, parts * tiles / units * SPLIT_EFFICIENCY)
+        best = max(best, reached * busy * rows * columns / (tiles * height * width))
+    return best
 
 
 def total_flops(passes: Sequence[Pass]) -> float:
@@ -272,10 +349,11 @@ def total_bytes(passes: Sequence[Pass]) -> float:
     return sum(step.times * step.bytes for step in passes)
 
 
-def _even(total: int, parts: int) -> list[tuple[int, int]]:
-    """Sizes that differ by at most 1, and how many there are of each; no more parts than there is to share out."""
-    size, longer = divmod(total, parts)
-    return [(length, count) for length, count in ((size + 1, longer), (size, parts - longer)) if length and count]
+def _parts(total: int, size: int | None) -> list[tuple[int, int]]:
+    """Sizes of the parts of ``size`` (None: one part), and how many there are of each: the last one may be smaller."""
+    size = min(size or total, total)
+    count, rest = divmod(total, size)
+    return [(size, count), *([(rest, 1)] if rest else [])]
 
 
 def _times(count: int, passes: Sequence[Pass]) -> list[Pass]:
@@ -286,7 +364,7 @@ def product(rows: int, inner: int, columns: int, dtype: torch.dtype, out_bytes: 
     """A library product [rows, inner] x [inner, columns]: operands read once, the result (or out_bytes) written."""
     moved = (rows * inner + inner * columns) * dtype.itemsize
     written = rows * columns * dtype.itemsize if out_bytes is None else out_bytes
-    return Pass(2.0 * rows * inner * columns, moved + written, dtype)
+    return Pass(2.0 * rows * inner * columns, moved + written, dtype, shape=(rows, columns, inner))
 
 
 # How often eager PyTorch goes over a float32 [N, V] tensor in the plain formula of each divergence, given both log-softmaxes: reads
@@ -303,16 +381,21 @@ EAGER_TRAFFIC: dict[str, tuple[int, int, int, int]] = {
 }
 
 
-class Loss(TypedDict):
-    """What the passes of every strategy depend on beside the sizes.
+class Learns(TypedDict):
+    """Who takes a gradient beside the student's hidden states.
 
     online_teacher: the teacher learns too, by forward KL to the student; train_teacher_head: and so does its head.
     """
 
-    divergence: str
     train_head: bool
     online_teacher: bool
     train_teacher_head: bool
+
+
+class Loss(Learns):
+    """What the passes of every strategy depend on beside the sizes."""
+
+    divergence: str
 
 
 def check_divergence(name: str) -> str:
@@ -377,38 +460,48 @@ def tokens_passes(
     teacher_dim: int,
     dtype: torch.dtype,
     *,
-    chunks: int = 1,
+    chunk_rows: int | None = None,
     divergence: str = "forward_kl",
     train_head: bool = True,
     online_teacher: bool = False,
     train_teacher_head: bool = False,
 ) -> tuple[Pass, ...]:
-    """Loss and gradients of the ``tokens`` strategy in ``chunks`` chunks of tokens, with one row kernel. Products: 3·Us + Ut.
+    """Loss and gradients of the ``tokens`` strategy in chunks of ``chunk_rows`` tokens (None: all in one), a row kernel each.
 
-    Each chunk reads both heads for its logits, which are kept in at least float32 as on a GPU, and the student's again for dH. The
-    row kernel's bytes are those of ``traffic.row_loss``; the products read dx back. With several chunks the head's gradient is
-    summed in float32: read and written by each of them. An online teacher is another row kernel over the same logits, and its
-    own products: Ut, or 2·Ut with its head.
+    Products: 3·Us + Ut. Each chunk reads both heads for its logits, which are kept in at least float32 as on a GPU, and the
+    student's again for dH. The row kernel's bytes are those of ``traffic.row_loss``, its instructions those of
+    ``row_instructions``; the products read dx back. With several chunks the head's gradient is summed in float32, inside the
+    product: read and written by each of them. An online teacher is another row kernel over the same logits, and its own products:
+    Ut, or 2·Ut with its head.
     """
     logit = max(4, dtype.itemsize)
     learners = _learners(student_dim, teacher_dim, divergence, train_head, online_teacher, train_teacher_head)
+    summed = chunk_rows is not None and chunk_rows < tokens
     passes: list[Pass] = []
-    for rows, count in _even(tokens, chunks):
+    for rows, count in _parts(tokens, chunk_rows):
         one = [product(rows, dim, vocab, dtype, logit * rows * vocab) for dim in (student_dim, teacher_dim)]
-        for dim, swept, head in learners:
-            one += [Pass(0.0, traffic.row_loss(rows, vocab, (logit, logit), dtype.itemsize, sweeps=swept).total)]
-            one += _gradients(rows, vocab, dim, dtype, head, head_bytes=8 * vocab * dim if chunks > 1 else None)
+        for dim, learned, head in learners:
+            moved = traffic.row_loss(rows, vocab, (logit, logit), dtype.itemsize, sweeps=traffic.sweeps(learned)).total
+            one += [Pass(0.0, moved, instructions=rows * vocab * sum(row_instructions(learned)))]
+            one += _gradients(rows, vocab, dim, dtype, head, head_bytes=8 * vocab * dim if summed else None)
         passes += _times(count, one)
-    if chunks > 1 and dtype.itemsize < 4:
+    if summed and dtype.itemsize < 4:
         passes += [Pass(0.0, vocab * dim * (4 + dtype.itemsize)) for dim, _, head in learners if head]
     return tuple(passes)
 
 
+def row_instructions(divergence: str) -> tuple[int, int, int]:
+    """Of the row kernel for each logit: statistics, sums (0 where the value needs none), gradient."""
+    most = tuple(max(counts) for counts in zip(*ROW_INSTRUCTIONS.values(), strict=True))
+    statistics, sums, gradient = ROW_INSTRUCTIONS.get(check_divergence(divergence), most)
+    return statistics, sums if traffic.sweeps(divergence) == 2 else 0, gradient
+
+
 def _learners(
     student_dim: int, teacher_dim: int, divergence: str, train_head: bool, online_teacher: bool, train_teacher_head: bool
-) -> tuple[tuple[int, int, bool], ...]:
-    """Of each model that learns: hidden size, forward sweeps over the logits, whether its head is trained."""
-    student, teacher = (student_dim, traffic.sweeps(divergence), train_head), (teacher_dim, 1, train_teacher_head)
+) -> tuple[tuple[int, str, bool], ...]:
+    """Of each model that learns: hidden size, divergence to the other, whether its head is trained."""
+    student, teacher = (student_dim, divergence, train_head), (teacher_dim, "forward_kl", train_teacher_head)
     return (student, teacher) if online_teacher else (student,)
 
 
@@ -419,41 +512,73 @@ def vocab_passes(
     teacher_dim: int,
     dtype: torch.dtype,
     *,
-    blocks: int = 1,
+    block_columns: int | None = None,
     divergence: str = "forward_kl",
     train_head: bool = True,
     online_teacher: bool = False,
     train_teacher_head: bool = False,
     shared: bool = False,
 ) -> tuple[Pass, ...]:
-    """Loss and gradients of the ``vocab`` strategy in ``blocks`` blocks of columns.
+    """Loss and gradients of the ``vocab`` strategy in blocks of ``block_columns`` columns (None: all in one).
 
     The forward takes statistics only, Us + Ut with no logits in main memory: once, or twice for a divergence whose value needs the
     log-sum-exps first. The backward recomputes both tiles of a block, writes the gradient tile, and multiplies it: dH is summed in
     float32, dW_b is written once. Products: 4·Us + 2·Ut with one sweep, 5·Us + 3·Ut with two.
 
-    Kernels that multiply are counted at the rate of library products, which is the most that they can reach, and their bytes
-    (``traffic.statistics``, ``sums`` and ``gradient``) as if they read every operand from main memory once in each launch: what
-    their other tiles read again is taken to come from the cache, as in library products.
+    Kernels that multiply are counted at VOCAB_KERNEL_EFFICIENCY of the library's rate, and their bytes (``traffic.statistics``,
+    ``sums`` and ``gradient``) as if they read every operand from main memory once in each launch: what their other tiles read again
+    is taken to come from the cache, as in library products.
 
-    An online teacher goes over the vocabulary by itself, 2·Us + 2·Ut, unless its sweeps have ``shared`` products with the student's
-    (as where library products make the tiles); its own gradients are Ut, or 2·Ut with its head.
+    shared: where library products make the tiles instead, at their rate and for both learners. Otherwise an online teacher goes
+    over the vocabulary by itself, 2·Us + 2·Ut; its own gradients are Ut, or 2·Ut with its head.
     """
     of = traffic.Products(tokens, vocab, ((student_dim, dtype.itemsize), (teacher_dim, dtype.itemsize)))
     whole = traffic.Cut.whole(tokens, vocab)
     learners = _learners(student_dim, teacher_dim, divergence, train_head, online_teacher, train_teacher_head)
     products = 2.0 * tokens * (student_dim + teacher_dim)
+
+    def multiplying(learner: int, columns: int, kernel: traffic.Traffic) -> Pass:
+        flops = 0.0 if shared and learner else products * columns
+        return Pass(flops, kernel.total, dtype, efficiency=1.0 if shared else VOCAB_KERNEL_EFFICIENCY)
+
     passes: list[Pass] = []
-    for at, (_, swept, _) in enumerate(learners):
-        kernels = [traffic.statistics(of, whole), traffic.sums(of, whole)][:swept]
-        passes += [Pass(0.0 if shared and at else products * vocab, kernel.total, dtype) for kernel in kernels]
-    for columns, count in _even(vocab, blocks):
+    for at, (_, learned, _) in enumerate(learners):
+        kernels = [traffic.statistics(of, whole), traffic.sums(of, whole)][: traffic.sweeps(learned)]
+        passes += [multiplying(at, vocab, kernel) for kernel in kernels]
+    for columns, count in _parts(vocab, block_columns):
         kernel = traffic.gradient(of, traffic.Cut.whole(tokens, columns), 0, columns, dtype.itemsize)
         one: list[Pass] = []
         for at, (dim, _, head) in enumerate(learners):
-            one += [Pass(0.0 if shared and at else products * columns, kernel.total, dtype)]
+            one += [multiplying(at, columns, kernel)]
             one += _gradients(tokens, columns, dim, dtype, head, out_bytes=8 * tokens * dim)
         passes += _times(count, one)
     if dtype.itemsize < 4:
         passes += [Pass(0.0, tokens * dim * (4 + dtype.itemsize)) for dim, _, _ in learners]
+    return tuple(passes)
+
+
+def products_passes(
+    tokens: int,
+    vocab: int,
+    student_dim: int,
+    teacher_dim: int,
+    dtype: torch.dtype,
+    *,
+    train_head: bool = True,
+    online_teacher: bool = False,
+    train_teacher_head: bool = False,
+) -> tuple[Pass, ...]:
+    """The bare products, which no loss with these gradients can do without: x, z, dH and dW of PRODUCTS_BLOCK tokens at a time.
+
+    Logits in ``dtype``, one gradient of the head, added to in ``dtype``: benchmarks/contenders.py times these beside the losses. Of
+    an online teacher dH too, and dW with its head.
+    """
+    learners = _learners(student_dim, teacher_dim, "forward_kl", train_head, online_teacher, train_teacher_head)
+    passes: list[Pass] = []
+    for rows, count in _parts(tokens, PRODUCTS_BLOCK):
+        one = [product(rows, dim, vocab, dtype) for dim in (student_dim, teacher_dim)]
+        for dim, _, head in learners:
+            added = 2 * vocab * dim * dtype.itemsize if tokens > PRODUCTS_BLOCK else None
+            one += _gradients(rows, vocab, dim, dtype, head, head_bytes=added)
+        passes += _times(count, one)
     return tuple(passes)

@@ -17,7 +17,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 64
+_ALIGNMENT = 128
+# Elements of which a row of a tile takes a multiple on a GPU: each row then starts at a multiple of 128 bytes or more, whatever the
+# vocabulary. Matrix libraries read rows of 16 bits that start elsewhere (every other row of an odd vocabulary) by slower kernels.
+ROW_ELEMENTS = 64
 _lock = threading.Lock()
 _held: Tensor | None = None
 
@@ -41,29 +44,41 @@ def _allocate(size: int, memory_budget: int, device: torch.device) -> Tensor:
         ) from error
 
 
+def row_stride(columns: int, device: torch.device) -> int:
+    """Elements from one row of a tile to the next. Rows shorter than ROW_ELEMENTS lie close, lest little budgets be overdrawn."""
+    if device.type == "cpu" or columns < ROW_ELEMENTS:
+        return columns
+    return -(-columns // ROW_ELEMENTS) * ROW_ELEMENTS
+
+
 @contextmanager
 def borrowed(
     block: int, tiles: list[tuple[tuple[int, int], torch.dtype]], memory_budget: int, device: torch.device
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Uninitialised memory, all in one allocation: a float32 buffer of ``block`` elements for a head's block, and tiles of these
-    shapes and dtypes for logits.
+    shapes and dtypes for logits, whose rows are ``row_stride`` apart with zeros between them.
 
     memory_budget: bytes of tiles that may stay allocated afterwards, and the buffer with them. Raises torch.OutOfMemoryError;
     nothing is held then.
     """
     global _held
-    shapes = [((1, block), torch.float32), *tiles]
+    shapes = [(1, block, block, torch.float32)]
+    shapes += [(rows, columns, row_stride(columns, device), dtype) for (rows, columns), dtype in tiles]
     offsets, size = [], 0
-    for (rows, columns), dtype in shapes:
+    for rows, _, stride, dtype in shapes:
         offsets.append(size)
-        size += -(-rows * columns * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        size += -(-rows * stride * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
 
     def views(memory: Tensor) -> tuple[Tensor, list[Tensor]]:
         buffer, *found = [
-            memory[offset : offset + rows * columns * dtype.itemsize].view(dtype).view(rows, columns)
-            for offset, ((rows, columns), dtype) in zip(offsets, shapes, strict=True)
+            memory[offset : offset + rows * stride * dtype.itemsize].view(dtype).view(rows, stride)
+            for offset, (rows, _, stride, dtype) in zip(offsets, shapes, strict=True)
         ]
-        return buffer[0], found
+        for whole, ((_, columns), _) in zip(found, tiles, strict=True):
+            # A matrix library may read an entry past a row of odd length, and multiply it by 0: it must not be a NaN.
+            if whole.shape[1] > columns:
+                whole[:, columns:].zero_()
+        return buffer[0], [whole[:, :columns] for whole, ((_, columns), _) in zip(found, tiles, strict=True)]
 
     # A second thread that calls at the same time gets a scratch of its own.
     if device.type != "cpu" or not _lock.acquire(blocking=False):

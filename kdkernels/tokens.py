@@ -66,9 +66,9 @@ def run(steps: tuple[Step, ...], inputs: tuple[Inputs, ...]) -> list[Outcome]:
         return _on_ranks(steps, inputs)
     tokens, width, count = inputs[0][0].shape[0], step.vocab, step.count
     per_logit = logit_bytes(step.student.dtype, step.teacher.dtype, step.device, learners=len(steps))
-    size = chunk_rows(count, width, per_logit, step.budget)
+    size = chunk_rows(count, width, per_logit, step.budget, step.device)
     # Kept rows may all fit one chunk where all rows would not; the plan, which does not know them, counts the latter.
-    chunks = -(-tokens // chunk_rows(tokens, width, per_logit, step.budget))
+    chunks = -(-tokens // chunk_rows(tokens, width, per_logit, step.budget, step.device))
     learners = [_Learner(*pair, chunks) for pair in zip(steps, inputs, strict=True)]
     models = (step.student,) if step.alone else (step.student, step.teacher)
     block = max(block_size(width, model.weight.shape[1], step.device) for model in models)
@@ -102,7 +102,7 @@ def _on_ranks(steps: tuple[Step, ...], inputs: tuple[Inputs, ...]) -> list[Outco
     student, teacher = step.student, step.teacher
     # By what all ranks know, so that each has as many chunks as the others.
     per_logit = column_bytes(student.dtype, teacher.dtype, step.device, len(steps))
-    size = chunk_rows(count, step.ranks.widest, per_logit, step.budget)
+    size = chunk_rows(count, step.ranks.widest, per_logit, step.budget, step.device)
     grads = [Gradients(one, *source, weight_parts=-(-count // size)) for one, source in zip(steps, inputs, strict=True)]
     losses = [torch.zeros(len(one.weights), dtype=one.sum_dtype, device=one.device) for one in steps]
     metric_sums = [empty_sums(step.device) for _ in steps]

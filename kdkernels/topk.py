@@ -86,7 +86,7 @@ def linear_topk_kd_loss(
     device = student_hidden.device
     head = head_of("student_head", student_head, student_hidden, "student_hidden")
     vocab = cut_vocabulary(head.weight.shape[0], vocab_size, "the rows of student_head")
-    budget = scratch_of(strategy, memory_budget, device)
+    budget = scratch_of(strategy, memory_budget)
     dtype = compute_dtype(student_hidden, head.weight, "student_hidden and student_head")
     one_of("tail", tail, TAILS)
     integer_tensor("topk_ids", topk_ids, device)

@@ -189,7 +189,7 @@ def run(steps: tuple[Step, ...], inputs: tuple[Inputs, ...]) -> list[Outcome]:
     step = steps[0]
     count, vocab = step.count, step.vocab
     dtypes = step.student.dtype, step.teacher.dtype
-    width = block_columns(count, vocab, column_bytes(*dtypes, step.device, len(steps)), step.budget)
+    width = block_columns(count, vocab, column_bytes(*dtypes, step.device, len(steps)), step.budget, step.device)
     grads = [Gradients(one, *source, hidden_parts=-(-vocab // width)) for one, source in zip(steps, inputs, strict=True)]
     losses = [torch.zeros(step.weights.shape[0], dtype=step.sum_dtype, device=step.device) for _ in steps]
     if count == 0:

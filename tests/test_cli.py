@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels import info
+from kdkernels import info, roofline
 from kdkernels.backends import native
 from kdkernels.cli import main
 from kdkernels.models import HEADS, HeadShape, head_shape
@@ -105,7 +105,7 @@ def test_a_plan_compares_three_ways_and_calls_every_figure_predicted(capsys: pyt
     assert main(plan()) == 0
     shown = capsys.readouterr().out
     (header,) = (line for line in shown.splitlines() if "predicted" in line)
-    assert header.count(", predicted") == 3
+    assert header.count(", predicted") == 4
     assert "GB" not in shown[: shown.index(header)], "no figure before the header"
     for name in ("eager", "tokens", "vocab"):
         assert figures(shown, name)[2] == "GB"
@@ -113,7 +113,46 @@ def test_a_plan_compares_three_ways_and_calls_every_figure_predicted(capsys: pyt
     planned = kd.plan(8192, 151_936, 896, 3584, torch.bfloat16, device="H100", strategy="tokens")
     assert float(figures(shown, "eager")[1]) == round(planned.eager_peak_bytes / 1e9, 2)
     assert float(figures(shown, "tokens")[1]) == round(planned.peak_bytes / 1e9, 2)
-    assert float(figures(shown, "tokens")[5]) == round(planned.flops / 1e12, 3)
+    assert float(figures(shown, "tokens")[6]) == round(planned.flops / 1e12, 3)
+
+
+def test_a_plan_says_how_far_each_way_is_from_the_bare_products(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(plan(divergence="jsd", memory_budget="1000000000")) == 0
+    shown = capsys.readouterr().out
+    for name in ("eager", "tokens", "vocab"):
+        strategy = "tokens" if name == "eager" else name
+        planned = kd.plan(
+            *(8192, 151_936, 896, 3584, torch.bfloat16),
+            device="H100",
+            strategy=strategy,
+            divergence="jsd",
+            memory_budget=10**9,
+        )
+        seconds = planned.eager_seconds if name == "eager" else planned.seconds
+        assert seconds is not None
+        assert planned.products_seconds is not None
+        assert float(figures(shown, name)[5]) == round(seconds / planned.products_seconds, 2)
+    assert "Over products: the time over that of the matrix products alone" in shown
+
+
+def test_a_plan_says_which_estimates_a_gpus_times_rest_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(roofline.ROW_INSTRUCTIONS, "forward_kl", (11, 0, 22))
+    monkeypatch.setitem(roofline.ROW_INSTRUCTIONS, "jsd", (44, 55, 66))
+    row, kernels = "tokens: its row kernel is counted at", "vocab: its kernels are counted at 0.32 of the rate of library products"
+    for options, counted in (
+        ({}, "33 instructions a logit: statistics 11, gradient 22."),
+        ({"divergence": "jsd"}, "165 instructions a logit: statistics 44, sums 55, gradient 66."),
+    ):
+        assert main(plan(**options)) == 0
+        shown = capsys.readouterr().out
+        assert f"{row} {counted}" in shown
+        assert kernels in shown
+    assert main([*plan(divergence="jsd"), "--okd"]) == 0
+    assert "gradient 66; the teacher's at 33 instructions a logit" in capsys.readouterr().out
+    assert main(plan(tokens="64", student="512x64", teacher="512x64", device="cpu")) == 0
+    assert "counted at" not in capsys.readouterr().out, "a processor's rates are measured with what runs there"
 
 
 def test_a_plan_of_padded_vocabularies_takes_the_smaller(capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,7 +184,7 @@ def test_a_plan_of_a_frozen_head_and_of_a_budget(capsys: pytest.CaptureFixture[s
     for more in ([], ["--frozen-head"], ["--memory-budget=100000000"]):
         assert main([*plan(), *more]) == 0
         shown.append(capsys.readouterr().out)
-    products = [float(figures(one, "tokens")[5]) for one in shown]
+    products = [float(figures(one, "tokens")[6]) for one in shown]
     assert products[0] == products[2] > products[1]
     assert float(figures(shown[2], "vocab")[1]) < float(figures(shown[0], "vocab")[1])
     assert "frozen head" in shown[1]

@@ -11,6 +11,7 @@ import textwrap
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdkernels as kd
+from benchmarks.contenders import HEADS, Head
 from benchmarks.roofline import Trace
-from kdkernels import gradients, ops, roofline, tokens, vocab
+from kdkernels import gradients, ops, roofline, scratch, tokens, vocab
 from kdkernels.cli import main
-from kdkernels.plan import chunk_rows
+from kdkernels.plan import chunk_rows, default_budget
 from kdkernels.products import HeadProducts
 from tests.cases import Case, InsideOperators, draw, parameters, running
 from tests.oracle import Options
@@ -140,7 +142,7 @@ class TestPlan:
     @pytest.mark.parametrize("count_", [1, 2, 31, 512, 4096, 5000])
     @pytest.mark.parametrize("budget", [1, 10_000, 10**6, 10**9])
     def test_chunks_are_even_and_fit(self, budget: int, count_: int) -> None:
-        rows = chunk_rows(count_, 1000, 8, budget)
+        rows = chunk_rows(count_, 1000, 8, budget, torch.device("cpu"))
         assert 1 <= rows <= count_
         assert rows == 1 or rows * 8000 <= budget
         chunks = -(-count_ // rows)
@@ -190,6 +192,90 @@ class TestPlan:
             kd.plan(**{**sizes, name: 0})
 
 
+class TestOnAGpu:
+    """Budget and cuts there; nothing runs."""
+
+    QWEN = (151_936, 896, 3584)
+
+    def test_the_default_budget_is_a_sixteenth_of_the_devices_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        cuda = torch.device("cuda", 0)
+        for on in roofline.DEVICES.values():
+            assert default_budget(cuda, on) == on.memory // 16
+            largest = kd.plan(2**20, *self.QWEN, torch.bfloat16, device=on.name, strategy="tokens").logits_bytes
+            assert 0.9 * on.memory / 16 < largest <= on.memory / 16, "the plan takes the named device's"
+        assert default_budget(cuda) == roofline.DEVICES["H100"].memory // 16, "none here and none named"
+        assert default_budget(torch.device("cpu")) == 512 * MIB
+        assert default_budget(torch.device("mps")) == default_budget(torch.device("xpu")) == 1024 * MIB
+        asked: list[torch.device] = []
+
+        def properties(device: torch.device) -> SimpleNamespace:
+            asked.append(device)
+            return SimpleNamespace(total_memory=85_000_000_000)
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+        roofline.gpu_memory.cache_clear()
+        try:
+            assert {default_budget(cuda) for _ in range(3)} == {85_000_000_000 // 16}
+            assert default_budget(cuda, roofline.DEVICES["H200"]) == 141_000_000_000 // 16
+        finally:
+            roofline.gpu_memory.cache_clear()
+        assert asked == [cuda], "once, and not in each step"
+
+    def test_chunks_are_of_one_size_and_fill_the_tiles_of_products(self) -> None:
+        plan = kd.plan(8192, *self.QWEN, torch.bfloat16, device="H100", strategy="tokens")
+        assert (plan.chunks, plan.chunk_rows) == (3, 2816)  # a third of 8192 is 2731
+        assert kd.plan(3000, *self.QWEN, torch.bfloat16, device="H100", strategy="tokens").chunk_rows == 3000, "one where all fit"
+
+    @pytest.mark.parametrize("count_", [1, 2, 31, 512, 4096, 5000])
+    @pytest.mark.parametrize("most", [1, 3, 8, 9, 20, 40, 100, 200, 1000, 4000])
+    def test_chunks_are_multiples_of_128_where_the_budget_allows(self, most: int, count_: int) -> None:
+        """Of a vocabulary of 1000, whose rows take 1024."""
+        rows = chunk_rows(count_, 1000, 8, most * 1024 * 8 + 1, torch.device("cuda"))
+        assert rows <= most
+        if count_ <= most:
+            assert rows == count_
+        else:
+            even = -(-count_ // -(-count_ // most))
+            multiple = next(size for size in (128, 64, 32, 16, 8, 1) if -(-even // size) * size <= most)
+            assert rows % multiple == 0
+            assert rows - even < multiple
+
+    @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+    @pytest.mark.parametrize("budget", [MIB, 100 * MIB, 1000 * MIB])
+    def test_a_budget_is_kept_to_whatever_rows_are_padded_to(self, budget: int, strategy: str) -> None:
+        for vocab_ in (50_257, 262_147):
+            plan = kd.plan(8192, vocab_, 896, 3584, torch.bfloat16, device="H100", memory_budget=budget, strategy=strategy)
+            assert budget / 3 < plan.logits_bytes <= budget or plan.chunk_rows == 1
+        padded = kd.plan(512, 50_257, 64, 64, torch.bfloat16, device="H100", strategy="tokens")
+        assert padded.logits_bytes == 512 * 50_304 * (4 + 4 + 2)
+
+    def test_auto_is_what_the_named_device_is_predicted_to_do_faster(self) -> None:
+        chosen = set()
+        for device, mib, name in itertools.product(roofline.DEVICES, (4, 16, 64, 256, None), ("forward_kl", "jsd")):
+            auto, tokens_, vocab_ = (
+                kd.plan(
+                    *(8192, *self.QWEN, torch.bfloat16),
+                    device=device,
+                    memory_budget=None if mib is None else mib * MIB,
+                    divergence=name,
+                    strategy=strategy,
+                )
+                for strategy in ("auto", "tokens", "vocab")
+            )
+            assert auto == min(tokens_, vocab_, key=lambda plan: plan.seconds or 0.0)
+            chosen.add((auto.strategy, mib is None))
+        assert chosen == {("tokens", True), ("tokens", False), ("vocab", False)}
+
+    @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+    def test_the_predicted_step_is_near_the_bare_products(self, head: Head) -> None:
+        for name, most in (("forward_kl", 1.45), ("jsd", 1.65)):
+            plan = kd.plan(8192, head.vocab, head.student_dim, head.teacher_dim, torch.bfloat16, device="H100", divergence=name)
+            assert plan.seconds is not None
+            assert plan.products_seconds is not None
+            assert 1.0 < plan.seconds / plan.products_seconds <= most
+
+
 class TestOnlineTeacher:
     """The plan of two learners, which is that of ``linear_okd_loss``."""
 
@@ -224,25 +310,27 @@ class TestOnlineTeacher:
     @pytest.mark.parametrize("variant", parameters(("native", "triton")))
     @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
     @pytest.mark.parametrize("dtypes", list(itertools.product((torch.float32, torch.bfloat16), repeat=2)))
+    @pytest.mark.parametrize("width", [V, 101])
     def test_the_loss_takes_the_planned_scratch(
-        self, dtypes: tuple[torch.dtype, torch.dtype], strategy: str, variant: str, monkeypatch: pytest.MonkeyPatch
+        self, width: int, dtypes: tuple[torch.dtype, torch.dtype], strategy: str, variant: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """With what lies between the rows, of which the wider ones are padded on a GPU."""
         module = {"tokens": tokens, "vocab": vocab}[strategy]
         taken, borrowed = [], module.borrowed
 
-        def recording(block: int, tiles: Any, *rest: Any) -> Any:
-            taken.append(sum(rows * columns * of.itemsize for (rows, columns), of in tiles))
-            return borrowed(block, tiles, *rest)
+        def recording(block: int, tiles: Any, budget: int, device: torch.device) -> Any:
+            taken.append(sum(rows * scratch.row_stride(columns, device) * of.itemsize for (rows, columns), of in tiles))
+            return borrowed(block, tiles, budget, device)
 
         monkeypatch.setattr(module, "borrowed", recording)
-        drawn = draw(tokens=(N,), vocab=V, dims=(STUDENT, TEACHER), dtype=dtypes[0])
+        drawn = draw(tokens=(N,), vocab=width, dims=(STUDENT, TEACHER), dtype=dtypes[0])
         drawn = replace(drawn, **{name: getattr(drawn, name).to(dtypes[1]) for name in ("teacher_hidden", "teacher_weight")})
-        options: dict[str, Any] = {"strategy": strategy, "memory_budget": 3 * N * V}
+        options: dict[str, Any] = {"strategy": strategy, "memory_budget": 3 * N * width}
         with running(variant):
             self.step(drawn, **options)
-            plan = kd.plan(*self.SIZES, dtypes[0], teacher_dtype=dtypes[1], **options, online_teacher=True)
+            plan = kd.plan(N, width, STUDENT, TEACHER, dtypes[0], teacher_dtype=dtypes[1], **options, online_teacher=True)
         assert taken == [plan.logits_bytes]
-        assert plan.logits_bytes <= 3 * N * V
+        assert plan.logits_bytes <= 3 * N * width
 
     @pytest.mark.parametrize(("memory_budget", "alone", "both"), [(4096, "vocab", "tokens"), (MIB, "tokens", "vocab")])
     def test_auto_knows_the_second_learner(
@@ -320,7 +408,7 @@ class TestPredictedTime:
     @pytest.mark.parametrize("chunks", [1, 3])
     def test_tokens_makes_the_fewest_products(self, chunks: int) -> None:
         for learned, teacher in zip(LEARNED, (2, 3), strict=True):
-            passes = roofline.tokens_passes(*self.SIZES, torch.bfloat16, chunks=chunks, **learned)
+            passes = roofline.tokens_passes(*self.SIZES, torch.bfloat16, chunk_rows=-(-512 // chunks), **learned)
             assert roofline.total_flops(passes) == 3 * self.US + teacher * self.UT
 
     @pytest.mark.parametrize("blocks", [1, 3])
@@ -329,7 +417,7 @@ class TestPredictedTime:
         for learned, gradients_ in zip(LEARNED, (self.UT, 2 * self.UT), strict=True):
             for shared, sweeps in ((True, 2 + more), (False, 4 + more)):
                 passes = roofline.vocab_passes(
-                    *self.SIZES, torch.bfloat16, blocks=blocks, divergence=name, shared=shared, **learned
+                    *self.SIZES, torch.bfloat16, block_columns=-(-4096 // blocks), divergence=name, shared=shared, **learned
                 )
                 assert roofline.total_flops(passes) == sweeps * (self.US + self.UT) + 2 * self.US + gradients_
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import inspect
+import itertools
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,9 +18,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels as kd
 from benchmarks import roofline as published
+from benchmarks.contenders import Problem, products
 from benchmarks.roofline import Row, Trace, median_error, rows
 from kdkernels import roofline
 from kdkernels.compare import Predicted, compare
@@ -29,6 +34,7 @@ from kdkernels.roofline import (
     Pass,
     device,
     eager_passes,
+    filled,
     seconds,
     tokens_passes,
     total_bytes,
@@ -184,16 +190,18 @@ class TestProducts:
     @pytest.mark.parametrize("chunks", [1, 3, 512])
     @pytest.mark.parametrize("divergence", kd.divergences())
     def test_tokens_makes_the_fewest(self, divergence: str, chunks: int) -> None:
-        assert total_flops(tokens_passes(*SIZES, torch.bfloat16, chunks=chunks, divergence=divergence)) == 3 * US + UT
-        frozen = tokens_passes(*SIZES, torch.bfloat16, chunks=chunks, divergence=divergence, train_head=False)
+        rows = -(-N // chunks)
+        assert total_flops(tokens_passes(*SIZES, torch.bfloat16, chunk_rows=rows, divergence=divergence)) == 3 * US + UT
+        frozen = tokens_passes(*SIZES, torch.bfloat16, chunk_rows=rows, divergence=divergence, train_head=False)
         assert total_flops(frozen) == 2 * US + UT
 
     @pytest.mark.parametrize("blocks", [1, 3, 4096])
     @pytest.mark.parametrize("divergence", kd.divergences())
     def test_vocab_recomputes(self, divergence: str, blocks: int) -> None:
         products = 4 * US + 2 * UT if resolve(divergence).one_sweep else 5 * US + 3 * UT
-        assert total_flops(vocab_passes(*SIZES, torch.bfloat16, blocks=blocks, divergence=divergence)) == products
-        frozen = vocab_passes(*SIZES, torch.bfloat16, blocks=blocks, divergence=divergence, train_head=False)
+        columns = -(-V // blocks)
+        assert total_flops(vocab_passes(*SIZES, torch.bfloat16, block_columns=columns, divergence=divergence)) == products
+        frozen = vocab_passes(*SIZES, torch.bfloat16, block_columns=columns, divergence=divergence, train_head=False)
         assert total_flops(frozen) == products - US
 
     def test_eager_makes_the_fewest(self) -> None:
@@ -201,7 +209,7 @@ class TestProducts:
 
     def test_the_plan_counts_the_same(self) -> None:
         plan = kd.plan(*SIZES)
-        assert plan.flops == total_flops(tokens_passes(*SIZES, torch.float32, chunks=plan.chunks))
+        assert plan.flops == total_flops(tokens_passes(*SIZES, torch.float32, chunk_rows=plan.chunk_rows))
         assert plan.eager_flops == total_flops(eager_passes(*SIZES, torch.float32))
 
 
@@ -225,7 +233,7 @@ class TestBytes:
             assert total_bytes(vocab_passes(*SIZES, torch.bfloat16, divergence=divergence)) == forward + backward
 
     def test_more_chunks_read_heads_again_and_sum_in_float32(self) -> None:
-        one, two = (total_bytes(tokens_passes(*SIZES, torch.bfloat16, chunks=chunks)) for chunks in (1, 2))
+        one, two = (total_bytes(tokens_passes(*SIZES, torch.bfloat16, chunk_rows=N // chunks)) for chunks in (1, 2))
         heads = 2 * V * (2 * STUDENT + TEACHER)
         summed = 2 * (8 * V * STUDENT) - 2 * V * STUDENT + V * STUDENT * (4 + 2)
         assert two - one == heads + summed
@@ -233,8 +241,8 @@ class TestBytes:
 
 class TestSeconds:
     def test_of_a_product_and_of_a_copy(self) -> None:
-        """Units: 989.4 Tflop at 0.73 of 989.4 Tflop/s; 3.35 TB at 0.92 of 3.35 TB/s."""
-        assert seconds([Pass(989.4e12, 0, torch.bfloat16, 0)], H100) == pytest.approx(1 / 0.73)
+        """Units: 989.4 Tflop at 0.744 of 989.4 Tflop/s; 3.35 TB at 0.92 of 3.35 TB/s."""
+        assert seconds([Pass(989.4e12, 0, torch.bfloat16, 0)], H100) == pytest.approx(1 / 0.744)
         assert seconds([Pass(0, 3.35e12, launches=0)], H100) == pytest.approx(1 / 0.92)
         assert seconds([Pass(0, 0, launches=1, times=1000)], H100) == pytest.approx(1000 * H100.overhead)
 
@@ -271,6 +279,138 @@ class TestSeconds:
             assert [row[way].seconds for row in times] == sorted((row[way].seconds for row in times), reverse=True)
 
 
+class TestTiles:
+    """On 132 multiprocessors, in units of tiles of 128 x 256."""
+
+    def test_whole_waves_of_whole_tiles_lose_nothing(self) -> None:
+        assert filled((128 * 12, 256 * 11, 64), 132) == 1.0
+        assert filled((256 * 11, 128 * 12, 64), 132) == 1.0, "the other way round"
+
+    def test_a_tile_that_hangs_over_takes_as_long_as_a_whole_one(self) -> None:
+        for one in (128 * 24 + 1, 128 * 24 + 100):
+            assert filled((one, 256 * 132, 64), 132) == pytest.approx(one / (128 * 25) * 25 * 132 / (25 * 132))
+
+    def test_a_wave_takes_as_long_however_few_tiles_there_are_in_it(self) -> None:
+        """133 tiles take two waves; twice as many small tiles take three, at 0.88 of the rate."""
+        shape = (128, 256 * 133, 64)
+        assert filled(shape, 132) == pytest.approx(max(133 / 264, 0.88 * 266 / (3 * 132)))
+
+    def test_few_tiles_are_split_along_the_inner_size(self) -> None:
+        """Four parts of each of 32 tiles, if they are long enough: 128 of 132 busy, less what adding them up takes."""
+        assert filled((4096, 256, 100_000), 132) == pytest.approx(0.93 * 128 / 132)
+        assert filled((4096, 256, 1024), 132) == pytest.approx(max(0.93 * 64 / 132, 0.88 * 0.93 * 2 * 64 / 132))
+        assert filled((4096, 256, 64), 132) == pytest.approx(0.88 * 64 / 132)
+
+    def test_more_of_anything_never_takes_less_time(self) -> None:
+        for at in range(3):
+            times = []
+            for more in range(1, 6000, 7):
+                shape = [1000, 700, 600]
+                shape[at] = more
+                times.append(math.prod(shape) / filled((shape[0], shape[1], shape[2]), 132))
+            assert all(after >= before * (1 - 1e-12) for before, after in itertools.pairwise(times))
+
+    def test_products_take_that_much_longer_on_a_gpu_and_not_on_a_processor(self) -> None:
+        whole, over = (roofline.product(rows, 4096, 256 * 132, torch.bfloat16) for rows in (128, 129))
+        took = [seconds([replace(one, bytes=0.0, launches=0)], H100) for one in (whole, over)]
+        assert took[1] == pytest.approx(took[0] * 2), "a second wave"
+        took = [seconds([replace(one, bytes=0.0, launches=0)], NOMINAL_CPU) for one in (whole, over)]
+        assert took[1] == pytest.approx(took[0] * 129 / 128)
+
+    def test_the_row_that_the_efficiency_is_from_is_met(self) -> None:
+        """42 ms, rounded, for x, dH and dW of 8,192 tokens at the head of V = 151,936 and D = 4,096."""
+        with published.PUBLISHED.open(newline="") as file:
+            (row,) = (line for line in csv.DictReader(file) if line["provider"].startswith("bare head products"))
+        with Trace(0) as counted:
+            hidden, head = (torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta") for rows in (8192, 151_936))
+            logits = hidden @ head.t()
+            logits @ head, logits.t() @ hidden
+        assert round(seconds(counted.passes, H100) * 1e3) == float(row["median"]) == 42
+
+
+class TestRowKernel:
+    def test_it_takes_as_long_as_its_bytes_or_its_instructions(self) -> None:
+        """132 multiprocessors of 128 lanes at 1.98 GHz, of which 0.64 are taken to issue."""
+        assert seconds([Pass(0.0, 0.0, launches=0, instructions=132 * 128 * 1.98e9)], H100) == pytest.approx(1 / 0.64)
+        assert seconds([Pass(0.0, 3.35e12, launches=0, instructions=1e13)], H100) == pytest.approx(1 / 0.92)
+
+    def test_instructions_are_those_of_its_sweeps(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(roofline, "ROW_INSTRUCTIONS", {"forward_kl": (70, 0, 40), "jsd": (50, 60, 80)})
+        counts = {name: roofline.row_instructions(name) for name in kd.divergences()}
+        assert counts["forward_kl"] == (70, 0, 40)
+        assert counts["jsd"] == (50, 60, 80)
+        assert counts["reverse_kl"] == (70, 0, 80), "not listed: the most of each sweep that it makes"
+        assert counts["total_variation"] == (70, 60, 80)
+        for name, count in counts.items():
+            passes = tokens_passes(*SIZES, torch.bfloat16, chunk_rows=200, divergence=name)
+            assert sum(step.times * step.instructions for step in passes) == N * V * sum(count)
+        both = tokens_passes(*SIZES, torch.bfloat16, divergence="jsd", online_teacher=True)
+        assert sum(step.instructions for step in both) == N * V * (190 + 110), "the teacher's is another, of forward KL"
+
+    def test_every_count_is_of_a_divergence_that_there_is(self) -> None:
+        for name, (statistics, sums, gradient) in roofline.ROW_INSTRUCTIONS.items():
+            assert min(statistics, gradient) > 0
+            assert (sums > 0) == (not resolve(name).one_sweep)
+
+
+def test_a_kernel_that_multiplies_itself_is_counted_at_its_own_rate() -> None:
+    """On a GPU; products of a library, which make the tiles elsewhere, at the library's."""
+    own, shared = (vocab_passes(*SIZES, torch.bfloat16, shared=shared) for shared in (False, True))
+    assert total_flops(own) == total_flops(shared) == 4 * US + 2 * UT
+    rates = [sum(step.flops * step.times / step.efficiency for step in passes) for passes in (own, shared)]
+    assert rates == pytest.approx([2 * (US + UT) / 0.32 + 2 * US, 4 * US + 2 * UT])
+    whole, half = (seconds([Pass(1e15, 0.0, torch.bfloat16, 0, efficiency=part)], H100) for part in (1.0, 0.5))
+    assert half == pytest.approx(2 * whole)
+
+
+class TestBareProducts:
+    @pytest.mark.parametrize("tokens", [100, 4096, 10_000])
+    def test_they_are_those_that_the_benchmarks_time(self, tokens: int) -> None:
+        shapes = (tokens, STUDENT), (V, STUDENT), (tokens, TEACHER), (V, TEACHER)
+        given = Problem(*(torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in shapes))
+        seen: list[tuple[tuple[int, ...], ...]] = []
+
+        class Products(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                out = func(*args, **(kwargs or {}))
+                if func in (torch.ops.aten.mm.out, torch.ops.aten.addmm.out):
+                    left, right = args[-2:]
+                    seen.append((*left.shape, right.shape[1]))
+                return out
+
+        with Products():
+            products(given, roofline.PRODUCTS_BLOCK)()
+        passes = roofline.products_passes(tokens, V, STUDENT, TEACHER, torch.bfloat16)
+        modelled = [shape for step in passes for shape in [step.shape] * step.times if shape is not None]
+        assert sorted(seen) == sorted((rows, inner, columns) for rows, columns, inner in modelled)
+
+    def test_of_what_learns(self) -> None:
+        for learned, products_ in (
+            ({}, 3 * US + UT),
+            ({"train_head": False}, 2 * US + UT),
+            ({"online_teacher": True}, 3 * US + 2 * UT),
+            ({"online_teacher": True, "train_teacher_head": True}, 3 * US + 3 * UT),
+        ):
+            assert total_flops(roofline.products_passes(*SIZES, torch.bfloat16, **learned)) == products_
+
+    def test_bytes_of_one_block_and_of_two(self) -> None:
+        """By hand, in bfloat16: logits are as wide as the operands, and the head's gradient is read to be added to."""
+        logits, head, hidden, teacher = (2 * size for size in (N * V, V * STUDENT, N * STUDENT, (N + V) * TEACHER))
+        one = (hidden + head + logits) + (teacher + logits) + 2 * (logits + head + hidden)
+        assert total_bytes(roofline.products_passes(*SIZES, torch.bfloat16)) == one
+        tokens = 2 * roofline.PRODUCTS_BLOCK
+        two, half = (total_bytes(roofline.products_passes(count, *SIZES[1:], torch.bfloat16)) for count in (tokens, tokens // 2))
+        assert two == 2 * half + 2 * head
+
+    def test_the_plan_has_their_time_wherever_it_has_its_own(self) -> None:
+        for where in ("cpu", "H100", torch.device("cuda")):
+            for dtype in (torch.bfloat16, torch.float64):
+                plan = kd.plan(*SIZES, dtype, device=where)
+                assert (plan.products_seconds is None) == (plan.seconds is None)
+                if plan.seconds is not None:
+                    assert 0 < plan.products_seconds <= plan.seconds
+
+
 class TestDevices:
     def test_an_unknown_one_is_an_error_that_names_the_known(self) -> None:
         with pytest.raises(ValueError, match=r"'H300'.*accepted: A100-80, H100, H100-PCIe, H200, B200, RTX4090, MI300X, cpu"):
@@ -294,6 +434,9 @@ class TestDevices:
         assert 20e9 <= one.memory <= 3e11
         assert 1e7 <= one.cache <= 3e8
         assert 1e-6 <= one.overhead <= 1e-5
+        # a lane multiplies and adds in one instruction; on an A100 half of them do, on an MI300X each does two
+        lanes = {"A100-80": 0.5, "MI300X": 2.0}.get(name, 1.0)
+        assert one.issue == pytest.approx(one.rate(torch.float32) / 2 / lanes, rel=0.02)
 
     def test_more_multiprocessors_leave_less_cache_for_a_row(self) -> None:
         """Rows of 16,384 float32 were swept again from the cache of an H100 PCIe, and from the memory of an H100."""
@@ -345,12 +488,14 @@ class TestCompare:
         return {way.name: way for way in compare(8192, 151_936, 896, 3584, torch.bfloat16, **options)}
 
     def test_every_figure_is_the_plans(self) -> None:
-        ways = self.ways()
+        ways = self.ways(memory_budget=2**30)
         assert list(ways) == ["eager", "tokens", "vocab"]
         for strategy in ("tokens", "vocab"):
-            plan = kd.plan(8192, 151_936, 896, 3584, torch.bfloat16, device="H100", strategy=strategy)
+            plan = kd.plan(8192, 151_936, 896, 3584, torch.bfloat16, device="H100", strategy=strategy, memory_budget=2**30)
             way = ways[strategy]
             assert (way.peak_bytes, way.seconds, way.flops) == (plan.peak_bytes, plan.seconds, plan.flops)
+            assert plan.products_seconds is not None
+            assert way.over_products == way.seconds / plan.products_seconds > 1.0
             assert ways["eager"].peak_bytes == plan.eager_peak_bytes
             assert ways["eager"].seconds == plan.eager_seconds
         assert ways["vocab"].cut == f"{plan.blocks} blocks"

@@ -97,6 +97,53 @@ def test_no_budget_makes_it_ask_for_more_than_all_logits(strategy: str, monkeypa
     assert logits + block <= size <= logits + block + roundings
 
 
+def tiles_on(device: str, *tiles: tuple[tuple[int, int], torch.dtype]) -> list[torch.Tensor]:
+    with scratch.borrowed(33, list(tiles), 2**30, torch.device(device)) as (buffer, found):
+        assert buffer.shape == (33,)
+        return found
+
+
+@pytest.mark.parametrize("columns", [50_257, 64, 65, 130, 50, 1])
+def test_rows_of_a_gpus_tiles_start_at_whole_cache_lines_and_a_cpus_lie_close(columns: int) -> None:
+    """An odd vocabulary's too. On a device without data, which is not a CPU."""
+    shapes = [((3, columns), dtype) for dtype in (torch.float32, torch.float32, torch.bfloat16)]
+    for tile, (shape, dtype) in zip(tiles_on("meta", *shapes), shapes, strict=True):
+        assert (tile.shape, tile.dtype) == (shape, dtype)
+        assert tile.storage_offset() * dtype.itemsize % 128 == 0
+        if columns >= 64:
+            assert tile.stride(0) * dtype.itemsize % 128 == 0
+            assert tile.stride(0) - columns < 64
+        else:
+            assert tile.is_contiguous(), "few columns, of which a little budget may hold no more"
+    assert all(tile.is_contiguous() for tile in tiles_on("cpu", *shapes))
+
+
+def test_what_lies_between_the_rows_of_a_gpus_tiles_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was there: a matrix library may read the entry past a row of odd length, and NaN times 0 is NaN."""
+    row_stride = scratch.row_stride
+    monkeypatch.setattr(scratch, "row_stride", lambda columns, _: row_stride(columns, torch.device("cuda")))
+    monkeypatch.setattr(scratch, "_allocate", lambda size, *_: torch.full((size,), 0xFF, dtype=torch.uint8))
+    kd.free_scratch()
+    try:
+        for tile in tiles_on("cpu", ((3, 101), torch.bfloat16), ((3, 101), torch.float32)):
+            rows = tile.as_strided((3, 128), (128, 1))
+            assert rows[:, 101:].eq(0).all()
+            assert rows[:, :101].isnan().all()
+    finally:
+        kd.free_scratch()
+
+
+def test_no_tile_of_a_gpu_reaches_into_another() -> None:
+    shapes = [((5, 70), dtype) for dtype in (torch.float32, torch.bfloat16, torch.float32)]
+    found = tiles_on("meta", *shapes)
+    begins = [tile.storage_offset() * tile.itemsize for tile in found]
+    ends = [begin + (4 * tile.stride(0) + 70) * tile.itemsize for begin, tile in zip(begins, found, strict=True)]
+    assert begins[0] >= 33 * 4
+    assert ends[0] <= begins[1]
+    assert ends[1] <= begins[2]
+    assert ends[2] <= found[0].untyped_storage().nbytes()
+
+
 def test_a_gpus_error_keeps_its_type_and_others_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     for raised, kept in (
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), False),

@@ -327,7 +327,7 @@ class Step(NamedTuple):
         )
         with as_on_a_gpu(blocks=BLOCKS, row=ROW):
             splits = replace(MATRIX, splits=shares(self.tokens, self.vocab, Matrix(*BLOCKS, 4, 1))[1])
-            width = block_columns(self.tokens, self.vocab, self.dtype.itemsize, self.budget)
+            width = block_columns(self.tokens, self.vocab, self.dtype.itemsize, self.budget, torch.device("cpu"))
         found = {"statistics_kernel": closed.statistics(of, splits, labels=self.labels)}
         if closed.sweeps(self.divergence, metrics=self.metrics) == 2:
             found["sums_kernel"] = closed.sums(of, splits)

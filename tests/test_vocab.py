@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import hypothesis
 import pytest
@@ -19,6 +19,7 @@ from kdkernels.backends import reference
 from kdkernels.backends.operators import STATS_COLUMNS, accumulate_dtype
 from kdkernels.divergences import resolve
 from kdkernels.plan import block_columns, column_bytes
+from kdkernels.scratch import row_stride
 from kdkernels.vocab import merged, sums_of_one_sweep
 from tests.cases import NATIVE_DTYPES, Case, InsideOperators, draw, dressed, parameters, running, strided
 from tests.oracle import Options
@@ -491,33 +492,44 @@ def test_it_compiles_into_one_graph(reduction: str) -> None:
 
 class TestBlockColumns:
     SIZES = strategies.tuples(*(strategies.integers(1, 5000) for _ in range(2)), strategies.integers(1, 60))
+    MULTIPLES: ClassVar = {"cpu": (128, 64, 16), "cuda": (128, 64, 32, 16, 8)}
+    devices = pytest.mark.parametrize("device", MULTIPLES)
 
-    @hypothesis.given(SIZES, strategies.integers(1, 10**8))
-    def test_blocks_fit_are_even_and_are_no_more_than_needed(self, sizes: tuple[int, int, int], memory: int) -> None:
-        tokens, vocab, per_logit = sizes
-        columns = block_columns(tokens, vocab, per_logit, memory)
-        assert 1 <= columns <= vocab
-        assert columns == 1 or columns * tokens * per_logit <= memory
+    @staticmethod
+    def most(tokens: int, per_logit: int, memory: int, device: str) -> int:
+        """The widest block that the memory holds; on a GPU rows of 64 columns or more take a multiple of 64."""
         most = max(1, memory // (tokens * per_logit))
+        return most if device == "cpu" or most < 64 else most // 64 * 64
+
+    @devices
+    @hypothesis.given(SIZES, strategies.integers(1, 10**8))
+    def test_blocks_fit_are_even_and_are_no_more_than_needed(self, device: str, sizes: tuple[int, int, int], memory: int) -> None:
+        tokens, vocab, per_logit = sizes
+        columns = block_columns(tokens, vocab, per_logit, memory, torch.device(device))
+        assert 1 <= columns <= vocab
+        assert columns == 1 or row_stride(columns, torch.device(device)) * tokens * per_logit <= memory
+        most = self.most(tokens, per_logit, memory, device)
         blocks = math.ceil(vocab / columns)
         assert blocks <= math.ceil(vocab / min(most, vocab))
         assert columns * blocks - vocab < max(128, columns), "the last block is not a stub"
 
+    @devices
     @hypothesis.given(SIZES, strategies.integers(1, 10**8))
-    def test_they_are_multiples_of_a_tile_where_that_fits(self, sizes: tuple[int, int, int], memory: int) -> None:
+    def test_they_are_multiples_of_a_tile_where_that_fits(self, device: str, sizes: tuple[int, int, int], memory: int) -> None:
         tokens, vocab, per_logit = sizes
-        columns = block_columns(tokens, vocab, per_logit, memory)
-        most = max(1, memory // (tokens * per_logit))
+        columns = block_columns(tokens, vocab, per_logit, memory, torch.device(device))
+        most = self.most(tokens, per_logit, memory, device)
         if columns < vocab:
             even = math.ceil(vocab / math.ceil(vocab / most))
-            tile = next((tile for tile in (128, 64, 16) if math.ceil(even / tile) * tile <= most), 1)
+            tile = next((tile for tile in self.MULTIPLES[device] if math.ceil(even / tile) * tile <= most), 1)
             assert columns % tile == 0
             assert columns - even < tile
 
     def test_a_vocabulary_that_fits_is_one_block(self) -> None:
-        assert block_columns(10, 1003, 8, 10 * 1003 * 8) == 1003
-        assert block_columns(10, 1003, 8, 10 * 1003 * 8 - 1) < 1003
-        assert block_columns(0, 1003, 8, 2000) == 1003
+        for device, stride in ((torch.device("cpu"), 1003), (torch.device("cuda"), 1024)):
+            assert block_columns(10, 1003, 8, 10 * stride * 8, device) == 1003
+            assert block_columns(10, 1003, 8, 10 * stride * 8 - 1, device) < 1003
+            assert block_columns(0, 1003, 8, 2000, device) == 1003
 
     @pytest.mark.parametrize("dtype", [*NATIVE_DTYPES, torch.float64])
     @pytest.mark.parametrize("columns", [1, 16, 40, 150])
@@ -531,7 +543,9 @@ class TestBlockColumns:
 
         monkeypatch.setattr(kd.gradients.Gradients, "add_columns", spied)
         run(case, strategy="vocab", memory_budget=budget(case, columns))
-        width = block_columns(18, 150, column_bytes(dtype, dtype, torch.device("cpu")), budget(case, columns))
+        width = block_columns(
+            *(18, 150, column_bytes(dtype, dtype, torch.device("cpu")), budget(case, columns)), torch.device("cpu")
+        )
         edges = [*range(0, 150, width), 150]
         assert seen == [(begin, end, (18, end - begin)) for begin, end in itertools.pairwise(edges)]
 

@@ -61,7 +61,7 @@ class MostLikely:
         where, (vocab, width) = self.weight.device, self.weight.shape
         hidden = hidden_states(self.model, inputs).to(where)
         hidden = hidden[mask.to(where) != 0]  # no product for the padding
-        size = chunk_rows(len(hidden), vocab, self.bytes_per_logit, self.budget)
+        size = chunk_rows(len(hidden), vocab, self.bytes_per_logit, self.budget, where)
         block = block_size(vocab, width, where)
         with borrowed(block, [((size, vocab), self.made)], self.budget, where) as (buffer, (logits,)):
             products = HeadProducts(self.weight, self.product, buffer)

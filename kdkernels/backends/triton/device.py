@@ -302,3 +302,13 @@ def gradient(x, y, stats, slope_sum, labels, weight, head, terms, columns, PAIR:
         over_cap = at_one(x, temperature) / softcap
         dx *= 1.0 - over_cap * over_cap
     return tl.where(weight == 0.0, 0.0, dx * (weight * scale))
+
+
+@triton.jit
+def store_gradient(ptrs, dx, columns, end, REACH: tl.constexpr, rows=None):
+    """Zeros past ``end``, as far as REACH goes there. rows: [ROWS, 1], which rows of the tile there are; None for all."""
+    dx = tl.where(columns < end, dx, 0.0)
+    mask = reach(columns, end, REACH)
+    if rows is not None:
+        mask = mask & rows
+    tl.store(ptrs, dx.to(ptrs.dtype.element_ty.element_ty), mask=mask)

@@ -99,7 +99,7 @@ def _row(
         for v0 in range(0, vocab, LANES * WIDTH):
             x, y, z, columns = _tile(sides, t, temperature, v0, end, AT_ONE, REACH, LANES, WIDTH)
             dx = device.gradient(x, y, stats, slope, label, weight, x_head, terms, columns, PAIR)
-            tl.store(dx_row_ptr + columns, dx.to(dx_row_ptr.dtype.element_ty), mask=device.reach(columns, vocab, REACH))
+            device.store_gradient(dx_row_ptr + columns, dx, columns, vocab, REACH)
 
 
 @triton.jit

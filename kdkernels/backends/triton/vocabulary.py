@@ -35,9 +35,9 @@ def _product(
 
     hidden: [tokens, D], weight: [vocab, D], as descriptors or pointers. layout: their row strides (None for descriptors), and D.
 
-    float32 operands are multiplied as they are, on NVIDIA's GPUs not by the matrix units. Those would take them as three products of
-    TF32 parts and cut off where they add: simulated, a logit's error is then 1.9 times that of float32 products at D = 16, 6 times
-    at D = 160 and more beyond, where a loss may have twice eager's.
+    float32 operands are multiplied as they are; not by NVIDIA's matrix units, which would take them as three products of TF32 parts
+    and cut off where they add: simulated, a logit's error is then 1.9 times that of float32 products at D = 16, 6 times at D = 160
+    and more beyond, where a loss may have twice eager's.
     """
     hidden_stride, weight_stride, width = layout
     logits = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
@@ -212,7 +212,7 @@ def gradient_kernel(
     weight = tl.load(rows_ptr + tokens + rows, mask=rows < tokens, other=0.0)[:, None]
     dx = device.gradient(x, y, stats, slope_sum, labels, weight, student[1], terms, columns, PAIR)
     dx_ptrs = dx_ptr + rows[:, None].to(tl.int64) * dx_stride + (columns - begin)
-    tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=(rows < tokens)[:, None] & device.reach(columns, end, REACH))
+    device.store_gradient(dx_ptrs, dx, columns, end, REACH, (rows < tokens)[:, None])
 
 
 def shares(tokens: int, vocab: int, matrix: blocks.Matrix) -> tuple[int, int]:
