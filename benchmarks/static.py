@@ -32,6 +32,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,6 +41,7 @@ import torch
 
 import kdkernels as kd
 from kdkernels.divergences import resolve
+from kdkernels.roofline import ROW_INSTRUCTIONS
 from kdkernels.step import Model, Step, Terms
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,6 +72,9 @@ TARGETS = {
     # AMD Instinct MI300 ISA: per compute unit four SIMDs of 512 vector registers x 64 lanes, 64 KiB of local data share
     "gfx942": Limits("hip", "gfx942", 4 * 512 * 64, 2048, 32, 64 * 1024, 64 * 1024, 64),
 }
+# What the roofline's instructions of the row kernel are counted for, at t < 1.
+COUNTED = ("sm_90", "bf16")
+PLAIN = ", plain"
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma_|v_smfmac_)")
 
 
@@ -165,6 +170,11 @@ class Compiled:
                 found.append(f"has {len(self.sweeps)} loops; at t = 1 and at t < 1 it has two sweeps or three")
             if exchanges := sum(sweep.exchanges for sweep in self.sweeps):
                 found.append(f"has {exchanges} barriers, shuffles and accesses to shared memory inside its sweeps")
+            if (self.architecture, self.dtype) == COUNTED and self.label.endswith(PLAIN):
+                counted = [round(count) for count in per_logit(self)[1]]
+                stated = [count for count in ROW_INSTRUCTIONS[self.label.removesuffix(PLAIN)] if count]
+                if any(abs(one - other) > 3 for one, other in zip_longest(counted, stated, fillvalue=0)):
+                    found.append(f"takes {counted} instructions per logit in its sweeps; roofline.ROW_INSTRUCTIONS states {stated}")
             if narrow := sorted({bits for sweep in self.sweeps for bits in sweep.widths if bits < 128}):
                 found.append(f"accesses memory by {', '.join(map(str, narrow))} bits inside its sweeps")
         if self.shared > TARGETS[self.architecture].shared:
@@ -273,7 +283,6 @@ def launches(architecture: str, dtype: torch.dtype) -> list[Launch]:
     return found
 
 
-PLAIN = ", plain"
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 
 

@@ -50,11 +50,16 @@ ISSUE_EFFICIENCY = 0.64
 # What the vocab strategy's kernels that multiply reach of what library products do: about 250 of 790 Tflop/s, estimated from the
 # instructions of the compiled kernels (64x64 tiles, barriers in each step), not measured.
 VOCAB_KERNEL_EFFICIENCY = 0.32
-# Instructions of the row kernel for each logit, as compiled for sm_90: statistics, sums, gradient. Of plain logits: T = 1, no bias,
-# no labels. A divergence that is not listed is counted at the most in each sweep that it makes.
+# Instructions of the row kernel for each logit: statistics, sums, gradient. Read off the machine code for sm_90 by ``make static``,
+# which holds these to it: float32 logits, bfloat16 gradient, t < 1 (at t = 1 each sweep takes ten fewer), no bias, softcap, T or
+# labels. A divergence that is not listed is counted at the most in each sweep that it makes.
 ROW_INSTRUCTIONS: dict[str, tuple[int, int, int]] = {
-    "forward_kl": (55, 0, 40),
-    "jsd": (40, 60, 55),
+    "forward_kl": (41, 0, 36),
+    "reverse_kl": (41, 0, 36),
+    "jsd": (28, 62, 62),
+    "skew_forward_kl": (28, 62, 66),
+    "skew_reverse_kl": (28, 61, 64),
+    "total_variation": (28, 38, 42),
 }
 # Tokens that the bare products are made for at a time (benchmarks/contenders.py).
 PRODUCTS_BLOCK = 4096

@@ -311,4 +311,4 @@ def store_gradient(ptrs, dx, columns, end, REACH: tl.constexpr, rows=None):
     mask = reach(columns, end, REACH)
     if rows is not None:
         mask = mask & rows
-    tl.store(ptrs, dx.to(ptrs.dtype.element_ty.element_ty), mask=mask)
+    tl.store(ptrs, dx.to(ptrs.dtype.element_ty), mask=mask)
