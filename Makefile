@@ -36,9 +36,16 @@ bench: setup
 	$(PY) -m benchmarks.plots
 	$(PY) -m benchmarks.readme
 
-# Compiles every GPU kernel and counts the bytes of a loss: minutes, no GPU.
-static: setup
+# Compiles every GPU kernel with the newest and the oldest supported Triton, and counts the bytes of a loss: minutes, no GPU.
+OLDEST_TRITON := .venv/triton-3.6.0
+
+$(OLDEST_TRITON)/.installed: .venv/.deps
+	$(PIP) install --quiet --no-deps --target $(OLDEST_TRITON) $(subst -,==,$(notdir $(OLDEST_TRITON)))
+	touch $@
+
+static: setup $(OLDEST_TRITON)/.installed
 	$(PY) -m benchmarks.static
+	PYTHONPATH=$(OLDEST_TRITON) $(PY) -m benchmarks.static --compile-only
 
 # Starts every GPU kernel on a driver that runs nothing. LAUNCH=--quick is what CI runs; what is compiled is kept in build/launch.
 launch: setup

@@ -20,11 +20,13 @@ from kdkernels.divergences import resolve
 pytest.importorskip("triton")
 
 from benchmarks import static
-from benchmarks.static import Compiled, Launch
+from benchmarks.static import PLAIN, Compiled, Launch, Sweep
+from kdkernels.roofline import ROW_INSTRUCTIONS
 
 ROOT = Path(__file__).parent.parent
 GOOD = Compiled("sm_90", "bf16", "sums", "jsd", registers=128, spilled=0, shared=64 * 1024, tensor_cores=8, warps=8)
-ROW = replace(GOOD, kernel="row_loss", tensor_cores=0)
+SWEEP = Sweep(instructions=200, exchanges=0, widths=(128,))
+ROW = replace(GOOD, kernel="row_loss", tensor_cores=0, sweeps=(SWEEP,) * 6)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ class TestLaunches:
     def test_every_divergence_is_there_with_and_without_metrics(self, found: list[Launch]) -> None:
         labels = {kernel: [launch.label for launch in found if launch.name == kernel] for kernel in static.KERNELS}
         names, measured = set(kd.divergences()), {f"{name}, metrics" for name in kd.divergences()}
-        assert set(labels["row_loss"]) == names | measured
+        assert set(labels["row_loss"]) == names | measured | {name + PLAIN for name in names}
         assert set(labels["gradient"]) == names
         assert set(labels["sums"]) == measured | {name for name in names if not resolve(name).one_sweep}
         # no moments, weighed by either side, and with metrics
@@ -49,6 +51,8 @@ class TestLaunches:
 
     def test_everything_a_loss_can_have_is_switched_on(self, found: list[Launch]) -> None:
         for launch in found:
+            if launch.label.endswith(PLAIN):
+                continue
             arguments = dict(zip(inspect.signature(launch.kernel.fn).parameters, launch.arguments, strict=False))
             heads = [arguments[name] for name in ("x_head", "z_head") if name in arguments]
             heads = heads or [arguments[model][1] for model in ("student", "teacher")]
@@ -86,12 +90,42 @@ class TestFaults:
             (replace(ROW, spilled=4), "spills 4 bytes"),
             (replace(GOOD, tensor_cores=0), "has no tensor-core instruction"),
             (replace(GOOD, shared=227 * 1024 + 1), "takes 232449 bytes of shared memory of 232448"),
+            (replace(ROW, sweeps=()), "has 0 loops; at t = 1 and at t < 1 it has two sweeps or three"),
+            (
+                replace(ROW, sweeps=(SWEEP, SWEEP, SWEEP, replace(SWEEP, exchanges=2))),
+                "has 2 barriers, shuffles and accesses to shared memory inside its sweeps",
+            ),
+            (
+                replace(ROW, sweeps=(SWEEP, SWEEP, SWEEP, replace(SWEEP, widths=(32, 128)))),
+                "accesses memory by 32 bits inside its sweeps",
+            ),
             (replace(GOOD, architecture="sm_80", shared=163 * 1024 + 1), "takes 166913 bytes of shared memory of 166912"),
             (replace(GOOD, architecture="gfx942", shared=64 * 1024 + 1), "takes 65537 bytes of shared memory of 65536"),
         ],
     )
     def test_each_says_what_and_where(self, bad: Compiled, said: str) -> None:
         assert bad.faults() == [f"{bad.architecture} bf16 {bad.kernel} jsd: {said}"]
+
+    def test_float32_products_need_no_tensor_cores_on_nvidia(self) -> None:
+        single = replace(GOOD, dtype="fp32", tensor_cores=0)
+        assert single.faults() == []
+        assert replace(single, architecture="gfx942").faults() != []
+
+    def test_the_plan_states_the_row_kernels_instructions(self) -> None:
+        """At t < 1, the larger half of the loops: eight logits to a thread and turn."""
+        counts = ROW_INSTRUCTIONS["jsd"]
+        right = tuple(replace(SWEEP, instructions=8 * count) for count in (20, 50, 50, *counts))
+        one = replace(ROW, label="jsd" + PLAIN, sweeps=right)
+        assert one.faults() == []
+        more = replace(one, sweeps=(*right[:5], replace(SWEEP, instructions=8 * (counts[2] + 4))))
+        found = [*counts[:2], counts[2] + 4]
+        assert more.faults() == [
+            f"sm_90 bf16 row_loss jsd{PLAIN}: takes {found} instructions per logit in its sweeps; roofline.ROW_INSTRUCTIONS states "
+            f"{[*counts]}"
+        ]
+        for elsewhere in (replace(more, dtype="fp32"), replace(more, architecture="sm_80"), replace(more, label="jsd")):
+            assert elsewhere.faults() == []
+        assert set(ROW_INSTRUCTIONS) == set(kd.divergences())
 
     def test_all_are_reported(self) -> None:
         assert len(replace(GOOD, spilled=8, tensor_cores=0, shared=10**6).faults()) == 3
@@ -108,6 +142,32 @@ class TestFaults:
     )
     def test_occupancy(self, one: Compiled, share: float) -> None:
         assert one.occupancy == share
+
+
+# As nvdisasm prints it, cut down: a loop of two instructions within one of more, and a label that is only jumped to forward.
+MACHINE_CODE = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_2:
+        /*0010*/                   IADD3 R2, R2, 0x1, RZ ;
+.L_x_1:
+        /*0020*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0030*/              @!P0 BRA `(.L_x_1) ;
+        /*0040*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0050*/               @P1 BRA `(.L_x_2) ;
+        /*0060*/              @!P2 BRA `(.L_x_3) ;
+.L_x_4:
+        /*0070*/                   SHFL.BFLY PT, R3, R2, 0x10, 0x1f ;
+        /*0080*/                   LDG.E R4, desc[UR4][R2.64] ;
+        /*0090*/                   STG.E.U16 desc[UR4][R2.64], R4 ;
+        /*00a0*/                   LDG.E.U16.CONSTANT R4, desc[UR4][R2.64] ;
+        /*00b0*/               @P1 BRA `(.L_x_4) ;
+.L_x_3:
+        /*00c0*/                   EXIT ;
+"""
+
+
+def test_sweeps_are_read_off_machine_code() -> None:
+    assert static.sweeps_of(MACHINE_CODE) == (Sweep(2, 0, (128,)), Sweep(5, 1, (16, 32)))
 
 
 class Pool:
@@ -153,16 +213,17 @@ class TestCommand:
         assert self.run([GOOD], traffic=1) == 1
 
     def test_a_part_of_the_report_counts_no_bytes(self) -> None:
-        assert self.run([GOOD], "--only", "sm_90") == 0
-        assert not self.counted.called
+        for part in (("--only", "sm_90"), ("--compile-only",)):
+            assert self.run([GOOD], *part) == 0
+            assert not self.counted.called
 
     def test_the_worst_of_a_kernel_is_shown_or_all(self, capsys: pytest.CaptureFixture[str]) -> None:
         both = [replace(GOOD, registers=255), replace(GOOD, label="forward_kl", spilled=12)]
         self.run(both)
         lines = capsys.readouterr().out.splitlines()
-        assert lines[1].split()[:6] == ["sm_90", "bf16", "sums", "2,", "worst:", "forward_kl"]
+        assert lines[2].split()[:6] == ["sm_90", "bf16", "sums", "2,", "worst:", "forward_kl"]
         self.run(both, "--all")
-        assert [line.split()[3] for line in capsys.readouterr().out.splitlines()[1:3]] == ["jsd", "forward_kl"]
+        assert [line.split()[3] for line in capsys.readouterr().out.splitlines()[2:4]] == ["jsd", "forward_kl"]
 
     def test_the_interpreter_would_compile_nothing(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert os.environ["TRITON_INTERPRET"] == "1"
@@ -189,4 +250,4 @@ def test_kernels_compile_without_a_gpu_and_without_faults() -> None:
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "4 kernels compiled, 0 faults" in ran.stdout
-    assert ran.stdout.splitlines()[1].split()[:3] == ["sm_90", "bf16", "statistics"]
+    assert ran.stdout.splitlines()[2].split()[:3] == ["sm_90", "bf16", "statistics"]

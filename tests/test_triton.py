@@ -31,7 +31,7 @@ from kdkernels.backends.operators import ROW_COLUMNS, STATS_COLUMNS
 from kdkernels.divergences import resolve
 from kdkernels.step import Step, Terms, prepare
 from kdkernels.vocab import sums_of_one_sweep
-from tests.cases import NATIVE_DTYPES, Case, draw, dressed, ratios
+from tests.cases import NATIVE_DTYPES, Case, assert_as_good_as_eager, draw, dressed, ratios
 from tests.oracle import Options
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -39,7 +39,7 @@ tl = pytest.importorskip("triton.language")
 
 from benchmarks.interpreter import as_on_a_gpu  # noqa: E402
 from benchmarks.traffic import metered  # noqa: E402
-from kdkernels.backends.triton import autotune, blocks, device, launch, rows, vocabulary  # noqa: E402
+from kdkernels.backends.triton import autotune, blocks, device, functions, launch, rows, vocabulary  # noqa: E402
 from kdkernels.backends.triton.blocks import TABLE, Matrix  # noqa: E402
 
 EPS = torch.finfo(torch.float32).eps
@@ -437,6 +437,60 @@ def test_the_pair_functions_are_those_of_torch(name: str) -> None:
 def row_arguments(x: Tensor, z: Tensor, weight: Tensor, labels: Tensor | None = None) -> tuple[Any, ...]:
     loss = ("jsd", 0.3, 2.0, 1.5, 0.5 if labels is not None else 0.0, [0.75, 30.0, 1.25, 0.0])
     return x, z, None, None, labels, weight, torch.tensor(0.7), *loss
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.bfloat16,) * 2], ids=str
+)
+def test_gradient_tiles_of_learners_lie_in_the_scratch(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Rows of an odd vocabulary have room behind them; a copy of the tile would be memory that no plan knows of."""
+    step = step_of(large("jsd"), "jsd")
+    steps = [replace(step, student=replace(step.student, dtype=dtype)) for dtype in dtypes]
+    scratch = torch.empty(TOKENS, 192, dtype=torch.float32 if torch.float32 in dtypes else torch.bfloat16)
+    tile = scratch[:, :VOCAB]
+    rows_ = step.student.hidden, step.teacher.hidden
+    for dtype, learner in zip(dtypes, vocabulary.FusedSweeps(steps, rows_, tile, torch.empty(0)).learners, strict=True):
+        assert learner.tile.shape == (TOKENS, VOCAB)
+        assert learner.tile.dtype == dtype
+        assert learner.tile.data_ptr() == scratch.data_ptr()
+        assert learner.tile.stride(0) * dtype.itemsize == scratch.stride(0) * scratch.itemsize
+
+
+@triton.jit
+def log_kernel(v_ptr, found_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(found_ptr + at, functions.log(tl.load(v_ptr + at)))
+
+
+@pytest.mark.parametrize("span", [(1e-9, 1e-3), (0.1, 0.5), (0.5, 1.0), (0.99, 1.01), (0.9999, 1.0)], ids=str)
+def test_the_logarithm_loses_no_digit(span: tuple[float, float]) -> None:
+    """1.2 units in the last place with fused operations, which the interpreter has not; near 1 too, relative to the result."""
+    v = torch.empty(2**14).uniform_(*span, generator=torch.Generator().manual_seed(0))
+    found = torch.empty_like(v)
+    log_kernel[(1,)](v, found, BLOCK=len(v))
+    assert ((found.double() - v.double().log()).abs() <= 1.25 * EPS * v.double().log().abs()).all()
+
+
+def test_the_logarithm_of_one_is_zero_and_nan_stays() -> None:
+    found = torch.empty(2)
+    log_kernel[(1,)](torch.tensor([1.0, torch.nan]), found, BLOCK=2)
+    assert found[0] == 0.0
+    assert found[1].isnan()
+
+
+@pytest.mark.parametrize("spread", [1.0, 10.0, 30.0])
+@pytest.mark.parametrize("name", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
+def test_mixtures_of_close_distributions_are_as_good_as_eager(name: str, spread: float) -> None:
+    """Where p is near q a biased logarithm would show in the value, which is almost 0, and in the gradient."""
+    compared = {}
+    for near in (1e-2, 1e-3):
+        options = Options(name)
+        cases = [replace(draw(seed, (8,), 301, (16, 16), spread, near=near), options=options) for seed in range(3)]
+        exact, eager = [case.plain() for case in cases], [case.plain(torch.float32) for case in cases]
+        with as_on_a_gpu():
+            found = [case.run() for case in cases]
+        compared[near] = ratios(found, eager, exact)
+    assert_as_good_as_eager(compared)
 
 
 class TestRows:

@@ -318,11 +318,11 @@ class FusedSweeps:
 
     def __init__(self, steps: Sequence[Step], hidden: tuple[Tensor, Tensor], tile: Tensor, buffer: Tensor) -> None:
         """hidden: both models' counted rows, in their products' dtype. tile: scratch [count, Vb] of the widest learner's."""
-        count, width = tile.shape
+        width = tile.shape[1]
         self.learners = []
         for step, rows in zip(steps, (hidden, hidden[::-1]), strict=False):
             dtype = step.student.dtype
-            own = tile.view(torch.uint8).flatten()[: count * width * dtype.itemsize].view(dtype).view(count, width)
+            own = tile.view(dtype)[:, :width]
             self.learners.append(LearnerSweeps(step, rows, own, buffer))
 
     def statistics(self, wanted: Sequence[tuple[str, bool]]) -> list[Tensor]:
