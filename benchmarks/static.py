@@ -14,8 +14,9 @@ Then, for the whole report, the bytes that both strategies move per token, count
 beside the least possible and beside Liger's.
 
 Exit status 1 if anything spills, a kernel that multiplies 16-bit operands has no tensor-core instruction, a sweep of the row kernel
-waits at a barrier, shuffles, or accesses memory by less than 128 bits, shared memory is above the limit, or the bytes could not be
-counted; 2 if TRITON_INTERPRET=1 is set.
+waits at a barrier, shuffles, or accesses memory by less than 128 bits, its instructions are not those that the roofline states, a
+gradient is stored by less than 128 bits, float32 goes through NVIDIA's matrix units, shared memory is above the limit, or the bytes
+could not be counted; 2 if TRITON_INTERPRET=1 is set.
 """
 
 from __future__ import annotations
@@ -107,6 +108,17 @@ INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_
 ACCESS_BITS = re.compile(r"^(?:LDG|STG)\.E(?:\.\w+)*?\.(?:U|S)?(8|16|64|128)\b")
 
 
+def _widths(opcodes: Sequence[str], kinds: tuple[str, ...]) -> tuple[int, ...]:
+    """The bits of the accesses to global memory."""
+    accesses = [opcode for opcode in opcodes if opcode.startswith(kinds)]
+    return tuple(sorted({int(bits[1]) if (bits := ACCESS_BITS.match(opcode)) else 32 for opcode in accesses}))
+
+
+def stores_of(machine_code: str) -> tuple[int, ...]:
+    """The bits of all stores to global memory."""
+    return _widths([found[1] for line in machine_code.splitlines() if (found := INSTRUCTION.match(line))], ("STG",))
+
+
 def sweeps_of(machine_code: str) -> tuple[Sweep, ...]:
     """The innermost loops, in their order, of what nvdisasm prints."""
     opcodes: list[str] = []
@@ -123,11 +135,8 @@ def sweeps_of(machine_code: str) -> tuple[Sweep, ...]:
     inner = [one for one in loops if not any(other != one and one[0] <= other[0] and other[1] <= one[1] for other in loops)]
     found_sweeps = []
     for begin, end in sorted(inner):
-        body = opcodes[begin:end]
-        accesses = [opcode for opcode in body if opcode.startswith(("LDG", "STG"))]
-        widths = [int(bits[1]) if (bits := ACCESS_BITS.match(opcode)) else 32 for opcode in accesses]
-        exchanges = sum(opcode.startswith(("BAR", "SHFL", "LDS", "STS")) for opcode in body)
-        found_sweeps.append(Sweep(len(body), exchanges, tuple(sorted(set(widths)))))
+        exchanges = sum(opcode.startswith(("BAR", "SHFL", "LDS", "STS")) for opcode in opcodes[begin:end])
+        found_sweeps.append(Sweep(end - begin, exchanges, _widths(opcodes[begin:end], ("LDG", "STG"))))
     return tuple(found_sweeps)
 
 
@@ -143,6 +152,7 @@ class Compiled:
     tensor_cores: int
     warps: int
     sweeps: tuple[Sweep, ...] = ()
+    stores: tuple[int, ...] = ()
 
     @property
     def occupancy(self) -> float:
@@ -162,9 +172,14 @@ class Compiled:
         if self.spilled:
             found.append(f"spills {self.spilled} bytes")
         on_nvidia = TARGETS[self.architecture].backend == "cuda"
-        # NVIDIA's take no float32 (vocabulary.py says what they do instead)
-        if self.kernel != "row_loss" and not self.tensor_cores and not (on_nvidia and self.dtype == "fp32"):
-            found.append("has no tensor-core instruction")
+        if self.kernel != "row_loss":
+            if on_nvidia and self.dtype == "fp32":
+                if self.tensor_cores:
+                    found.append("multiplies float32 by matrix units, which cut it to TF32")
+            elif not self.tensor_cores:
+                found.append("has no tensor-core instruction")
+        if narrow := [bits for bits in self.stores if bits < 128]:
+            found.append(f"stores the gradient by {', '.join(map(str, narrow))} bits")
         if self.kernel == "row_loss" and on_nvidia:
             if len(self.sweeps) < 4:
                 found.append(f"has {len(self.sweeps)} loops; at t = 1 and at t < 1 it has two sweeps or three")
@@ -335,10 +350,13 @@ def compiled(launch: Launch, architecture: str, dtype: str) -> Compiled:
             options=options,
         )
     sweeps: tuple[Sweep, ...] = ()
+    stores: tuple[int, ...] = ()
     if limits.backend == "cuda":
         text, found = made.asm["ptx"], log.getvalue()
         if launch.name == "row_loss":
             sweeps = sweeps_of(disassembled(made.asm["cubin"]))
+        elif launch.name == "gradient":
+            stores = stores_of(disassembled(made.asm["cubin"]))
         registers = int(re.search(r"Used (\d+) registers", found)[1])  # type: ignore[index]
         spilled = sum(map(int, re.findall(r"(\d+) bytes spill", found)))
     else:
@@ -357,6 +375,7 @@ def compiled(launch: Launch, architecture: str, dtype: str) -> Compiled:
         len(TENSOR_CORES.findall(text)),
         made.metadata.num_warps,
         sweeps,
+        stores,
     )
 
 

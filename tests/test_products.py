@@ -43,6 +43,24 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield str(request.param)
 
 
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_a_gpu_adds_up_inside_its_products(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head's gradient over chunks, the hidden states' over blocks: whole products into the float32 sum, none beside it."""
+    case = draw(tokens=(40,), vocab=301, dtype=torch.bfloat16)
+    with as_on_a_gpu("reference"):
+        added: list[tuple[torch.dtype, ...]] = []
+        add = products.add_multiplied
+
+        def seen(left: Tensor, right: Tensor, out: Tensor) -> None:
+            added.append((left.dtype, right.dtype, out.dtype, *out.shape))
+            add(left, right, out)
+
+        monkeypatch.setattr(products, "add_multiplied", seen)
+        case.run(memory_budget=200_000, strategy=strategy)
+    sums = {(torch.bfloat16, torch.bfloat16, torch.float32, *((301, 8) if strategy == "tokens" else (40, 8)))}
+    assert set(added) == sums
+
+
 @every_dtype
 @pytest.mark.parametrize("spread", [1.0, 10.0, 30.0])
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "total_variation"])

@@ -90,6 +90,7 @@ class TestFaults:
             (replace(ROW, spilled=4), "spills 4 bytes"),
             (replace(GOOD, tensor_cores=0), "has no tensor-core instruction"),
             (replace(GOOD, shared=227 * 1024 + 1), "takes 232449 bytes of shared memory of 232448"),
+            (replace(GOOD, stores=(16, 128)), "stores the gradient by 16 bits"),
             (replace(ROW, sweeps=()), "has 0 loops; at t = 1 and at t < 1 it has two sweeps or three"),
             (
                 replace(ROW, sweeps=(SWEEP, SWEEP, SWEEP, replace(SWEEP, exchanges=2))),
@@ -109,6 +110,9 @@ class TestFaults:
     def test_float32_products_need_no_tensor_cores_on_nvidia(self) -> None:
         single = replace(GOOD, dtype="fp32", tensor_cores=0)
         assert single.faults() == []
+        assert replace(single, tensor_cores=8).faults() == [
+            "sm_90 fp32 sums jsd: multiplies float32 by matrix units, which cut it to TF32"
+        ]
         assert replace(single, architecture="gfx942").faults() != []
 
     def test_the_plan_states_the_row_kernels_instructions(self) -> None:
@@ -168,6 +172,7 @@ MACHINE_CODE = """
 
 def test_sweeps_are_read_off_machine_code() -> None:
     assert static.sweeps_of(MACHINE_CODE) == (Sweep(2, 0, (128,)), Sweep(5, 1, (16, 32)))
+    assert static.stores_of(MACHINE_CODE) == (16,)
 
 
 class Pool:
