@@ -185,9 +185,9 @@ class Compiled:
                 found.append(f"has {len(self.sweeps)} loops; at t = 1 and at t < 1 it has two sweeps or three")
             if exchanges := sum(sweep.exchanges for sweep in self.sweeps):
                 found.append(f"has {exchanges} barriers, shuffles and accesses to shared memory inside its sweeps")
-            if (self.architecture, self.dtype) == COUNTED and self.label.endswith(PLAIN):
+            stated = [count for count in ROW_INSTRUCTIONS.get(self.label.removesuffix(PLAIN), ()) if count]
+            if stated and (self.architecture, self.dtype) == COUNTED and self.label.endswith(PLAIN):
                 counted = [round(count) for count in per_logit(self)[1]]
-                stated = [count for count in ROW_INSTRUCTIONS[self.label.removesuffix(PLAIN)] if count]
                 if any(abs(one - other) > 3 for one, other in zip_longest(counted, stated, fillvalue=0)):
                     found.append(f"takes {counted} instructions per logit in its sweeps; roofline.ROW_INSTRUCTIONS states {stated}")
             if narrow := sorted({bits for sweep in self.sweeps for bits in sweep.widths if bits < 128}):
