@@ -67,12 +67,17 @@ def _call_device_function(function: Any, *arguments: Any, **keywords: Any) -> An
 
 
 def _multiply(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    product = torch.mm(left.float(), right.float()) if dtype == torch.float32 else torch.mm(left, right)
-    return product.to(dtype) if out is None else out.copy_(product)
+    if dtype == left.dtype:
+        return torch.mm(left, right) if out is None else torch.mm(left, right, out=out)
+    product = torch.mm(left.float(), right.float()).to(dtype)
+    return product if out is None else out.copy_(product)
 
 
 def _add_multiplied(left: Tensor, right: Tensor, out: Tensor) -> None:
-    out.add_(_multiply(left, right, out.dtype))
+    if out.dtype == left.dtype:
+        torch.addmm(out, left, right, out=out)
+    else:
+        out.add_(_multiply(left, right, out.dtype))
 
 
 @contextmanager

@@ -52,15 +52,18 @@ def row_loss(
     sweeps: int,
     labels: bool = False,
     biases: int = 0,
+    reach: int = 1,
 ) -> Traffic:
     """row_loss_kernel. logit_bytes: of an entry of x and of z; grad_bytes: of dx, 0 for none. biases: how many models have one.
+    reach: entries that are loaded and stored together, the last ones past the vocabulary too.
 
     Each sweep, and that of the gradient, loads x, z and the biases again.
     """
-    passes = sweeps + (grad_bytes > 0)
-    entries = passes * vocab * (sum(logit_bytes) + biases * FLOAT)
-    row = 2 * FLOAT + (LABEL if labels else 0)  # weight, t, label
-    return Traffic(rows * (entries + row), rows * (len(ROW_COLUMNS) * FLOAT + vocab * grad_bytes))
+    passes, reached = sweeps + (grad_bytes > 0), math.ceil(vocab / reach) * reach
+    entries = passes * (reached * sum(logit_bytes) + vocab * biases * FLOAT)
+    of_label = LABEL + logit_bytes[0] + (FLOAT if biases else 0)  # and its logit
+    row = 2 * FLOAT + (of_label if labels else 0)  # weight, t
+    return Traffic(rows * (entries + row), rows * (len(ROW_COLUMNS) * FLOAT + reached * grad_bytes))
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,9 @@ def sums(of: Products, cut: Cut) -> Traffic:
     return of.over_splits(cut, SUMS_READ * FLOAT, len(SUMS_COLUMNS) * FLOAT)
 
 
-def gradient(of: Products, cut: Cut, begin: int, end: int, grad_bytes: int, *, labels: bool = False) -> Traffic:
-    """gradient_kernel over the columns ``begin`` to ``end``: writes their gradient [tokens, end - begin].
+def gradient(of: Products, cut: Cut, begin: int, end: int, grad_bytes: int, *, labels: bool = False, reach: int = 1) -> Traffic:
+    """gradient_kernel over the columns ``begin`` to ``end``: writes their gradient [tokens, end - begin], ``reach``
+    entries together.
 
     Its last tile multiplies columns that lie behind the end, as far as there are any. Each tile reads statistics, slope sum and
     weight of its rows.
@@ -129,4 +133,5 @@ def gradient(of: Products, cut: Cut, begin: int, end: int, grad_bytes: int, *, l
     operands = of.operands(cut, tiles, columns)
     row = (GRADIENT_READ + 2) * FLOAT + (LABEL if labels else 0)
     others = of.bias_bytes(cut, columns) + tiles * (of.tokens * row + of.token_blocks(cut) * FLOAT)
-    return Traffic(operands + others, of.tokens * (end - begin) * grad_bytes, operands)
+    written = min(math.ceil((end - begin) / reach) * reach, tiles * cut.block_v)
+    return Traffic(operands + others, of.tokens * written * grad_bytes, operands)

@@ -21,12 +21,14 @@ from benchmarks import traffic
 from benchmarks.traffic import Meter, metered, rows_over
 from kdkernels import traffic as closed
 from kdkernels.plan import block_columns
+from kdkernels.scratch import ROW_ELEMENTS
 from kdkernels.traffic import Cut, Traffic
 
 pytest.importorskip("triton")
 
 from benchmarks.interpreter import as_on_a_gpu
 from kdkernels.backends.triton.blocks import Matrix
+from kdkernels.backends.triton.launch import ENTRIES
 from kdkernels.backends.triton.vocabulary import shares
 
 triton = pytest.importorskip("triton")
@@ -267,7 +269,7 @@ def test_an_operator_of_another_library_is_looked_into() -> None:
 
 # The closed forms
 
-BLOCKS, ROW = (16, 32, 16), 64
+BLOCKS, ROW = (16, 32, 16), 64  # a row of 32 parts
 MATRIX = Cut(*BLOCKS[:2])
 
 
@@ -317,6 +319,7 @@ class Step(NamedTuple):
                 sweeps=swept,
                 labels=self.labels,
                 biases=2 * self.biases,
+                reach=ROW // 32 if self.vocab >= ROW_ELEMENTS else 1,  # shorter rows of the scratch have no room behind them
             )
         }
 
@@ -332,7 +335,11 @@ class Step(NamedTuple):
         if closed.sweeps(self.divergence, metrics=self.metrics) == 2:
             found["sums_kernel"] = closed.sums(of, splits)
         gradients = [
-            closed.gradient(of, MATRIX, begin, min(begin + width, self.vocab), self.dtype.itemsize, labels=self.labels)
+            closed.gradient(
+                *(of, MATRIX, begin, min(begin + width, self.vocab), self.dtype.itemsize),
+                labels=self.labels,
+                reach=ENTRIES if width >= ROW_ELEMENTS else 1,
+            )
             for begin in range(0, self.vocab, width)
         ]
         found["gradient_kernel"] = functools.reduce(operator.add, gradients)
