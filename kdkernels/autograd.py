@@ -11,11 +11,12 @@ gradient in the backward, so it computes there again, with that gradient as toke
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # Arguments of ``apply`` before the operator's own.
 _OWN = 5
@@ -41,6 +42,27 @@ def _is_hidden(owners: tuple[int, ...], at: int) -> bool:
     return at == 0 or owners[at] != owners[at - 1]
 
 
+def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """As torch's, which refuses a second derivative only where the upstream gradient has one: that of ``loss.backward()`` is a
+    constant, and a penalty on gradients would be dropped in silence."""
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *upstream: Any) -> Any:
+        with torch.no_grad():
+            grads = backward(ctx, *upstream)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # enabled by create_graph=True
+            return grads
+        refuse = torch._C._functions.DelayedError(
+            b"the gradients of kdkernels' losses have no derivatives of their own (create_graph=True): they are marked "
+            b"once_differentiable",
+            len(grads),
+        )
+        given: list[Any] = [grad if grad is None else grad.detach().requires_grad_() for grad in grads]
+        return refuse(*given)
+
+    return once
+
+
 class SummedLoss(torch.autograd.Function):
     """(each sum of losses times ``factor``, metrics); gradients of hidden states, which are of single tokens, are made ``lift``
     times as large."""
@@ -60,7 +82,7 @@ class SummedLoss(torch.autograd.Function):
         return *((loss.sum(dtype=torch.float64) * factor).to(loss.dtype) for loss in losses), summary
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, *upstream: Any) -> Any:
         lift, *grads = ctx.saved_tensors
         scaled: list[Tensor | None] = []
@@ -99,7 +121,7 @@ class LossPerToken(torch.autograd.Function):
         return *losses, summary
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, *upstream: Any) -> Any:
         (factor, *saved), others = ctx.saved_tensors, list(ctx.others)
         arguments = [saved.pop(0) if was_saved else others.pop(0) for was_saved in ctx.saved]

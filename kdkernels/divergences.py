@@ -82,8 +82,17 @@ def resolve(divergence: Divergence | str, parameter: float | None = None) -> Div
     if isinstance(divergence, Divergence):
         if divergence.name not in _factories:
             raise ValueError(f"divergence {divergence.name!r} is not known; accepted: {', '.join(_factories)}")
-        if not 0.0 < divergence.a < 1.0 and _factories[divergence.name]().a != 0.0:
+        listed = _factories[divergence.name]()
+        if not 0.0 < divergence.a < 1.0 and listed.a != 0.0:
             raise ValueError(f"divergence {divergence.name!r} has the parameter {divergence.a}; accepted: a number in (0, 1)")
+        if (divergence.pair, divergence.one_sweep) != (listed.pair, listed.one_sweep):
+            # the backends know formulas by their names
+            formula = getattr(divergence.pair, "__name__", divergence.pair)
+            raise ValueError(
+                f"divergence {divergence.name!r} came with the formula {formula} (one_sweep={divergence.one_sweep!r}); accepted "
+                f"under that name: {listed.pair.__name__} (one_sweep={listed.one_sweep!r}), as kd.{divergence.name}() gives "
+                "it. docs/adding-a-divergence.md says how to list another formula"
+            )
         return divergence
     if not isinstance(divergence, str):
         raise TypeError(

@@ -22,7 +22,8 @@ class TAIDSchedule(nn.Module):
 
     t_start, t_end: 0 <= t_start <= t_end <= 1. alpha: step size, at least 0. beta: momentum, in [0, 1).
 
-    Everything is a buffer: ``update`` never waits for the device, and state_dict carries it. Call ``.to(device)`` with the model.
+    Everything is a float32 buffer: ``update`` never waits for the device, and state_dict carries it. Call ``.to(device)`` with the
+    model; casts of a model that holds it (``.bfloat16()``) leave it in float32.
     """
 
     t: Tensor
@@ -52,6 +53,16 @@ class TAIDSchedule(nn.Module):
         self.register_buffer("momentum", torch.tensor(0.0))
         # NaN until the first loss has been seen.
         self.register_buffer("previous", torch.tensor(math.nan))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TAIDSchedule:
+        """Moved with the model, but not cast with it: in bfloat16 the steps of ``t`` would be rounded away."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            made: Tensor = fn(tensor)
+            return made if made.dtype == tensor.dtype else tensor.to(made.device)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @torch.no_grad()
     def update(self, loss: Tensor | float, progress: float) -> Tensor:

@@ -296,6 +296,20 @@ def test_second_derivatives_are_refused(reduction: str, road: Callable[..., Any]
         sum(grad.square().sum() for grad in first).backward()
 
 
+@both_roads
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_penalty_on_gradients_is_refused_and_not_dropped(reduction: str, road: Callable[..., Any]) -> None:
+    """The upstream gradient of a loss is a constant: nothing asks for a derivative but the penalty."""
+    leaves, loss = road(torch.float64, reduction=reduction)
+    value = loss().sum()
+    first = torch.autograd.grad(value, leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="no derivatives of their own"):
+        (value + 100 * sum(grad.square().sum() for grad in first)).backward()
+    again = torch.autograd.grad(loss().sum(), leaves)
+    for one, other in zip(first, again, strict=True):
+        torch.testing.assert_close(one.detach(), other, rtol=0, atol=0)
+
+
 def test_a_backward_that_keeps_nothing_frees_its_gradients() -> None:
     _, loss = from_hidden(torch.float32)
     value = loss()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -162,3 +163,19 @@ def test_the_reference_keeps_a_custom_parameter() -> None:
     )
     expected = oracle.divergence(x, z, oracle.Options("jsd", 0.2))
     torch.testing.assert_close(rows[:, 0], expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(kd.forward_kl(), pair=kd.reverse_kl().pair),
+        replace(kd.reverse_kl(), one_sweep=""),
+        kd.Divergence("jsd", lambda lp, lq, a: (lp, lq), 0.5),
+    ],
+    ids=["formula", "sweeps", "lambda"],
+)
+def test_another_formula_under_a_listed_name_is_refused(other: kd.Divergence) -> None:
+    """The fast backends know formulas by their names, and would run the listed one."""
+    x, z = torch.randn(2, 3, 9)
+    with pytest.raises(ValueError, match=rf"divergence '{other.name}' came with the formula .*; accepted under that name: _"):
+        kd.kd_loss(x, z, divergence=other)

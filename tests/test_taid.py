@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -233,3 +234,19 @@ def test_a_number_of_numpy_is_a_number() -> None:
 
 def test_a_plan_takes_counts_of_numpy() -> None:
     assert kd.plan(np.int64(8), 100, 4, 4) == kd.plan(8, 100, 4, 4)
+
+
+@pytest.mark.parametrize("cast", [torch.nn.Module.bfloat16, torch.nn.Module.half, torch.nn.Module.double])
+def test_a_cast_of_the_model_leaves_the_schedule_its_digits(cast: Any) -> None:
+    """As Lightning does to a module that holds it; in bfloat16 t would stand still."""
+    losses = torch.linspace(3.0, 1.0, 400)
+    plain, held = kd.TAIDSchedule(alpha=5e-3), kd.TAIDSchedule(alpha=5e-3)
+    model = cast(torch.nn.ModuleList([torch.nn.Linear(2, 2), held]))
+    assert model[0].weight.dtype != torch.float32
+    for at, loss in enumerate(losses):
+        plain.update(loss, at / 4000)
+        held.update(loss, at / 4000)
+    assert held.t.dtype == torch.float32
+    assert held.t > 0.5
+    assert torch.equal(held.t, plain.t)
+    assert held.to("meta").t.device.type == "meta"
