@@ -37,6 +37,7 @@ ROW_CANDIDATES: tuple[dict[str, int], ...] = (
     {"entries": 16},
     {"num_warps": 4, "entries": 16},
     {"num_warps": 16, "entries": 4},
+    {"maxnreg": 64},
 )
 ROW_TOKENS, ROW_VOCABULARIES = 2048, (151_936, 262_144)
 # block_n, block_v, block_d, num_warps, num_stages

@@ -76,6 +76,7 @@ TARGETS = {
 # What the roofline's instructions of the row kernel are counted for, at t < 1.
 COUNTED = ("sm_90", "bf16")
 PLAIN = ", plain"
+VALUE = ", value alone"
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma_|v_smfmac_)")
 
 
@@ -181,7 +182,7 @@ class Compiled:
         if narrow := [bits for bits in self.stores if bits < 128]:
             found.append(f"stores the gradient by {', '.join(map(str, narrow))} bits")
         if self.kernel == "row_loss" and on_nvidia:
-            if len(self.sweeps) < 4:
+            if len(self.sweeps) < (2 if self.label.endswith(VALUE) else 4):
                 found.append(f"has {len(self.sweeps)} loops; at t = 1 and at t < 1 it has two sweeps or three")
             if exchanges := sum(sweep.exchanges for sweep in self.sweeps):
                 found.append(f"has {exchanges} barriers, shuffles and accesses to shared memory inside its sweeps")
@@ -277,12 +278,12 @@ def launches(architecture: str, dtype: torch.dtype) -> list[Launch]:
                     *(*step.terms.loss, step.terms.head, True, metrics),
                 )
                 if not metrics:
-                    label(name + PLAIN)
                     single = torch.empty(2, TOKENS, VOCAB)
-                    row_loss(
-                        *(*single, None, None, None, step.weights, step.t, name, step.terms.a),
-                        *(1.0, 1.0, 0.0, [1.0, 0.0, 1.0, 0.0], True, False, x),
-                    )
+                    plain = (*single, None, None, None, step.weights, step.t, name, step.terms.a, 1.0, 1.0, 0.0, [1.0, 0.0] * 2)
+                    label(name + PLAIN)
+                    row_loss(*plain, True, False, x)
+                    label(name + VALUE)
+                    row_loss(*plain, False, False)
                     label(name)
                 sweeps = LearnerSweeps(step, (step.student.hidden, step.teacher.hidden), x, torch.empty(0))
                 stats, sums = torch.zeros(TOKENS, len(STATS_COLUMNS)), torch.zeros(TOKENS, len(SUMS_COLUMNS))
@@ -434,9 +435,9 @@ def aligned(lines: Sequence[Sequence[str]], names: int) -> str:
 
 def per_logit(one: Compiled) -> tuple[list[float], list[float]]:
     """Instructions per logit of each sweep, at t = 1 and at t < 1."""
-    from kdkernels.backends.triton.launch import ENTRIES
+    from kdkernels.backends.triton.blocks import Row
 
-    counts = [sweep.instructions / ENTRIES for sweep in one.sweeps]
+    counts = [sweep.instructions / Row().entries for sweep in one.sweeps]
     halves = counts[: len(counts) // 2], counts[len(counts) // 2 :]
     return (halves[0], halves[1]) if sum(halves[0]) <= sum(halves[1]) else (halves[1], halves[0])
 

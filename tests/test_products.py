@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
-def test_a_gpu_adds_up_inside_its_products(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_adds_up_inside_its_products(strategy: str) -> None:
     """The head's gradient over chunks, the hidden states' over blocks: whole products into the float32 sum, none beside it."""
     case = draw(tokens=(40,), vocab=301, dtype=torch.bfloat16)
     with as_on_a_gpu("reference"):
@@ -55,8 +56,8 @@ def test_a_gpu_adds_up_inside_its_products(strategy: str, monkeypatch: pytest.Mo
             added.append((left.dtype, right.dtype, out.dtype, *out.shape))
             add(left, right, out)
 
-        monkeypatch.setattr(products, "add_multiplied", seen)
-        case.run(memory_budget=200_000, strategy=strategy)
+        with mock.patch.object(products, "add_multiplied", seen):
+            case.run(memory_budget=200_000, strategy=strategy)
     sums = {(torch.bfloat16, torch.bfloat16, torch.float32, *((301, 8) if strategy == "tokens" else (40, 8)))}
     assert set(added) == sums
 

@@ -20,7 +20,7 @@ from kdkernels.divergences import resolve
 pytest.importorskip("triton")
 
 from benchmarks import static
-from benchmarks.static import PLAIN, Compiled, Launch, Sweep
+from benchmarks.static import PLAIN, VALUE, Compiled, Launch, Sweep
 from kdkernels.roofline import ROW_INSTRUCTIONS
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +41,7 @@ class TestLaunches:
     def test_every_divergence_is_there_with_and_without_metrics(self, found: list[Launch]) -> None:
         labels = {kernel: [launch.label for launch in found if launch.name == kernel] for kernel in static.KERNELS}
         names, measured = set(kd.divergences()), {f"{name}, metrics" for name in kd.divergences()}
-        assert set(labels["row_loss"]) == names | measured | {name + PLAIN for name in names}
+        assert set(labels["row_loss"]) == names | measured | {name + kind for name in names for kind in (PLAIN, VALUE)}
         assert set(labels["gradient"]) == names
         assert set(labels["sums"]) == measured | {name for name in names if not resolve(name).one_sweep}
         # no moments, weighed by either side, and with metrics
@@ -51,7 +51,7 @@ class TestLaunches:
 
     def test_everything_a_loss_can_have_is_switched_on(self, found: list[Launch]) -> None:
         for launch in found:
-            if launch.label.endswith(PLAIN):
+            if launch.label.endswith((PLAIN, VALUE)):
                 continue
             arguments = dict(zip(inspect.signature(launch.kernel.fn).parameters, launch.arguments, strict=False))
             heads = [arguments[name] for name in ("x_head", "z_head") if name in arguments]

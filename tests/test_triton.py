@@ -493,6 +493,35 @@ def test_mixtures_of_close_distributions_are_as_good_as_eager(name: str, spread:
     assert_as_good_as_eager(compared)
 
 
+@pytest.mark.parametrize(
+    ("logits", "to", "width"),
+    [
+        (torch.float32, torch.bfloat16, 8),
+        (torch.float32, torch.float32, 4),
+        (torch.float32, None, 4),
+        (torch.float16, torch.float16, 8),
+        (torch.bfloat16, None, 8),
+    ],
+    ids=str,
+)
+def test_each_thread_takes_a_part_of_16_bytes(
+    logits: torch.dtype, to: torch.dtype | None, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the narrowest tensor; of a part that two threads share, each sweep would shuffle the sums between them."""
+    seen: list[dict[str, Any]] = []
+
+    class Kernel:
+        def __getitem__(self, _: Any) -> Callable[..., None]:
+            return lambda *_, **keywords: seen.append(keywords)
+
+    monkeypatch.setattr(rows, "row_loss_kernel", Kernel())
+    x, z = torch.randn(2, 3, 96).to(logits)
+    rows.row_loss(*row_arguments(x, z, torch.ones(3)), to is not None, False, None if to is None else torch.empty(3, 96, dtype=to))
+    row = blocks.Row()
+    assert seen[0]["WIDTH"] == seen[0]["REACH"] == width
+    assert seen[0]["LANES"] * width == row.num_warps * 32 * row.entries
+
+
 class TestRows:
     def draw(self) -> tuple[Tensor, Tensor]:
         return tuple(torch.randn(2, 5, VOCAB, generator=torch.Generator().manual_seed(0)) * 3)  # type: ignore[return-value]
@@ -664,10 +693,12 @@ class TestTable:
         assert blocks.entry(GPU, dtype) is TABLE[takes, dtype.itemsize]
         assert blocks.row_entry(GPU) is TABLE[takes, 4].row
 
-    @pytest.mark.parametrize(("name", "threads"), [("sm_90", 32), ("sm_120", 32), ("gfx942", 64)])
-    def test_a_row_is_cut_into_a_part_for_each_thread(self, name: str, threads: int, on: Callable[[str], None]) -> None:
-        on(name)
-        assert blocks.Row(num_warps=4).lanes(GPU) == 4 * threads
+    def test_registers_are_capped_on_nvidia_only(self, on: Callable[[str], None]) -> None:
+        row = blocks.Row()
+        on("sm_90")
+        assert row.options(GPU) == {"num_warps": row.num_warps, "maxnreg": row.maxnreg}
+        on("gfx942")
+        assert row.options(GPU) == {"num_warps": row.num_warps}
 
 
 class TestLaunch:
@@ -700,6 +731,7 @@ class TestLaunch:
         on(capability, hip)
         assert launch.architecture(GPU) == name
         assert launch.described(GPU) is described
+        assert launch.warp(GPU) == (64 if hip else 32)
 
     def test_kernels_start_on_the_gpu_of_their_arguments(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Triton takes the current device, which in a process of several GPUs may be another one."""

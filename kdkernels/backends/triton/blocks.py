@@ -31,13 +31,18 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Row:
-    """The row kernel's tile: a row is cut into as many parts as the program has threads, of ``entries`` adjacent entries a step."""
+    """The row kernel's tile: warps, and entries of the row that each of their threads takes in a step.
+
+    maxnreg: registers of a thread, on NVIDIA. Without a number the assembler takes fewer, and spills what a dressed loss needs.
+    """
 
     num_warps: int = 8
     entries: int = ENTRIES
+    maxnreg: int = 96
 
-    def lanes(self, device: torch.device) -> int:
-        return self.num_warps * (64 if architecture(device).startswith("gfx9") else 32)
+    def options(self, device: torch.device) -> dict[str, int]:
+        nvidia = architecture(device).startswith("sm_")
+        return {"num_warps": self.num_warps, **({"maxnreg": self.maxnreg} if nvidia else {})}
 
 
 @dataclass(frozen=True)

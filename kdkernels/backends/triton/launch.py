@@ -59,6 +59,11 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major * 10 + minor}"
 
 
+def warp(device: torch.device) -> int:
+    """Threads of a warp; AMD's data centre GPUs call it a wavefront."""
+    return 64 if architecture(device).startswith("gfx9") else 32
+
+
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Inside, kernels start on that GPU: Triton takes the current device, whatever its arguments are on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -3,7 +3,7 @@
 A program reads its row of x and z once for the statistics, again for the sums unless running sums gave them already (one-sweep
 divergences without metrics), and once more for the gradient, which it writes over x.
 
-Its row is to it a tile of LANES parts, one for each thread, which adds up what is its own; the parts are merged once, after the
+Its row is to it a tile of LANES parts, each one thread's, which adds up what is its own; the parts are merged once, after the
 sweep. So no sweep has a barrier or a shuffle in it, and every access is as wide as the hardware has them (``make static`` sees to
 both).
 """
@@ -62,6 +62,13 @@ def _row(
     # A row of weight 0 is not computed: its sweeps are empty.
     live = weight != 0.0
     end = tl.where(live, vocab, 0)
+    label_logit = 0.0
+    if CE:
+        # Before any sweep: dx may lie over x, and other threads do not wait for this one before they write theirs.
+        in_row = live & (label >= 0) & (label < vocab)
+        own = tl.load(x_row_ptr + label, mask=in_row, other=0.0).to(tl.float32)
+        own = device.at_one(device.after_head(own, x_head, temperature, label, in_row), temperature)
+        label_logit = tl.where(in_row, own, 0.0)
     stats = device.finished(
         _statistics(sides, t, temperature, end, WEIGH, CE, METRICS, AT_ONE, REACH, LANES, WIDTH), temperature, CE
     )
@@ -82,10 +89,7 @@ def _row(
     tl.store(row_ptr, tl.where(live, value, 0.0))
     cross_entropy = 0.0
     if CE:
-        in_row = live & (label >= 0) & (label < vocab)
-        label_logit = tl.load(x_row_ptr + label, mask=in_row, other=0.0).to(tl.float32)
-        label_logit = device.at_one(device.after_head(label_logit, x_head, temperature, label, in_row), temperature)
-        cross_entropy = tl.where(live, stats[5] - (tl.where(in_row, label_logit, 0.0) - stats[4]), 0.0)
+        cross_entropy = tl.where(live, stats[5] - (label_logit - stats[4]), 0.0)
     tl.store(row_ptr + 1, cross_entropy)
     tl.store(row_ptr + 2, sums[2])
     tl.store(row_ptr + 3, sums[3])
@@ -166,7 +170,9 @@ def row_loss(
     dx = None if not grad else x if out is None else out
     wanted = labels is not None and (ce_scale != 0.0 or metrics)
     weigh = "" if metrics or kd_scale == 0.0 else resolve(divergence).one_sweep
-    entry = blocks.row_entry(x.device)
+    entry, sides = blocks.row_entry(x.device), [side for side in (x, z, dx) if side is not None]
+    # Triton gives a thread 16 bytes of the narrowest of them at a time: a part that was longer would be several threads'.
+    width = min(16 // min(side.itemsize for side in sides), entry.entries)
     arguments: tuple[Any, ...] = (
         (x, z, dx),
         (x.stride(0), z.stride(0), 0 if dx is None else dx.stride(0)),
@@ -185,10 +191,10 @@ def row_loss(
             PAIR=launch.pair_function(divergence),
             WEIGH=device.WEIGH[weigh],
             METRICS=metrics,
-            REACH=entry.entries if all(_has_room(side, entry.entries) for side in (x, z, dx) if side is not None) else 1,
-            LANES=entry.lanes(x.device),
-            WIDTH=entry.entries,
-            num_warps=entry.num_warps,
+            REACH=width if all(_has_room(side, width) for side in sides) else 1,
+            LANES=entry.num_warps * launch.warp(x.device) * entry.entries // width,
+            WIDTH=width,
+            **entry.options(x.device),
         )
     return columns
 
