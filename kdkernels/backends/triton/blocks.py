@@ -56,11 +56,11 @@ class Entry:
 # (architecture, bytes of an operand) -> blocks. The sums kernel holds the most in registers: its tiles are smaller where those run
 # out. No more than 8 warps on sm_100: with 16 Triton 3.7 takes the older mma.sync for tcgen05.mma.
 TABLE: dict[tuple[str, int], Entry] = {
-    ("sm_80", 2): Entry(Matrix(64, 128, 32, 8, 3), Matrix(64, 64, 32, 8, 3), Matrix(64, 128, 32, 8, 3)),
+    ("sm_80", 2): Entry(Matrix(64, 64, 32, 8, 3), Matrix(64, 64, 32, 8, 3), Matrix(64, 128, 32, 8, 3)),
     ("sm_80", 4): Entry(Matrix(32, 64, 32, 8, 2), Matrix(32, 64, 32, 8, 2), Matrix(32, 64, 32, 8, 2)),
     ("sm_90", 2): Entry(Matrix(64, 128, 64, 8, 3), Matrix(64, 64, 64, 8, 3), Matrix(64, 128, 64, 8, 3)),
     ("sm_90", 4): Entry(Matrix(32, 64, 16, 8, 3), Matrix(32, 64, 16, 8, 3), Matrix(64, 64, 16, 8, 3)),
-    ("sm_100", 2): Entry(Matrix(64, 64, 64, 8, 3), Matrix(128, 32, 64, 8, 3), Matrix(64, 64, 64, 8, 3)),
+    ("sm_100", 2): Entry(Matrix(64, 32, 64, 8, 3), Matrix(128, 32, 64, 8, 3), Matrix(64, 64, 64, 8, 3)),
     ("sm_100", 4): Entry(Matrix(32, 64, 16, 8, 3), Matrix(32, 64, 16, 8, 3), Matrix(64, 64, 16, 8, 3)),
     ("gfx942", 2): Entry(Matrix(64, 64, 64, 4, 2), Matrix(64, 64, 64, 4, 2), Matrix(64, 64, 64, 4, 2)),
     ("gfx942", 4): Entry(Matrix(64, 64, 32, 4, 2), Matrix(64, 64, 32, 4, 2), Matrix(64, 64, 32, 4, 2)),
