@@ -60,7 +60,7 @@ TABLE: dict[tuple[str, int], Entry] = {
     ("sm_80", 4): Entry(Matrix(32, 64, 32, 8, 2), Matrix(32, 64, 32, 8, 2), Matrix(32, 64, 32, 8, 2)),
     ("sm_90", 2): Entry(Matrix(64, 128, 64, 8, 3), Matrix(64, 64, 64, 8, 3), Matrix(64, 128, 64, 8, 3)),
     ("sm_90", 4): Entry(Matrix(32, 64, 16, 8, 3), Matrix(32, 64, 16, 8, 3), Matrix(64, 64, 16, 8, 3)),
-    ("sm_100", 2): Entry(Matrix(64, 32, 64, 8, 3), Matrix(128, 32, 64, 8, 3), Matrix(64, 64, 64, 8, 3)),
+    ("sm_100", 2): Entry(Matrix(64, 32, 64, 8, 3), Matrix(64, 32, 64, 8, 3), Matrix(64, 32, 64, 8, 3)),
     ("sm_100", 4): Entry(Matrix(32, 64, 16, 8, 3), Matrix(32, 64, 16, 8, 3), Matrix(64, 64, 16, 8, 3)),
     ("gfx942", 2): Entry(Matrix(64, 64, 64, 4, 2), Matrix(64, 64, 64, 4, 2), Matrix(64, 64, 64, 4, 2)),
     ("gfx942", 4): Entry(Matrix(64, 64, 32, 4, 2), Matrix(64, 64, 32, 4, 2), Matrix(64, 64, 32, 4, 2)),
