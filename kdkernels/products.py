@@ -131,7 +131,7 @@ def add_product(left: Tensor, right: Tensor, out: Tensor, first: bool, buffer: T
     buffer: float32 scratch of at least D elements, in which such a product is made where it cannot be added as it is multiplied, as
     many rows at a time as it takes.
     """
-    if out.dtype == left.dtype or (left.dtype.itemsize == 2 and keeps_sums(out.device)):
+    if out.dtype == left.dtype or (left.dtype.itemsize == 2 and out.dtype == torch.float32 and keeps_sums(out.device)):
         if first:
             multiply(left, right, out.dtype, out)
         else:

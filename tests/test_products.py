@@ -154,3 +154,14 @@ def test_parts_of_a_float64_sum_leave_a_widened_head_alone(rows: int) -> None:
     small = torch.empty(rows * 8)
     products.add_product(dx, weight.float(), out, True, small)
     torch.testing.assert_close(out, (dx @ weight.float()).double(), rtol=0, atol=300 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_float64_sum_of_16_bit_products_is_made_in_parts(first: bool) -> None:
+    """As where one of two models that learn is in float64: torch's products give 16-bit operands no other result than float32."""
+    left, right = torch.randn(7, 30).bfloat16(), torch.randn(30, 8).bfloat16()
+    out = torch.ones(7, 8, dtype=torch.float64)
+    exact = left.double() @ right.double() + (not first)
+    with as_on_a_gpu("reference"):
+        products.add_product(left, right, out, first, torch.empty(300))
+    torch.testing.assert_close(out, exact, rtol=0, atol=torch.finfo(torch.bfloat16).eps * exact.abs().max().item())

@@ -232,3 +232,18 @@ def test_logits_far_from_zero_are_as_good_as_near_it(variant: str, name: str) ->
         far, far_dx = run(x + 4096.0, z - 8192.0, divergence=name)
     torch.testing.assert_close(far, near, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(far_dx, near_dx, rtol=1e-5, atol=1e-6)
+
+
+@every_variant
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("masked", [slice(0, 8), slice(0, 40), slice(60, 96)], ids=str)
+def test_a_finite_mask_is_no_nan(variant: str, name: str, masked: slice) -> None:
+    """finfo.min where others write -inf, in the model whose probabilities weigh the running sums: parts of a row hold only that."""
+    bias = torch.zeros(96)
+    bias[masked] = torch.finfo(torch.float32).min
+    side = "teacher_bias" if name == "forward_kl" else "student_bias"
+    case = replace(draw(tokens=(4,), vocab=96), options=Options(name), **{side: bias})
+    with running(variant):
+        found = case.run()
+    for of, right in case.plain().items():
+        torch.testing.assert_close(found[of].double(), right, rtol=1e-4, atol=1e-5, msg=lambda text, of=of: f"{of}: {text}")

@@ -20,7 +20,7 @@ from kdkernels.divergences import resolve
 pytest.importorskip("triton")
 
 from benchmarks import static
-from benchmarks.static import PLAIN, VALUE, Compiled, Launch, Sweep
+from benchmarks.static import ODD, PLAIN, VALUE, Compiled, Launch, Sweep
 from kdkernels.roofline import ROW_INSTRUCTIONS
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +41,7 @@ class TestLaunches:
     def test_every_divergence_is_there_with_and_without_metrics(self, found: list[Launch]) -> None:
         labels = {kernel: [launch.label for launch in found if launch.name == kernel] for kernel in static.KERNELS}
         names, measured = set(kd.divergences()), {f"{name}, metrics" for name in kd.divergences()}
-        assert set(labels["row_loss"]) == names | measured | {name + kind for name in names for kind in (PLAIN, VALUE)}
+        assert set(labels["row_loss"]) == names | measured | {name + kind for name in names for kind in (PLAIN, VALUE, ODD)}
         assert set(labels["gradient"]) == names
         assert set(labels["sums"]) == measured | {name for name in names if not resolve(name).one_sweep}
         # no moments, weighed by either side, and with metrics
@@ -51,7 +51,7 @@ class TestLaunches:
 
     def test_everything_a_loss_can_have_is_switched_on(self, found: list[Launch]) -> None:
         for launch in found:
-            if launch.label.endswith((PLAIN, VALUE)):
+            if launch.label.endswith((PLAIN, VALUE, ODD)):
                 continue
             arguments = dict(zip(inspect.signature(launch.kernel.fn).parameters, launch.arguments, strict=False))
             heads = [arguments[name] for name in ("x_head", "z_head") if name in arguments]
@@ -90,6 +90,10 @@ class TestFaults:
             (replace(ROW, spilled=4), "spills 4 bytes"),
             (replace(GOOD, tensor_cores=0), "has no tensor-core instruction"),
             (replace(GOOD, shared=227 * 1024 + 1), "takes 232449 bytes of shared memory of 232448"),
+            (
+                replace(ROW, label="jsd" + ODD, sweeps=(SWEEP, SWEEP, SWEEP, replace(SWEEP, exchanges=1, widths=(32,)))),
+                "has 1 barriers, shuffles and accesses to shared memory inside its sweeps",
+            ),
             (replace(GOOD, stores=(16, 128)), "stores the gradient by 16 bits"),
             (replace(ROW, sweeps=()), "has 0 loops; at t = 1 and at t < 1 it has two sweeps or three"),
             (
@@ -105,7 +109,7 @@ class TestFaults:
         ],
     )
     def test_each_says_what_and_where(self, bad: Compiled, said: str) -> None:
-        assert bad.faults() == [f"{bad.architecture} bf16 {bad.kernel} jsd: {said}"]
+        assert bad.faults() == [f"{bad.architecture} bf16 {bad.kernel} {bad.label}: {said}"]
 
     def test_float32_products_need_no_tensor_cores_on_nvidia(self) -> None:
         single = replace(GOOD, dtype="fp32", tensor_cores=0)

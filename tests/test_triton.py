@@ -517,9 +517,13 @@ def test_each_thread_takes_a_part_of_16_bytes(
     monkeypatch.setattr(rows, "row_loss_kernel", Kernel())
     x, z = torch.randn(2, 3, 96).to(logits)
     rows.row_loss(*row_arguments(x, z, torch.ones(3)), to is not None, False, None if to is None else torch.empty(3, 96, dtype=to))
-    row = blocks.Row()
-    assert seen[0]["WIDTH"] == seen[0]["REACH"] == width
+    row = blocks.row_entry(CPU)
+    assert seen[0]["WIDTH"] == width
     assert seen[0]["LANES"] * width == row.num_warps * 32 * row.entries
+    # rows that start anywhere: a thread's part is one entry
+    rows.row_loss(*row_arguments(*torch.randn(2, 3, 97).to(logits), torch.ones(3)), False, False)
+    assert seen[1]["WIDTH"] == 1
+    assert seen[1]["LANES"] == row.num_warps * 32 * row.entries
 
 
 class TestRows:

@@ -105,7 +105,8 @@ def moments_from(state, u, v):
     mass, moment = state
     empty = mass == 0.0  # the shifts may be infinite then
     factor = tl.where(empty, 0.0, exp(-u))
-    return factor * mass, tl.where(empty, 0.0, factor * (moment - mass * (u - v)))
+    mass *= factor  # first: u of a mask such as finfo.min, times a mass that is not 0 yet, would be infinite
+    return mass, tl.where(empty, 0.0, factor * moment - mass * (u - v))
 
 
 @triton.jit

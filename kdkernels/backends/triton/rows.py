@@ -4,8 +4,8 @@ A program reads its row of x and z once for the statistics, again for the sums u
 divergences without metrics), and once more for the gradient, which it writes over x.
 
 Its row is to it a tile of LANES parts, each one thread's, which adds up what is its own; the parts are merged once, after the
-sweep. So no sweep has a barrier or a shuffle in it, and every access is as wide as the hardware has them (``make static`` sees to
-both).
+sweep. So no sweep has a barrier or a shuffle in it, and where rows start at multiples of 16 entries, as those of the scratch do,
+every access is as wide as the hardware has them (``make static`` sees to both).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from kdkernels.divergences import resolve
 
 
 @triton.jit
-def _tile(sides, t, temperature, v0, end, AT_ONE: tl.constexpr, REACH: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+def _tile(sides, t, temperature, v0, end, AT_ONE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
     """x, y and z [LANES, WIDTH] over the temperature, and their columns. sides: (x_row_ptr, z_row_ptr, x_head, z_head)."""
     x_row_ptr, z_row_ptr, x_head, z_head = sides
     columns = v0 + tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = columns < end
-    reach = device.reach(columns, end, REACH)
+    reach = device.reach(columns, end, WIDTH)
     x = tl.load(x_row_ptr + columns, mask=reach, other=0.0).to(tl.float32)
     z = tl.load(z_row_ptr + columns, mask=reach, other=0.0).to(tl.float32)
     x = device.after_head(x, x_head, temperature, columns, inside)
@@ -39,13 +39,13 @@ def _tile(sides, t, temperature, v0, end, AT_ONE: tl.constexpr, REACH: tl.conste
 @triton.jit
 def _statistics(
     sides, t, temperature, end, WEIGH: tl.constexpr, CE: tl.constexpr, METRICS: tl.constexpr,
-    AT_ONE: tl.constexpr, REACH: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    AT_ONE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Of the row, scalars."""
     state = device.no_statistics(LANES)
     first = tl.arange(0, LANES) * WIDTH
     for v0 in range(0, end, LANES * WIDTH):
-        x, y, z, columns = _tile(sides, t, temperature, v0, end, AT_ONE, REACH, LANES, WIDTH)
+        x, y, z, columns = _tile(sides, t, temperature, v0, end, AT_ONE, LANES, WIDTH)
         state = device.add_statistics(state, x, y, z, None, v0 + first, columns, temperature, WEIGH, CE, METRICS)
     return device.merged(state, WEIGH)
 
@@ -53,7 +53,7 @@ def _statistics(
 @triton.jit
 def _row(
     sides, dx_row_ptr, row_ptr, label, weight, t, terms, vocab, PAIR: tl.constexpr, WEIGH: tl.constexpr, METRICS: tl.constexpr,
-    AT_ONE: tl.constexpr, REACH: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    AT_ONE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One row: its sweeps, its ROW_COLUMNS, its gradient. label: None where nobody asks for the cross-entropy."""
     x_row_ptr, x_head = sides[0], sides[2]
@@ -69,9 +69,7 @@ def _row(
         own = tl.load(x_row_ptr + label, mask=in_row, other=0.0).to(tl.float32)
         own = device.at_one(device.after_head(own, x_head, temperature, label, in_row), temperature)
         label_logit = tl.where(in_row, own, 0.0)
-    stats = device.finished(
-        _statistics(sides, t, temperature, end, WEIGH, CE, METRICS, AT_ONE, REACH, LANES, WIDTH), temperature, CE
-    )
+    stats = device.finished(_statistics(sides, t, temperature, end, WEIGH, CE, METRICS, AT_ONE, LANES, WIDTH), temperature, CE)
 
     sums = (0.0, 0.0, 0.0, 0.0, 0.0)
     if WEIGH != device.NOTHING:
@@ -80,7 +78,7 @@ def _row(
         if kd is not None or METRICS:
             state = device.no_sums(LANES)
             for v0 in range(0, end, LANES * WIDTH):
-                x, y, z, _ = _tile(sides, t, temperature, v0, end, AT_ONE, REACH, LANES, WIDTH)
+                x, y, z, _ = _tile(sides, t, temperature, v0, end, AT_ONE, LANES, WIDTH)
                 state = device.add_sums(state, x, y, z, stats, a, PAIR, METRICS)
             sums = (tl.sum(state[0], 0), tl.sum(state[1], 0), tl.sum(state[2], 0), tl.sum(state[3], 0), tl.sum(state[4], 0))
         value = sums[0]
@@ -101,9 +99,9 @@ def _row(
 
     if dx_row_ptr is not None:
         for v0 in range(0, vocab, LANES * WIDTH):
-            x, y, z, columns = _tile(sides, t, temperature, v0, end, AT_ONE, REACH, LANES, WIDTH)
+            x, y, z, columns = _tile(sides, t, temperature, v0, end, AT_ONE, LANES, WIDTH)
             dx = device.gradient(x, y, stats, slope, label, weight, x_head, terms, columns, PAIR)
-            device.store_gradient(dx_row_ptr + columns, dx, columns, vocab, REACH)
+            device.store_gradient(dx_row_ptr + columns, dx, columns, vocab, WIDTH)
 
 
 @triton.jit
@@ -121,7 +119,7 @@ def row_loss_kernel(
     PAIR: tl.constexpr,
     WEIGH: tl.constexpr,
     METRICS: tl.constexpr,
-    REACH: tl.constexpr,  # see device.reach
+    # see device.reach
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -139,9 +137,9 @@ def row_loss_kernel(
         label = tl.load(labels_ptr + row)
     # Both are there from the first launch on: a target that moves to t = 1 compiles nothing on its way.
     if t == 1.0:
-        _row(sides, dx_row_ptr, row_ptr, label, weight, t, terms, vocab, PAIR, WEIGH, METRICS, True, REACH, LANES, WIDTH)
+        _row(sides, dx_row_ptr, row_ptr, label, weight, t, terms, vocab, PAIR, WEIGH, METRICS, True, LANES, WIDTH)
     else:
-        _row(sides, dx_row_ptr, row_ptr, label, weight, t, terms, vocab, PAIR, WEIGH, METRICS, False, REACH, LANES, WIDTH)
+        _row(sides, dx_row_ptr, row_ptr, label, weight, t, terms, vocab, PAIR, WEIGH, METRICS, False, LANES, WIDTH)
 
 
 def row_loss(
@@ -171,8 +169,10 @@ def row_loss(
     wanted = labels is not None and (ce_scale != 0.0 or metrics)
     weigh = "" if metrics or kd_scale == 0.0 else resolve(divergence).one_sweep
     entry, sides = blocks.row_entry(x.device), [side for side in (x, z, dx) if side is not None]
-    # Triton gives a thread 16 bytes of the narrowest of them at a time: a part that was longer would be several threads'.
+    # Triton gives a thread 16 bytes of the narrowest of them at a time, or one entry where rows do not lie so. A longer part would
+    # be several threads'.
     width = min(16 // min(side.itemsize for side in sides), entry.entries)
+    width = width if all(_has_room(side, width) for side in sides) else 1
     arguments: tuple[Any, ...] = (
         (x, z, dx),
         (x.stride(0), z.stride(0), 0 if dx is None else dx.stride(0)),
@@ -191,7 +191,6 @@ def row_loss(
             PAIR=launch.pair_function(divergence),
             WEIGH=device.WEIGH[weigh],
             METRICS=metrics,
-            REACH=width if all(_has_room(side, width) for side in sides) else 1,
             LANES=entry.num_warps * launch.warp(x.device) * entry.entries // width,
             WIDTH=width,
             **entry.options(x.device),
@@ -200,7 +199,8 @@ def row_loss(
 
 
 def _has_room(rows: Tensor, entries: int) -> bool:
-    """Whether the memory behind each row reaches to a multiple of ``entries``, and each row begins at one of 16."""
+    """Whether the memory behind each row reaches to a multiple of ``entries``, and rows lie a multiple of 16 apart, by which Triton
+    knows that they are aligned."""
     count, vocab = rows.shape
     overhang = -vocab % entries
     return (
