@@ -287,7 +287,7 @@ def launches(architecture: str, dtype: torch.dtype) -> list[Launch]:
                     label(name + VALUE)
                     row_loss(*plain, False, False)
                     label(name + ODD)
-                    odd = torch.empty(2, TOKENS, VOCAB + 1, dtype=dtype)
+                    odd = [torch.empty(TOKENS, VOCAB + 1, dtype=dtype) for _ in range(2)]
                     row_loss(*odd, *plain[2:], True, False, torch.empty_like(odd[0]))
                     label(name)
                 sweeps = LearnerSweeps(step, (step.student.hidden, step.teacher.hidden), x, torch.empty(0))
