@@ -523,7 +523,7 @@ def test_each_thread_takes_a_part_of_16_bytes(
     # rows that start anywhere: a thread's part is one entry
     rows.row_loss(*row_arguments(*torch.randn(2, 3, 97).to(logits), torch.ones(3)), False, False)
     assert seen[1]["WIDTH"] == 1
-    assert seen[1]["LANES"] == row.num_warps * 32 * row.entries
+    assert seen[1]["LANES"] == row.num_warps * 32 * rows.MOST_PARTS
 
 
 class TestRows:

@@ -21,6 +21,9 @@ from kdkernels.backends.operators import ROW_COLUMNS
 from kdkernels.backends.triton import blocks, device, launch
 from kdkernels.divergences import resolve
 
+# Parts of a row that a thread adds up at the same time; more run out of registers.
+MOST_PARTS = 4
+
 
 @triton.jit
 def _tile(sides, t, temperature, v0, end, AT_ONE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
@@ -191,7 +194,7 @@ def row_loss(
             PAIR=launch.pair_function(divergence),
             WEIGH=device.WEIGH[weigh],
             METRICS=metrics,
-            LANES=entry.num_warps * launch.warp(x.device) * entry.entries // width,
+            LANES=entry.num_warps * launch.warp(x.device) * min(entry.entries // width, MOST_PARTS),
             WIDTH=width,
             **entry.options(x.device),
         )
