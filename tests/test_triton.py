@@ -456,6 +456,36 @@ def test_gradient_tiles_of_learners_lie_in_the_scratch(dtypes: tuple[torch.dtype
         assert learner.tile.stride(0) * dtype.itemsize == scratch.stride(0) * scratch.itemsize
 
 
+def tf32(values: np.ndarray) -> np.ndarray:
+    """Rounded to the eleven digits that NVIDIA's matrix units take of a float32."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def cut_off(exact: np.ndarray) -> np.ndarray:
+    """float64 to float32, towards zero, as matrix units add."""
+    near = exact.astype(np.float32)
+    return np.where(np.abs(near.astype(np.float64)) > np.abs(exact), np.nextafter(near, np.float32(0)), near)
+
+
+@pytest.mark.parametrize(("width", "times"), [(16, 1.95), (24, 2.4), (96, 4.9), (160, 6.4)])
+def test_three_products_of_tf32_are_worse_than_float32_may_be(width: int, times: float) -> None:
+    """Why vocabulary._product multiplies float32 as it is: the error of a logit, over that of a float32 product."""
+    random = np.random.default_rng(0)
+    left = random.standard_normal((64, width)).astype(np.float32)
+    right = (random.standard_normal((width, 256)) * width**-0.5).astype(np.float32)
+    upper, lower = (tf32(left), tf32(right)), (tf32(left - tf32(left)), tf32(right - tf32(right)))
+    single, split = np.zeros((2, 64, 256), np.float32)
+    for at in range(width):
+        single = (single + left[:, at : at + 1].astype(np.float64) * right[at]).astype(np.float32)
+    for at in range(0, width, 8):
+        for one, other in ((lower[0], upper[1]), (upper[0], lower[1]), upper):
+            split = cut_off(split + one[:, at : at + 8].astype(np.float64) @ other[at : at + 8].astype(np.float64))
+    exact = left.astype(np.float64) @ right
+    errors = [np.sqrt(np.mean((found - exact) ** 2)) for found in (split, single)]
+    assert errors[0] / errors[1] == pytest.approx(times, rel=0.1)
+
+
 @triton.jit
 def log_kernel(v_ptr, found_ptr, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)

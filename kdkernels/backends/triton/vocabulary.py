@@ -308,7 +308,7 @@ class LearnerSweeps:
                 *(gradient_kernel, self.table.gradient, grid),
                 (tile, tile.stride(0), stats.float(), rows, labels, self.t, self.terms, count, vocab, block.start, block.stop),
                 PAIR=self.pair,
-                REACH=launch.ENTRIES if tile.stride(0) % launch.ENTRIES == 0 == block.start % launch.ENTRIES else 1,
+                REACH=1 if tile.stride(0) % launch.ENTRIES or block.start % launch.ENTRIES else launch.ENTRIES,
             )
             yield block, HeadProducts(student.weight[block], student.dtype, self.buffer), tile
 
