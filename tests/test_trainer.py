@@ -21,6 +21,7 @@ transformers = pytest.importorskip("transformers")
 from kdkernels.transformers import KDConfig, KDTrainer, TopKCache, hidden_states, write_cache  # noqa: E402
 from kdkernels.transformers.config import methods  # noqa: E402
 from kdkernels.transformers.online import query_value_modules  # noqa: E402
+from tests.test_cache import as_version_1  # noqa: E402
 from tests.tiny_models import MODELS, VOCAB, build  # noqa: E402
 
 pytestmark = [
@@ -472,6 +473,27 @@ def test_a_few_tokens_of_a_cached_teacher_teach_too(tail: str, tmp_path: Path) -
         run()
         found.append(judge.evaluate()["eval_kd"])
     assert found[1] < 0.7 * found[0]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_confident_teacher_teaches_from_a_cache_what_it_teaches_itself(version: int, tmp_path: Path) -> None:
+    """reverse_kl, of which an outcome without mass is no divergence: it fell while the one against the teacher itself rose."""
+    student, teacher = models(torch.float32)
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(100)
+    write_cache(teacher, examples(16), tmp_path / "cache", top_k=8)
+    if version == 1:
+        as_version_1(tmp_path / "cache")
+    args = settings(tmp_path / "run", method="reverse_kl", max_steps=30, learning_rate=3e-2)
+    trainer = KDTrainer(student, args, teacher=tmp_path / "cache", eval_dataset=examples(16))
+    judge = KDTrainer(student, settings(tmp_path / "judge", method="reverse_kl"), eval_dataset=examples(16), teacher=teacher)
+    found = []
+    for run in (lambda: None, trainer.train):
+        run()
+        found.append((judge.evaluate()["eval_kd"], trainer.evaluate()["eval_kd"]))
+    assert min(found[1]) >= 0
+    assert found[1][0] < 0.7 * found[0][0], "the true divergence"
+    assert found[1][1] < 0.7 * found[0][1], "the one that the cache gives"
 
 
 def test_what_a_cached_teacher_cannot_do_is_refused(tmp_path: Path) -> None:

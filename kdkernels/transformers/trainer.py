@@ -23,6 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from kdkernels.losses import linear_kd_loss
 from kdkernels.okd import linear_okd_loss
+from kdkernels.outcomes import WEIGHED_BY_STUDENT
 from kdkernels.topk import linear_topk_kd_loss
 from kdkernels.transformers.cache import TOKENIZER, TopKCache, is_cache
 from kdkernels.transformers.config import OKD, TAID, KDConfig
@@ -348,7 +349,7 @@ class KDTrainer(Trainer):
         if "labels" not in inputs:
             raise ValueError(f"the batch has no labels, which the loss needs; it has {', '.join(inputs)}")
         labels = next_tokens(inputs.pop("labels"))
-        targets = {name: inputs.pop(name) for name in ("topk_ids", "topk_logprobs") if name in inputs}
+        targets = {name: inputs.pop(name) for name in ("topk_ids", "topk_logprobs", "topk_rest") if name in inputs}
         args = self.args
         options: dict[str, Any] = {
             "divergence": args.resolved_divergence(),
@@ -379,7 +380,9 @@ class KDTrainer(Trainer):
             if self.taid is not None and training:
                 options["t"] = self.taid.t
             if self.cache is not None:
-                if self.vocab_size is not None:  # what the student has no row for belongs to the rest
+                if args.topk_tail == "renormalize":
+                    targets.pop("topk_rest", None)
+                if self.vocab_size is not None:  # what the student has no row for is no part of the target
                     unknown = targets["topk_ids"] >= self.vocab_size
                     targets["topk_logprobs"] = targets["topk_logprobs"].masked_fill(unknown, -torch.inf)
                 loss, means = linear_topk_kd_loss(hidden, head, **targets, labels=labels, tail=args.topk_tail, **options)
@@ -579,7 +582,7 @@ def _check_cache(args: KDConfig, cache: TopKCache) -> None:
     if args.on_policy_fraction > 0.0 or args.on_policy_schedule != "constant":
         raise ValueError("on_policy_fraction needs a teacher that can judge new text; the teacher given is a cache")
     divergence = args.resolved_divergence().name
-    if args.topk_tail == "renormalize" and divergence in ("reverse_kl", "skew_reverse_kl"):  # weighed by the student
+    if args.topk_tail == "renormalize" and divergence in WEIGHED_BY_STUDENT:
         raise ValueError(
             f"with topk_tail='renormalize' {divergence} moves mass outside the top-k, free of cost; accepted: 'bucket'"
         )
