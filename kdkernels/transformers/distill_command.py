@@ -125,6 +125,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("on_policy_schedule", _one_of("constant", "adaptive"), "NAME", f"adaptive: {ADAPTIVE}", "constant"),
         Option("max_new_tokens", COUNT, "N", "most tokens that the student writes", 128),
         Option("topk_tail", _one_of("bucket", "renormalize"), "NAME", "with a cached teacher: what stands for the rest", "bucket"),
+        Option("vocab_size", COUNT, "V", "compare the first V tokens; other names there are confirmed (default: what both know)"),
         Option("memory_budget", COUNT, "BYTES", "for the loss's logits of both models (default: what the loss itself takes)"),
     ),
     "training": (
