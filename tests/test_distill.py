@@ -519,6 +519,27 @@ def test_tokens_of_the_student_alone_are_cut_off_and_refused_in_the_data(
     assert f"examples, which the teacher does not know: both know the first {shared}; accepted: examples without such tok" in said
 
 
+def test_conversations_that_are_not_learned_whole_are_told_with_the_first_of_them(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By distill and by cache; what can be learned is."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    source = put(tmp_path / "a.jsonl", *[{"messages": CHAT}] * 4, {"messages": [*CHAT[:2], call]})
+    for argv in (
+        arguments(given, tmp_path / "run", data=source, eval_fraction=0.25, max_length=200),
+        ["cache", f"--teacher={given / 'teacher'}", f"--data={source}", f"--out={tmp_path / 'cache'}", "--top-k=4"],
+    ):
+        assert main(argv) == 0
+        said = capsys.readouterr().out
+        assert f"conversations left out: 1, the first: {source}, record 5: the chat template does not write tool_calls (m" in said
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["train_examples"], results["eval_examples"]) == (3, 1)
+    bad = put(tmp_path / "b.jsonl", {"messages": [*CHAT[:2], call]})
+    said = refusal(capsys, arguments(given, tmp_path / "other", data=bad))
+    assert "--data: " in said
+    assert f"conversations left out: 1, the first: {bad}, record 1: the chat template does not write tool_calls (message 3)" in said
+
+
 def test_tokens_that_the_student_lacks_are_said_to_be_lacking_there(
     given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

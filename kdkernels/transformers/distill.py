@@ -252,6 +252,8 @@ def _data(
         prepared = _for(option, prepare, source, tokenizer, max_length=settings.max_length, split=split, limit=limit)
         if prepared.cut or prepared.dropped:
             say(f"{source}: {prepared.cut:,} examples cut at {settings.max_length} tokens, {prepared.dropped:,} dropped as empty")
+        for note in prepared.notes:
+            say(note)
         return list(prepared.examples)
 
     if settings.data is not None:

@@ -167,7 +167,7 @@ def add(commands: Any) -> None:
         "  python -m kdkernels distill --config run.yaml --learning-rate 5e-5 --out run2\n"
         "  python -m kdkernels distill --config run.yaml --resume       after Ctrl-C\n\n"
         "A configuration file is YAML, or JSON where its name ends in .json: the names of the options, and their values.\n"
-        'In .jsonl and .json data a record has "text", or "messages", or "prompt" and "completion".',
+        'In .jsonl and .json data a record has "text", or "messages" (and "tools"), or "prompt" and "completion".',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="options from a file; those on the command line come first")
