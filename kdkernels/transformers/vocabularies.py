@@ -86,9 +86,10 @@ def compare(student: Any, teacher: Any, vocab_size: int | None = None) -> Compar
         return Comparison(last, tuple(_cut_off(behind, last, {"student": student, "teacher": teacher})))
     notes = []
     if renamed:
+        texts = dict(reversed(renamed))  # the student's come first, and stay
         notes.append(
-            f"vocab_size={vocab_size:,} takes {len(renamed) // 2:,} tokens of student and teacher for one another that have other "
-            f"names: {_listed(dict(sorted(renamed)).values())}"
+            f"vocab_size={vocab_size:,} takes {len(texts):,} tokens of student and teacher for one another that have other names: "
+            f"{_listed(texts[number] for number in sorted(texts))}"
         )
     if alone:
         notes.append(
