@@ -11,9 +11,17 @@ import torch
 
 import kdkernels as kd
 from kdkernels import info, roofline
+from kdkernels.arguments import memory
 from kdkernels.backends import native
 from kdkernels.cli import main
+from kdkernels.errors import CommandError
 from kdkernels.models import HEADS, HeadShape, head_shape
+from kdkernels.transformers import distill_command
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def error_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> tuple[int, str]:
@@ -82,6 +90,8 @@ def test_help_lists_the_commands_with_examples(capsys: pytest.CaptureFixture[str
         (plan(device="H300"), ("--device", "'H300'", "A100-80", "H100-PCIe", "cpu")),
         (plan(divergence="kl"), ("--divergence", "'kl'", "forward_kl", "total_variation")),
         (plan(memory_budget="0"), ("--memory-budget", "'0'", "bytes")),
+        (plan(memory_budget="1.5"), ("--memory-budget", "'1.5'", "bytes", "1GB")),
+        (plan(memory_budget="2 gigs"), ("--memory-budget", "'2 gigs'", "512MiB")),
         (plan()[:-2], ("--tokens", "required")),
         (["dmeo"], ("COMMAND", "'dmeo'", "demo")),
         ([], ("COMMAND",)),
@@ -188,6 +198,60 @@ def test_a_plan_of_a_frozen_head_and_of_a_budget(capsys: pytest.CaptureFixture[s
     assert products[0] == products[2] > products[1]
     assert float(figures(shown[2], "vocab")[1]) < float(figures(shown[0], "vocab")[1])
     assert "frozen head" in shown[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1", 1),
+        ("1000000000", 10**9),
+        ("1_000_000", 10**6),
+        ("1e9", 10**9),
+        ("100B", 100),
+        ("512MiB", 512 * 2**20),
+        ("512 mib", 512 * 2**20),
+        ("1GB", 10**9),
+        ("1.5GiB", 3 * 2**29),
+        ("2g", 2**31),
+        ("2G", 2**31),
+        ("64k", 65_536),
+        ("64KB", 64_000),
+        ("1TB", 10**12),
+    ],
+)
+def test_an_amount_of_memory_is_read_with_its_unit(text: str, size: int) -> None:
+    assert memory(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "0GB", "-1", "1.5", "0.3KiB", "GB", "1XB", "1 000", "nan", "inf", "1e99", "2PiB", "1,5GB"]
+)
+def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011  (the words are those of the argument's type)
+        memory(text)
+
+
+def test_a_budget_with_a_unit_is_that_many_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for budget in ("500MB", "500000000"):
+        assert main(plan(memory_budget=budget)) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+
+
+def test_distill_takes_the_same_on_the_command_line_and_in_a_file(tmp_path: Path) -> None:
+    kind = distill_command.BY_NAME["memory_budget"].kind
+    assert kind.of_text()("512MiB") == 512 * 2**20
+    for given, size in (("512MiB", 512 * 2**20), (10**9, 10**9), (1e9, 10**9), ("2g", 2**31)):
+        assert kind.of_value(given) == size
+    (tmp_path / "run.json").write_text('{"memory_budget": "1GB"}')
+    assert distill_command.read_config(tmp_path / "run.json") == {"memory_budget": 10**9}
+    (tmp_path / "run.json").write_text('{"memory_budget": "1 gig"}')
+    with pytest.raises(CommandError, match="memory_budget is '1 gig'; accepted: a number of bytes, such as"):
+        distill_command.read_config(tmp_path / "run.json")
+    for bad in (True, 0, -1, 1.5, [1]):
+        with pytest.raises(ValueError):  # noqa: PT011  (the words are those of the option)
+            kind.of_value(bad)
 
 
 def test_heads_are_of_the_table_or_of_sizes() -> None:

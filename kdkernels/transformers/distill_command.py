@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdkernels.arguments import number
+from kdkernels.arguments import MEMORY, memory, number
 from kdkernels.divergences import divergences
 from kdkernels.errors import CommandError
 
@@ -66,6 +66,7 @@ SHARE = _between("a number from 0 to 1", lambda value: 0 <= value <= 1)
 PART = _between("a number from 0, below 1", lambda value: 0 <= value < 1)
 NUMBER = _between("a number", lambda value: True)
 COUNT = _integer(1)
+BYTES = Kind(MEMORY, (int, float), memory)
 
 SOURCES = "a text, .jsonl or .json file, a folder of datasets, or a name that datasets knows"
 ADAPTIVE = "the fraction grows when an evaluation finds no gain, and what was written is used again (DistiLLM)"
@@ -126,7 +127,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("max_new_tokens", COUNT, "N", "most tokens that the student writes", 128),
         Option("topk_tail", _one_of("bucket", "renormalize"), "NAME", "with a cached teacher: what stands for the rest", "bucket"),
         Option("vocab_size", COUNT, "V", "compare the first V tokens; other names there are confirmed (default: what both know)"),
-        Option("memory_budget", COUNT, "BYTES", "for the loss's logits of both models (default: what the loss itself takes)"),
+        Option("memory_budget", BYTES, "BYTES", "for the loss's logits of both models (default: what the loss itself takes)"),
     ),
     "training": (
         Option("steps", COUNT, "N", "optimizer steps (default: --epochs)"),
