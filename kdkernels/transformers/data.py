@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from kdkernels.errors import CommandError
+from kdkernels.transformers import hub
 
 IGNORED = -100
 KINDS = '"text" (a string), "messages" (a list of {"role", "content"}), or "prompt" and "completion" (strings)'
+ALONE = '; a "prompt" alone where the student writes every batch (--on-policy-fraction 1)'
 TABLES = (".csv", ".tsv", ".parquet", ".arrow")
 # a missing file of these names is not looked for on the hub
 FILES = (".txt", ".md", ".json", ".jsonl", ".ndjson", *TABLES)
@@ -28,7 +30,7 @@ FILES = (".txt", ".md", ".json", ".jsonl", ".ndjson", *TABLES)
 Example = dict[str, list[int]]
 
 
-def read(source: str | Path, *, split: str = "train") -> Sequence[Mapping[str, Any]]:
+def read(source: str | Path, *, split: str = "train", prompts: bool = False) -> Sequence[Mapping[str, Any]]:
     """The raw records of a source, each with "text", "messages", or "prompt" and "completion".
 
     source: one of
@@ -36,7 +38,7 @@ def read(source: str | Path, *, split: str = "train") -> Sequence[Mapping[str, A
         - a .jsonl or .ndjson file: one record a line, empty lines skipped; a .json file: a list of records;
         - a folder that ``datasets`` saved with ``save_to_disk``, of a Dataset or of a DatasetDict;
         - a name that ``datasets.load_dataset`` knows, as NAME or NAME:CONFIGURATION.
-    split: of the last two. What has no splits has only "train".
+    split: of the last two. What has no splits has only "train". prompts: a "prompt" may stand alone.
 
     Raises CommandError where the source is missing or cannot be read, with file and line where there are such.
     """
@@ -59,23 +61,40 @@ def read(source: str | Path, *, split: str = "train") -> Sequence[Mapping[str, A
     if suffix in (".jsonl", ".ndjson"):
         # by "\n" alone: splitlines would also cut at separators that JSON lets stand inside a string
         lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-        return [_checked(_json(line, f"{path}, line {number}"), f"{path}, line {number}") for number, line in lines]
+        return [_checked(_json(line, f"{path}, line {number}"), f"{path}, line {number}", prompts) for number, line in lines]
     if suffix == ".json":
         records = _json(text, str(path))
         if not isinstance(records, list):
             raise CommandError(f"{path} holds {_what(records)}; accepted in a .json file: a list of records")
-        return [_checked(record, f"{path}, record {number}") for number, record in enumerate(records, 1)]
+        return [_checked(record, f"{path}, record {number}", prompts) for number, record in enumerate(records, 1)]
     return [{"text": text}]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """examples: what is learned from. cut: conversations and completions of which only the first max_length tokens are kept.
-    dropped: records and windows left out because no label counts in them."""
+    """What is learned from, and what was left out.
+
+    examples: with tokens to learn. prompts: without any, for the student to go on from; the last token of each only stands for what
+    the student writes: its label says where the prompt ends.
+    cut: how many conversations and completions were cut to their first max_length tokens. filled: how many were left out because
+    what comes before their first token to learn fills these already, and prompts because they are longer. dropped: how many records
+    and windows have no token to learn at all.
+    """
 
     examples: list[Example]
+    prompts: list[Example]
     cut: int
+    filled: int
     dropped: int
+
+    def left_out(self, max_length: int) -> str:
+        """For whoever gave the data; empty where all of it is used."""
+        said = (
+            (self.cut, f"cut at {max_length} tokens (--max-length)"),
+            (self.filled, f"left out, as their prompts fill the {max_length} tokens of --max-length"),
+            (self.dropped, "left out, which have no token to learn"),
+        )
+        return "; ".join(f"{count:,} examples {what}" for count, what in said if count)
 
 
 def examples(
@@ -85,7 +104,15 @@ def examples(
     return prepare(source, tokenizer, max_length=max_length, split=split, limit=limit).examples
 
 
-def prepare(source: str | Path, tokenizer: Any, *, max_length: int, split: str = "train", limit: int | None = None) -> Prepared:
+def prepare(
+    source: str | Path,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    split: str = "train",
+    limit: int | None = None,
+    prompts: bool = False,
+) -> Prepared:
     """Read a source and tokenize it. Labels are -100 where nothing is learned.
 
     - text: every token counts, and an EOS after each text where the tokenizer has one. A text of more than max_length tokens
@@ -96,6 +123,7 @@ def prepare(source: str | Path, tokenizer: Any, *, max_length: int, split: str =
     - prompt and completion: tokenized as one text; the completion and EOS count. A token that has characters of both counts.
 
     Conversations and completions are cut at max_length. An example in which no label counts is dropped; the first's never does.
+    Only where ``prompts`` says so, prompts without completions and conversations without an assistant's turn are taken too.
 
     tokenizer: of transformers, one of the ``tokenizers`` library ("fast").
     max_length: tokens of an example, at least 2. limit: the most examples; reading stops there.
@@ -109,26 +137,45 @@ def prepare(source: str | Path, tokenizer: Any, *, max_length: int, split: str =
         raise ValueError(f"limit is at least 1, or None, got {limit}")
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer is one of the tokenizers library (is_fast), got {type(tokenizer).__name__}")
-    records = read(source, split=split)
-    count = {"cut": 0, "dropped": 0}
+    records = read(source, split=split, prompts=prompts)
+    count = {"cut": 0, "filled": 0, "dropped": 0}
 
-    def kept() -> Iterator[Example]:
+    def kept() -> Iterator[tuple[bool, Example]]:
+        """Each example, and whether it is a prompt alone."""
         for number, record in enumerate(records, 1):
-            parts = list(_tokenized(record, tokenizer, max_length, f"{source}, record {number}"))
+            where = f"{source}, record {number}"
+            if prompts and (asked := _asked(record, tokenizer, where)) is not None:
+                if 0 < len(asked) <= max_length:
+                    stand_in = asked[-1] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+                    yield True, {"input_ids": [*asked, stand_in], "labels": [*[IGNORED] * len(asked), stand_in]}
+                else:
+                    count["filled" if asked else "dropped"] += 1
+                continue
+            parts = list(_tokenized(record, tokenizer, max_length, where))
             count["dropped"] += not parts  # an empty text
             for example in parts:
-                if len(example["input_ids"]) > max_length:  # never a window of a text
-                    count["cut"] += 1
+                long = len(example["input_ids"]) > max_length  # never a window of a text
+                counted = _counts(example)
+                if long:
                     example = {name: values[:max_length] for name, values in example.items()}
-                if any(label != IGNORED for label in example["labels"][1:]):
-                    yield example
+                if _counts(example):
+                    count["cut"] += long
+                    yield False, example
                 else:
-                    count["dropped"] += 1
+                    count["filled" if counted else "dropped"] += 1
 
     found = list(islice(kept(), limit))
+    result = Prepared([each for alone, each in found if not alone], [each for alone, each in found if alone], **count)
     if not found:
-        raise CommandError(f"{source} (split {split!r}): no example is left in {len(records):,} records that has a token to learn")
-    return Prepared(found, **count)
+        why = f" ({result.left_out(max_length)})" if result.filled else ""
+        raise CommandError(
+            f"{source} (split {split!r}): no example is left in {len(records):,} records that has a token to learn{why}"
+        )
+    return result
+
+
+def _counts(example: Example) -> bool:
+    return any(label != IGNORED for label in example["labels"][1:])
 
 
 class Collator:
@@ -179,6 +226,25 @@ def _tokenized(record: Mapping[str, Any], tokenizer: Any, max_length: int, where
             yield {"input_ids": window, "labels": list(window)}
 
 
+def _asked(record: Mapping[str, Any], tokenizer: Any, where: str) -> list[int] | None:
+    """The tokens of a record that only asks, with what the template opens the answer with; None for one that has an answer."""
+    _checked(record, where, prompts=True)
+    if record.get("messages") is not None:
+        if not record["messages"] or any(message["role"] == "assistant" for message in record["messages"]):
+            return None
+        _needs_template(tokenizer, where)
+        text, special = _templated(record["messages"], tokenizer, where, prompt=True), False
+    elif _is_prompt(record):
+        text, special = record["prompt"], True
+    else:
+        return None
+    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+    ids: list[int] = encoded["input_ids"]
+    while ids and encoded["offset_mapping"][len(ids) - 1] == (0, 0):  # what the tokenizer ends a text with: this one goes on
+        ids = ids[:-1]
+    return ids
+
+
 def _ended(ids: list[int], tokenizer: Any) -> list[int]:
     """With an EOS, where the tokenizer has one and has not put it there itself."""
     end = tokenizer.eos_token_id
@@ -195,11 +261,7 @@ def _completion(prompt: str, completion: str, tokenizer: Any) -> Example:
 
 
 def _conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str) -> Example:
-    if not tokenizer.chat_template:
-        raise CommandError(
-            f"{where}: messages need a chat template, and this tokenizer has none; "
-            'set tokenizer.chat_template and save it, or give "text" or "prompt" and "completion"'
-        )
+    _needs_template(tokenizer, where)
     text, spans = "", []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -215,6 +277,14 @@ def _conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: 
         text = through
     ids, labels = _labelled(text, spans, tokenizer, add_special_tokens=False)  # the template has written them
     return {"input_ids": ids, "labels": labels}
+
+
+def _needs_template(tokenizer: Any, where: str) -> None:
+    if not tokenizer.chat_template:
+        raise CommandError(
+            f"{where}: messages need a chat template, and this tokenizer has none; "
+            'set tokenizer.chat_template and save it, or give "text" or "prompt" and "completion"'
+        )
 
 
 def _templated(messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str, *, prompt: bool) -> str:
@@ -240,7 +310,12 @@ def _is_pair(record: Mapping[str, Any]) -> bool:
     return record.get("prompt") is not None and record.get("completion") is not None
 
 
-def _checked(record: Any, where: str) -> Mapping[str, Any]:
+def _is_prompt(record: Mapping[str, Any]) -> bool:
+    """Whether it is a prompt alone."""
+    return record.get("prompt") is not None and all(record.get(name) is None for name in ("completion", "messages", "text"))
+
+
+def _checked(record: Any, where: str, prompts: bool = False) -> Mapping[str, Any]:
     """The record, if it is of a known kind; where several are there, messages come before prompts, and prompts before text."""
     if not isinstance(record, Mapping):
         raise CommandError(f"{where}: holds {_what(record)}; accepted: a record with {KINDS}")
@@ -252,11 +327,13 @@ def _checked(record: Any, where: str) -> Mapping[str, Any]:
         )
     elif _is_pair(record):
         known = isinstance(record["prompt"], str) and isinstance(record["completion"], str)
+    elif prompts and _is_prompt(record):
+        known = isinstance(record["prompt"], str)
     else:
         known = isinstance(record.get("text"), str)
     if not known:
         held = ", ".join(f'"{name}" ({_what(value)})' for name, value in record.items()) or "nothing"
-        raise CommandError(f"{where}: holds {held}; accepted: {KINDS}")
+        raise CommandError(f"{where}: holds {held}; accepted: {KINDS}{ALONE if _is_prompt(record) else ''}")
     return record
 
 
@@ -289,14 +366,19 @@ def _saved(path: Path, split: str) -> Sequence[Mapping[str, Any]]:
 
 def _named(source: str, split: str) -> Sequence[Mapping[str, Any]]:
     name, _, configuration = source.partition(":")
-    if Path(name).is_absolute() or name[:1] in ("", ".", "~") or name.count("/") > 1 or Path(name).suffix.lower() in FILES:
+    if not hub.NAME.fullmatch(name) or Path(name).suffix.lower() in FILES:
         raise CommandError(f"{source!r}: there is no such file or folder")
     datasets = _datasets(source)
+    offline = datasets.config.HF_HUB_OFFLINE
     try:
+        # Else it tries for half a minute; what it has from before it finds all the same.
+        datasets.config.HF_HUB_OFFLINE = offline or not hub.answers()
         records: Sequence[Mapping[str, Any]] = datasets.load_dataset(name, configuration or None, split=split)
     except Exception as error:  # of the network, the hub, or the files' format
         reason = " ".join(str(error).split())
         raise CommandError(f"{source!r} is no file or folder here, and datasets cannot load it: {reason}") from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
     return records
 
 
