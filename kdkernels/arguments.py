@@ -30,6 +30,7 @@ class Parser(argparse.ArgumentParser):
         return any(option.startswith(flag) for option in self._option_string_actions)
 
     def _refuse(self, unknown: list[str]) -> None:
+        unknown = [text for text in unknown if text != "--"]
         if not unknown:
             return
         flag = next((text for text in unknown if text.startswith("-")), None)

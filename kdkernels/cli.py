@@ -40,12 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _ended(status: int) -> int:
     """The exit status, once all that was printed is out; at the interpreter's end it could only be a traceback."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        drop_output()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError as error:
         drop_output()
-        return _refuse(f"standard output cannot be written: {error.strerror}")
+        if not status and not isinstance(error, BrokenPipeError):
+            return _refuse(f"standard output cannot be written: {error.strerror}")
     return status
 
 

@@ -94,7 +94,7 @@ def _unwritable(error: BaseException | None, folder: Path) -> str | None:
                 return os.strerror(number)
         # a writer that could not finish; a reader says PytorchStreamReader
         if isinstance(error, RuntimeError) and any(sign in text for sign in ("StreamWriter", "unexpected pos", "iostream error")):
-            return f"torch.save could not write a whole file ({' '.join(text.split())}), as where the disk is full"
+            return "torch.save could not write a whole file, as where the disk is full"
         error = error.__cause__ or error.__context__
     return None
 

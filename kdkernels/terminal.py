@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from kdkernels.arguments import drop_output
+from kdkernels.errors import CommandError
 
 BAR = 20  # columns of the bar itself, which no text takes from it
 TIME = 8  # of the time left
@@ -22,6 +23,12 @@ class Output(Console):
     def on_broken_pipe(self) -> None:
         self.quiet = True
         drop_output()
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError as error:  # not of --out, which is what else is written
+            raise CommandError(f"standard output cannot be written: {error.strerror}") from error
 
 
 def say(console: Console, text: str) -> None:

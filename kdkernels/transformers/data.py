@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 
 from kdkernels.errors import CommandError
@@ -22,7 +23,7 @@ from kdkernels.transformers import hub
 
 IGNORED = -100
 KINDS = '"text" (a string), "messages" (a list of {"role", "content"}), or "prompt" and "completion" (strings)'
-ALONE = '; a "prompt" alone where the student writes every batch (--on-policy-fraction 1)'
+ALONE = '; a "prompt" alone only to learn from, where the student writes every batch (--on-policy-fraction 1)'
 TABLES = (".csv", ".tsv", ".parquet", ".arrow")
 # a missing file of these names is not looked for on the hub
 FILES = (".txt", ".md", ".json", ".jsonl", ".ndjson", *TABLES)
@@ -91,10 +92,10 @@ class Prepared:
         """For whoever gave the data; empty where all of it is used."""
         said = (
             (self.cut, f"cut at {max_length} tokens (--max-length)"),
-            (self.filled, f"left out, as their prompts fill the {max_length} tokens of --max-length"),
-            (self.dropped, "left out, which have no token to learn"),
+            (self.filled, f"left out, whose prompt fills the {max_length} tokens of --max-length"),
+            (self.dropped, "left out without a token to learn"),
         )
-        return "; ".join(f"{count:,} examples {what}" for count, what in said if count)
+        return "; ".join(f"{count:,} example{'s' if count > 1 else ''} {what}" for count, what in said if count)
 
 
 def examples(
@@ -351,7 +352,10 @@ def _what(value: Any) -> str:
 
 def _saved(path: Path, split: str) -> Sequence[Mapping[str, Any]]:
     if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        raise CommandError(f"{path} is a folder that datasets' save_to_disk did not write; accepted: such a folder, or a file")
+        cache = " (a cache has its examples: as --teacher it needs no --data)" if (path / "kdkernels-cache.json").is_file() else ""
+        raise CommandError(
+            f"{path} is a folder that datasets' save_to_disk did not write{cache}; accepted: such a folder, or a file"
+        )
     datasets = _datasets(str(path))
     try:
         found = datasets.load_from_disk(str(path))
@@ -371,9 +375,9 @@ def _named(source: str, split: str) -> Sequence[Mapping[str, Any]]:
     datasets = _datasets(source)
     offline = datasets.config.HF_HUB_OFFLINE
     try:
-        # Else it tries for half a minute; what it has from before it finds all the same.
-        datasets.config.HF_HUB_OFFLINE = offline or not hub.answers()
-        records: Sequence[Mapping[str, Any]] = datasets.load_dataset(name, configuration or None, split=split)
+        with hub.asked():
+            datasets.config.HF_HUB_OFFLINE = offline or constants.HF_HUB_OFFLINE  # it has a copy
+            records: Sequence[Mapping[str, Any]] = datasets.load_dataset(name, configuration or None, split=split)
     except Exception as error:  # of the network, the hub, or the files' format
         reason = " ".join(str(error).split())
         raise CommandError(f"{source!r} is no file or folder here, and datasets cannot load it: {reason}") from error

@@ -81,7 +81,7 @@ def distill(settings: argparse.Namespace, *, resume: bool = False, console: Cons
             files.claim(out, COMMAND)
             files.write(out / RUN, json.dumps(run, indent=1).encode())
             _tidy(out)
-        with _quiet():
+        with _quiet(), _reporting(config):
             trainer = _trainer(settings, config, tokenizer, train, held_out, longest_prompt)
             checkpoint = last_checkpoint(out) if earlier is not None else None
             if resume:
@@ -257,18 +257,17 @@ def _reports(names: str) -> list[str]:
     """Where the log is sent to, as transformers names it."""
     here = get_available_reporting_integrations()
     found: list[str] = []
-    for name in names.split(","):
-        if name == "all":
-            found += here
-        elif name in here:
-            found.append(name)
+    for name in map(str.strip, names.split(",")):
+        if name in here or (name == "all" and here):
+            found += here if name == "all" else [name]
         elif name != "none":
-            wrong = "is not installed here" if name in INTEGRATION_TO_CALLBACK else "is not known"
+            wrong = "is not installed here" if name in ("all", *INTEGRATION_TO_CALLBACK) else "is not known"
             known = ", ".join(other for other in INTEGRATION_TO_CALLBACK if other not in here)
             raise CommandError(
-                f"--report-to {name!r} {wrong}; accepted: {', '.join(('none', 'all', *here))}; once installed: {known}"
+                f"--report-to {name!r} {wrong}; accepted: {', '.join(('none', *(('all', *here) if here else ())))}; once "
+                f"installed: {known}"
             )
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _kept(settings: argparse.Namespace) -> dict[str, Any]:
@@ -403,6 +402,18 @@ def _refused() -> Iterator[None]:
         raise CommandError(
             "this machine's memory is too small: try a smaller --batch-size, --max-length or --memory-budget"
         ) from error
+
+
+@contextmanager
+def _reporting(config: KDConfig) -> Iterator[None]:
+    """Errors of where the log is sent to, such as of an account that is not logged in, as the command's."""
+    try:
+        yield
+    except Exception as error:
+        library = type(error).__module__.partition(".")[0]
+        if library not in (config.report_to or ()):
+            raise
+        raise CommandError(f"--report-to {library}: {' '.join(str(error).split())}") from error
 
 
 def _for(option: str, load: Callable[..., Any], name: str | Path, *arguments: Any, **options: Any) -> Any:

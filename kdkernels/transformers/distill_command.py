@@ -204,7 +204,7 @@ def _run(arguments: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(arguments).items() if name in BY_NAME}
     configured = {} if arguments.config is None else read_config(arguments.config)
     out = given.get("out", configured.get("out"))
-    settings = merged(given, configured, recorded(Path(out).expanduser()) if arguments.resume and out is not None else {})
+    settings = merged(given, configured, recorded(Path(out).expanduser()) if arguments.resume and out is not None else None)
     arguments.folder = Path(settings.out)
     from kdkernels.transformers.distill import distill
 
@@ -226,6 +226,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CommandError(
             f"--config {path} holds no names with values; accepted: for example {{'teacher': 'folder', 'steps': 100}}"
         )
+    if "settings" in content and path.name in (RUN, "results.json"):
+        raise CommandError(f"--config {path} is what a run has written; to go on with that: --resume --out {path.parent}")
     found: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
@@ -286,6 +288,7 @@ def merged(given: Mapping[str, Any], configured: Mapping[str, Any], before: Mapp
 
     Raises CommandError where one is missing, two exclude each other, or one belongs to another method.
     """
+    lost = " (the run was cut off before it had kept its own)" if before is not None and not before else ""
     configured, before = dict(configured), dict(before or {})
     for pair in EXCLUDING:
         for name, other in (pair, pair[::-1]):
@@ -296,7 +299,7 @@ def merged(given: Mapping[str, Any], configured: Mapping[str, Any], before: Mapp
     chosen = {**configured, **given}
     for name in REQUIRED:
         if name not in chosen and name not in before:
-            raise CommandError(f"{BY_NAME[name].flag} is required, on the command line or in the file of --config")
+            raise CommandError(f"{BY_NAME[name].flag} is required, on the command line or in the file of --config{lost}")
     for first, second in EXCLUDING:
         if first in chosen and second in chosen:
             raise CommandError(f"{BY_NAME[first].flag} and {BY_NAME[second].flag} exclude each other; give one of them")

@@ -19,6 +19,7 @@ from kdkernels.errors import CommandError
 
 SHOWN = ("loss", "kd", "ce", "agreement")  # of an evaluation, in the final table
 LOGGED = ("loss", "kd", "ce", "t", "teacher_loss", "on_policy_fraction", "agreement")  # in a line of progress, where they are
+FIRST = ("loss", "tokens/s", "t", "teacher_loss", "on_policy_fraction")  # beside the bar, where there is not room for all
 STUDENT_COLOUR, HELD_OUT_COLOUR, MOVING_COLOUR = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito
 
 
@@ -75,9 +76,8 @@ class Watch:
             spent, self._reported = self.seconds - self._reported, self.seconds
             parts["tokens/s"] = f"{logs.get('tokens', 0.0) / max(spent, 1e-9):,.0f} tokens/s"
             if self.task is not None:
-                first = [parts.pop("loss"), parts.pop("tokens/s")]
-                self.bar.update(self.task, description=self.bar.fitting([*first, *parts.values()], steps))
-                parts = {"loss": first[0], **parts, "tokens/s": first[1]}
+                order = sorted(parts, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+                self.bar.update(self.task, description=self.bar.fitting([parts[name] for name in order], steps))
         if self.console is not None and (evaluation or not self.console.is_terminal):
             done, since = step - self.begun[0], time.monotonic() - self.begun[1]
             left = f", {since / done * (steps - step):.0f} s left" if done and not evaluation else ""
@@ -149,7 +149,7 @@ def plot(path: Path, results: dict[str, Any]) -> str | None:
         [entry["step"] for entry in learned],
         [entry["loss"] for entry in learned],
         color=STUDENT_COLOUR,
-        label="in training",
+        label="in training" + (", against the moving target" if moving == "t" else ""),
         alpha=0.8,
         **few,
     )

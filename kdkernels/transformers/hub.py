@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
+from collections.abc import Iterator
 
 from huggingface_hub import constants, get_session
 
@@ -29,3 +30,17 @@ def answers() -> bool:
     asking.start()
     asking.join(SECONDS)
     return found.is_set()
+
+
+@contextlib.contextmanager
+def asked() -> Iterator[None]:
+    """Inside, huggingface_hub looks only at what it has here already, unless the hub answers.
+
+    By its own switch: transformers does not hand local_files_only on to everything that it looks for.
+    """
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = not answers()
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

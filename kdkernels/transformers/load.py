@@ -6,6 +6,7 @@ special tokens, and an encoder is loaded as if it were causal. None of that can 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 from collections.abc import Callable
@@ -108,7 +109,8 @@ def _from(name: str, load: Callable[..., Any], **options: Any) -> Any:
     # A folder is complete, unless it is an adapter, whose base may have a name of the hub.
     remote = not path.is_dir() or _holds(path, ("adapter_config.json",))
     try:
-        return load(name, trust_remote_code=False, local_files_only=remote and not hub.answers(), **options)
+        with hub.asked() if remote else contextlib.nullcontext():
+            return load(name, trust_remote_code=False, **options)
     except Exception as error:  # of a dozen classes, by file format and library: whatever it is, it is about this model
         raise _refused(name, f"{_reason(error)}{'' if path.is_dir() else _nearest(path)}") from error
 
