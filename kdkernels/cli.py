@@ -9,6 +9,7 @@ Exit status: 0 done, 2 bad input or a damaged file, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdkernels.arguments import MEMORY, memory
+from kdkernels.arguments import MEMORY, Parser, drop_output, how_to_go_on, memory
 from kdkernels.arguments import checked as _checked
 from kdkernels.arguments import number as _number
 from kdkernels.demo.settings import DEFAULT_MINUTES, Settings, require_libraries
@@ -32,7 +33,34 @@ BAD_INPUT = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    try:
+        return _ended(_status(argv))
+    except SystemExit as stop:  # argparse's own way out, after --help or an error
+        raise SystemExit(_ended(int(stop.code or 0))) from None
+    except KeyboardInterrupt:  # before the command began, or a second one while it ended
+        return _refuse("nothing more was written", INTERRUPTED, "\ninterrupted; ")
+
+
+def _ended(status: int) -> int:
+    """The exit status, once all that was printed is out; at the interpreter's end it could only be a traceback."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        drop_output()
+        if not status and not isinstance(error, BrokenPipeError):
+            return _refuse(f"standard output cannot be written: {error.strerror}")
+    return status
+
+
+def _refuse(reason: str, status: int = BAD_INPUT, before: str = "error: ") -> int:
+    with contextlib.suppress(BrokenPipeError):
+        print(f"{before}{reason}", file=sys.stderr)
+    return status
+
+
+def _status(argv: Sequence[str] | None) -> int:
+    parser = Parser(
         prog="python -m kdkernels",
         description="Distillation losses for language models with large vocabularies.",
         epilog="examples:\n  python -m kdkernels info\n"
@@ -47,11 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except CommandError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return _refuse(str(error))
     except KeyboardInterrupt:
-        print(f"\ninterrupted; {arguments.interrupted}", file=sys.stderr)
-        return INTERRUPTED
+        then = arguments.interrupted
+        return _refuse(then if isinstance(then, str) else then(arguments), INTERRUPTED, "\ninterrupted; ")
+    except BrokenPipeError:
+        drop_output()
+    except OSError as error:  # of a disk or a network, which no command has told better
+        return _refuse(" ".join(str(error).split()))
     return 0
 
 
@@ -215,7 +246,7 @@ def _add_demo(commands: Any) -> None:
         help="of the models and the batches (default: %(default)s)",
     )
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run from its last checkpoint")
-    parser.set_defaults(run=_demo, interrupted="the same command with --resume continues from the last checkpoint")
+    parser.set_defaults(run=_demo, interrupted=lambda arguments: how_to_go_on(arguments.out, "demo"))
 
 
 def _demo(arguments: argparse.Namespace) -> None:

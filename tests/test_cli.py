@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,8 +12,8 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels import info, roofline
-from kdkernels.arguments import memory
+from kdkernels import files, info, roofline
+from kdkernels.arguments import Parser, memory
 from kdkernels.backends import native
 from kdkernels.cli import main
 from kdkernels.errors import CommandError
@@ -294,13 +296,75 @@ def test_a_file_in_place_of_the_folder_is_refused(capsys: pytest.CaptureFixture[
 def test_an_interrupt_is_exit_130_and_says_how_to_go_on(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def interrupted(*arguments: object, **options: object) -> None:
+    begun = False
+
+    def interrupted(settings: object, folder: Path, **options: object) -> None:
+        if begun:
+            files.claim(folder, "demo")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("kdkernels.demo.run.run", interrupted)
-    status, line = error_of(capsys, ["demo", "--out", str(tmp_path / "new")])
-    assert status == 130
-    assert "--resume" in line
+    for state, then in (
+        (False, "nothing was written yet: the same command begins anew"),
+        (True, "the same command with --resume continues from the last checkpoint"),
+    ):
+        begun = state
+        assert error_of(capsys, ["demo", "--out", str(tmp_path / "new")]) == (130, f"interrupted; {then}")
+
+
+def test_an_interrupt_before_a_command_begins_is_exit_130_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Parser, "parse_known_args", interrupted)
+    assert error_of(capsys, ["info"]) == (130, "interrupted; nothing more was written")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command", "expected"),
+    [
+        (["distill", "--learning_rat=3"], "distill", "--learning_rat is not known; the nearest is --learning-rate"),
+        (["distill", "--evalsteps", "3"], "distill", "--evalsteps is not known; the nearest is --eval-steps"),
+        (["cache", "--topk", "3"], "cache", "--topk is not known; the nearest is --top-k"),
+        (["plan", "--stdent", "32x8"], "plan", "--stdent is not known; the nearest is --student"),
+        (["demo", "--minuts", "1"], "demo", "--minuts is not known; the nearest is --minutes"),
+        (["demo", "-x"], "demo", "-x is not known; the nearest is -h"),
+        (["demo", "extra"], "demo", "got 'extra', which belongs to no option"),
+        (["demo", "--", "x"], "demo", "got 'x', which belongs to no option"),
+    ],
+)
+def test_an_unknown_option_is_told_with_the_nearest_and_the_usage_of_its_command(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], command: str, expected: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"usage: python -m kdkernels {command} ")
+    assert said.splitlines()[-1] == f"python -m kdkernels {command}: error: {expected}"
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["distill", "--help"], plan()])
+def test_a_reader_that_goes_away_is_no_error(arguments: list[str]) -> None:
+    """As in ``| head``: what it has not read is dropped."""
+    command = [sys.executable, "-m", "kdkernels", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (0, "")
+
+
+def test_an_output_that_cannot_be_written_is_one_line() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("/dev/full, which is always full, is Linux's")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "kdkernels", "info"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*No space left on device\n", done.stderr)
 
 
 def test_processors_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
+from huggingface_hub import constants
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
@@ -169,9 +171,58 @@ def test_what_is_too_long_is_cut_and_counted_and_what_teaches_nothing_is_dropped
     made = tokenizer()
     found = prepare(source, made, max_length=10)
     assert [learned(one, made) for one in found.examples] == ["bb", "c</s>"]
-    assert (found.cut, found.dropped) == (2, 3)
+    assert (found.cut, found.filled, found.dropped) == (1, 1, 2)
+    assert found.left_out(10) == (
+        "1 example cut at 10 tokens (--max-length); 1 example left out, whose prompt fills the 10 tokens of --max-length; "
+        "2 examples left out without a token to learn"
+    )
     for one in found.examples:
         assert len(one["input_ids"]) == len(one["labels"]) <= 10
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_prompt_may_stand_alone_where_the_student_writes(tmp_path: Path, bos: bool) -> None:
+    """Its tokens are those of a prompt with a completion, and its only label, of a token behind it, says where it ends."""
+    pair, alone = {"prompt": "the cat", "completion": "c"}, {"prompt": "the cat"}
+    asked = {"messages": CHAT[:1]}
+    source = put(tmp_path / "a.jsonl", pair, alone, asked, {"prompt": ""}, {"prompt": "a" * 40})
+    made = tokenizer(bos=bos)
+    found = prepare(source, made, max_length=32, prompts=True)
+    (full,), (prompt, question) = found.examples, found.prompts
+    length = len(full["input_ids"]) - 2
+    assert prompt["input_ids"] == [*full["input_ids"][:length], made.eos_token_id]
+    assert prompt["labels"] == [IGNORED] * length + [made.eos_token_id]
+    assert made.decode(question["input_ids"][:-1]) == "<|system|>be brief<|end|><|assistant|>"
+    assert question["labels"][:-1] == [IGNORED] * (len(question["labels"]) - 1)
+    assert (found.cut, found.filled, found.dropped) == (0, 1, 1)
+    assert len(prepare(source, made, max_length=32, prompts=True, limit=2).prompts) == 1
+    with pytest.raises(
+        CommandError, match=r"line 2: holds \"prompt\" \(a string\); accepted: .*a \"prompt\" alone only to learn from"
+    ):
+        prepare(source, made, max_length=32)
+
+
+def test_a_prompt_is_not_ended_by_a_tokenizer_that_ends_texts_itself(tmp_path: Path) -> None:
+    made = tokenizer()
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", made.eos_token_id)]
+    )
+    (prompt,) = prepare(put(tmp_path / "a.jsonl", {"prompt": "ab"}), made, max_length=8, prompts=True).prompts
+    assert prompt["input_ids"] == [*made("ab")["input_ids"][:2], made.eos_token_id]
+    assert len(prompt["input_ids"]) == 3
+
+
+@pytest.mark.parametrize("name", ["chatz", "owner/chatz"])
+def test_without_a_hub_a_mistyped_name_is_refused_at_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    begun = time.monotonic()
+    with pytest.raises(CommandError, match=f"'{name}' is no file or folder here, and datasets cannot load it"):
+        read(name)
+    assert time.monotonic() - begun < 5
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 def test_a_limit_counts_examples(tmp_path: Path) -> None:

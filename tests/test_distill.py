@@ -30,6 +30,7 @@ from kdkernels.transformers import distill_command
 from kdkernels.transformers.config import methods
 from kdkernels.transformers.distill import last_checkpoint
 from kdkernels.transformers.distill_command import BY_NAME, merged, read_config
+from kdkernels.transformers.distill_report import Watch
 from kdkernels.transformers.load import load_model, load_tokenizer
 from tests.test_data import CHAT, put, tokenizer
 from tests.tiny_models import build
@@ -265,16 +266,14 @@ def test_a_cached_teacher_takes_the_teachers_place(given: Path, tmp_path: Path, 
 
 
 def interrupted_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    from kdkernels.transformers.distill import _Watch
-
-    before = _Watch.step
+    before = Watch.step
 
     def stop(self: Any, at: int) -> None:
         before(self, at)
         if at == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(_Watch, "step", stop)
+    monkeypatch.setattr(Watch, "step", stop)
 
 
 @pytest.mark.parametrize("method", ["taid", "okd"])
@@ -347,9 +346,93 @@ def test_a_run_is_not_resumed_with_other_data(given: Path, tmp_path: Path, capsy
     assert "--resume: the data is not that of the run" in refusal(capsys, arguments(given, tmp_path / "run", "--resume", data=text))
 
 
-def test_resuming_what_was_never_begun_begins_it(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments(given, tmp_path / "run", "--resume")) == 0
-    assert "no checkpoint yet: starting from the beginning" in capsys.readouterr().out
+def test_resuming_what_was_never_begun_is_refused(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("gone", "empty"):
+        if name == "empty":
+            (tmp_path / name).mkdir()
+        said = refusal(capsys, arguments(given, tmp_path / name, "--resume"))
+        assert said.startswith("error: --resume: ")
+        assert str(tmp_path / name) in said
+        assert said.endswith("accepted: the --out of an earlier run, or the same command without --resume, which begins one")
+    assert [list(path.iterdir()) for path in tmp_path.iterdir()] == [[]]
+
+
+def test_a_run_interrupted_before_its_first_checkpoint_is_begun_again(
+    given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the same command with --resume, as the interrupted one says, and by --resume --out alone."""
+    assert main(arguments(given, tmp_path / "whole", save_steps=2)) == 0
+    for name, again in (("same", arguments(given, tmp_path / "same", "--resume", save_steps=2)), ("alone", None)):
+        with monkeypatch.context() as patched:
+            interrupted_at(patched, 1)
+            assert main(arguments(given, tmp_path / name, save_steps=2)) == 130
+        assert "the same command with --resume continues" in capsys.readouterr().err
+        assert main(again or ["distill", "--resume", f"--out={tmp_path / name}"]) == 0
+        assert "no checkpoint yet: starting from the beginning" in capsys.readouterr().out
+        for entry, tensor in weights(tmp_path / "whole" / "student").items():
+            assert torch.equal(tensor, weights(tmp_path / name / "student")[entry])
+
+
+def test_a_resumed_run_takes_its_other_options_from_its_folder(
+    given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"method": "skew_forward_kl", "divergence_parameter": 0.3, "steps": 4, "save_steps": 2, "temperature": 2}
+    assert main(arguments(given, tmp_path / "whole", "--bf16", **options)) == 0
+    with monkeypatch.context() as patched:
+        interrupted_at(patched, 3)
+        assert main(arguments(given, tmp_path / "cut", "--bf16", **options)) == 130
+    alone = ["distill", "--resume", f"--out={tmp_path / 'cut'}"]
+    for more, expected in (
+        ("--steps=5", "--steps is 5, and was 4 in the run"),
+        ("--epochs=5", "--steps is not given, and was 4 in the run"),
+        ("--method=okd", "--method is okd, and was skew_forward_kl in the run"),
+        ("--no-bf16", "--bf16 is False, and was True in the run"),
+    ):
+        assert expected in refusal(capsys, [*alone, more])
+    assert main([*alone, "--temperature=2"]) == 0
+    assert f"continuing from {tmp_path / 'cut' / 'checkpoint-2'}" in capsys.readouterr().out
+    whole, cut = weights(tmp_path / "whole" / "student"), weights(tmp_path / "cut" / "student")
+    assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
+    assert main(alone) == 0
+    assert "finished before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        ("{", "cannot be read ("),
+        ("[]", "cannot be read ("),
+        ('{"settings": {"steps": "many"}}', "steps is 'many'; accepted: an integer from 1 on"),
+    ],
+)
+def test_a_run_whose_record_is_lost_is_not_begun_anew(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, expected: str
+) -> None:
+    out = tmp_path / "run"
+    for name, text in (("kdkernels-distill.json", ""), ("checkpoint-2/trainer_state.json", "{}"), ("run.json", content)):
+        if text is not None:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text(text)
+    for argv in (arguments(given, out, "--resume"), ["distill", "--resume", f"--out={out}"]):
+        said = refusal(capsys, argv)
+        assert str(out / "run.json") in said
+        assert expected in said
+    assert (out / "checkpoint-2").is_dir()
+
+
+def test_a_checkpoint_that_was_damaged_is_named(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert main(arguments(given, out)) == 0
+    (out / "results.json").unlink()
+    for name in ("optimizer.pt", "model.safetensors", "distillation.pt"):
+        file = out / "checkpoint-2" / name
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        said = refusal(capsys, ["distill", "--resume", f"--out={out}"])
+        assert said.startswith(f"error: {out / 'checkpoint-2'} is damaged")
+        file.write_bytes(content)
+    assert main(["distill", "--resume", f"--out={out}"]) == 0
 
 
 # ---- configuration files ----

@@ -95,26 +95,12 @@ def written(
 
     Raises Unusable where the template refuses it, leaves out its tool calls, or tells none of the learned turns from the rest.
     """
-    marked = MARKED.search(template) is not None
-
-    def write(part: Sequence[Message], *, prompt: bool = False, given: Any = tools) -> tuple[str, list[tuple[int, int]]]:
-        try:
-            made: Any = render_jinja_template(  # texts and marks of several conversations, typed as one text
-                conversations=[list(part)],
-                tools=given,
-                chat_template=template,
-                return_assistant_tokens_mask=marked,
-                add_generation_prompt=prompt,
-                **{**tokenizer.special_tokens_map, **(options or {})},
-            )
-        except Exception as error:  # a template raises what it likes
-            raise Unusable(f"the chat template refuses it: {' '.join(str(error).split())}") from error
-        return made[0][0], [(start, end) for start, end in made[1][0]] if marked else []
-
+    write = _writer(tokenizer, template, tools, options)
     if not learned:
         return Written("", [], 0, 0, [])
     form = _accepted(messages[: max(learned) + 1], lambda part: write(part)[0])
     text, marks = write(form)
+    marked = MARKED.search(template) is not None
     find = _between_marks if marked else _by_prefixes
     found = find(form, sorted(learned), text, marks, write)
     if not any(found.values()):
@@ -137,7 +123,36 @@ def written(
     return Written(text, spans, len(found), sum(map(bool, found.values())), notes)
 
 
+def asked(
+    messages: Sequence[Message], tokenizer: Any, template: str, *, tools: Sequence[Any] | None, options: Mapping[str, Any] | None
+) -> str:
+    """A conversation without answers as the template writes it, with what it opens the answer with. The rest as ``written``."""
+    write = _writer(tokenizer, template, tools, options)
+    return write(_accepted(messages, lambda part: write(part)[0]), prompt=True)[0]
+
+
 Write = Callable[..., tuple[str, list[tuple[int, int]]]]
+
+
+def _writer(tokenizer: Any, template: str, tools: Sequence[Any] | None, options: Mapping[str, Any] | None) -> Write:
+    """What makes text of messages, and of the template's own marks the characters between them."""
+    marked = MARKED.search(template) is not None
+
+    def write(part: Sequence[Message], *, prompt: bool = False, given: Any = tools) -> tuple[str, list[tuple[int, int]]]:
+        try:
+            made: Any = render_jinja_template(  # texts and marks of several conversations, typed as one text
+                conversations=[list(part)],
+                tools=given,
+                chat_template=template,
+                return_assistant_tokens_mask=marked,
+                add_generation_prompt=prompt,
+                **{**tokenizer.special_tokens_map, **(options or {})},
+            )
+        except Exception as error:  # a template raises what it likes
+            raise Unusable(f"the chat template refuses it: {' '.join(str(error).split())}") from error
+        return made[0][0], [(start, end) for start, end in made[1][0]] if marked else []
+
+    return write
 
 
 def _between_marks(

@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+from transformers import AutoTokenizer, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from kdkernels.errors import CommandError
 from kdkernels.losses import linear_kd_loss
 from kdkernels.okd import linear_okd_loss
 from kdkernels.outcomes import WEIGHED_BY_STUDENT
@@ -30,6 +31,7 @@ from kdkernels.transformers.config import OKD, TAID, KDConfig
 from kdkernels.transformers.data import IGNORED, Collator
 from kdkernels.transformers.heads import lm_head, unwrapped
 from kdkernels.transformers.hidden import hidden_states
+from kdkernels.transformers.load import load_model
 from kdkernels.transformers.on_policy import OnPolicy
 from kdkernels.transformers.online import OnlineTeacher, shard
 from kdkernels.transformers.verify import verify_lm_head
@@ -123,10 +125,11 @@ class KDTrainer(Trainer):
     The rest is the Trainer's. No logits are made, so compute_metrics and preprocess_logits_for_metrics are refused.
 
     Both heads are verified (``verify_lm_head``) before anything else. What is logged besides the loss, as means over the tokens
-    since the last log: kd (the divergence, without T² and weights), ce, target_entropy, student_entropy, agreement, overlap, in
-    TAID t, in OKD teacher_loss; in evaluations the same with the prefix "eval_", over the whole data set and against the teacher
-    itself (t = 1, without LoRA). A checkpoint holds all that a run needs to go on as if it had not been interrupted. With "okd" the
-    LoRA stays on the teacher after training; ``trainer.online.unload()`` gives it back without.
+    since the last log: kd (the divergence, without T² and weights), ce, target_entropy, student_entropy, agreement, overlap, and
+    tokens, how many these were; in TAID t, in OKD teacher_loss; in evaluations the same with the prefix "eval_" (but for tokens),
+    over the whole data set and against the teacher itself (t = 1, without LoRA). A checkpoint holds all that a run needs to go on
+    as if it had not been interrupted. With "okd" the LoRA stays on the teacher after training; ``trainer.online.unload()`` gives it
+    back without.
 
     Raises ValueError or TypeError that names the argument, what came and what is accepted.
     """
@@ -438,6 +441,8 @@ class KDTrainer(Trainer):
         if "loss" in logs:
             means = self._logged.drained()
             logs.update(_floats(means))
+            if means:
+                logs["tokens"] = float(means["tokens"])
             if self.taid is not None:
                 logs["t"] = float(self.taid.t)
             if self.on_policy is not None:
@@ -583,9 +588,9 @@ def _model(teacher: Any) -> Any:
             f"{type(teacher).__name__}"
         )
     try:
-        return AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"teacher {str(teacher)!r} cannot be loaded: {' '.join(str(error).split())}") from error
+        return load_model(teacher)
+    except CommandError as error:
+        raise ValueError(f"teacher {error}") from error
 
 
 def _tokenizer_of(model: Any) -> Any:
