@@ -237,7 +237,7 @@ def checked(
 def kept_weight(loss: Loss, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Sum of the token weights over kept tokens."""
     if loss.labels is None:
-        kept = torch.full((), float(tokens), dtype=dtype, device=device)
+        kept = torch.full((), tokens, dtype=dtype, device=device)
         return kept if loss.token_weight is None else loss.token_weight.sum(dtype=dtype)
     counted = loss.labels != loss.ignore_index
     if loss.token_weight is None:

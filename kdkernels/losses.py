@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels import ops  # noqa: F401  (registers the operators)
-from kdkernels.autograd import LossPerToken, SummedLoss
+from kdkernels.autograd import OWNERS, SummedLoss, anchors_of, losses_of, refuse_transforms, total
 from kdkernels.backends.operators import accumulate_dtype
 from kdkernels.checks import Linear, LMHead, Loss, checked, float_tensor, kept_weight, linear_of, rows_of, whole
 from kdkernels.divergences import Divergence, resolve
@@ -21,45 +21,51 @@ from kdkernels.step import METRICS
 
 
 def reduced(
-    loss: Loss,
-    operator: Any,
-    differentiable: tuple[Tensor | None, ...],
-    owners: tuple[int, ...],
-    dtype: torch.dtype,
-    others: tuple[Any, ...],
+    loss: Loss, name: str, differentiable: tuple[Tensor | None, ...], dtype: torch.dtype, others: tuple[Any, ...]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Losses and metrics of the operator under the autograd function that fits the reduction.
-
-    owners: as in autograd.py. dtype: of the losses.
-    """
+    """Losses and metrics of the operator of that name, with the backward that fits the reduction. dtype: of the losses."""
+    refuse_transforms(differentiable)
     rows = differentiable[0]
     assert rows is not None
-    factor = torch.ones((), dtype=dtype, device=rows.device)
-    if loss.reduction == "mean":
-        if loss.normalizer is None:
-            normalizer = kept_weight(loss, rows.shape[0], dtype, rows.device)
-        elif isinstance(loss.normalizer, Tensor):
-            normalizer = loss.normalizer.detach().to(device=rows.device, dtype=dtype)
-        else:
-            normalizer = torch.full((), loss.normalizer, dtype=dtype, device=rows.device)
-        factor = torch.where(normalizer == 0, 0.0, 1.0 / normalizer)
-    # Divided by the token count, float16 gradients of single tokens would underflow before a gradient scaler sees them. Until the
-    # backward they are kept larger, by that count at most.
+    operator, owners, metrics = getattr(torch.ops.kdkernels, name), OWNERS[name], loss.return_metrics
+    factor = _factor(loss, rows, dtype)
     if not torch.is_grad_enabled():
-        # Inside the function this can no longer be seen: it would make gradients that nobody can ask for.
+        # Inside SummedLoss this can no longer be seen: it would make gradients that nobody can ask for.
         differentiable = tuple(None if argument is None else argument.detach() for argument in differentiable)
-    small = any(argument is not None and argument.dtype == torch.float16 for argument in differentiable)
-    lift = (1.0 / factor).clamp(1.0, 1024.0) if small and loss.reduction == "mean" else None
-    function = LossPerToken if loss.reduction == "none" else SummedLoss
-    *values, summary = function.apply(  # type: ignore[no-untyped-call]
-        *(operator, owners, loss.return_metrics, factor, lift), *differentiable, loss.token_weight, *others
-    )
+    # An exported program holds no SummedLoss: there the operator's own backward makes the gradients.
+    if loss.reduction == "none" or torch.compiler.is_exporting():
+        weights, one, needs = [loss.token_weight] * losses_of(owners), torch.ones_like(factor), [False] * len(owners)
+        *values, summary = operator(*differentiable, *weights, one, None, *others, needs, metrics)
+        values = values[: len(weights)]
+    else:
+        # Divided by the token count, float16 gradients of single tokens would underflow before a gradient scaler sees them. Until
+        # the backward they are kept larger, by that count at most.
+        small = any(argument is not None and argument.dtype == torch.float16 for argument in differentiable)
+        lift = (1.0 / factor).clamp(1.0, 1024.0) if small and loss.reduction == "mean" else None
+        *values, summary = SummedLoss.apply(  # type: ignore[no-untyped-call]
+            *(operator, owners, metrics, factor, lift, anchors_of(differentiable)), *differentiable, loss.token_weight, *others
+        )
     if loss.reduction == "none":
         values = [value.reshape(loss.shape) for value in values]
-    metrics = dict(zip(METRICS, summary.unbind(), strict=True)) if loss.return_metrics else {}
+    elif torch.compiler.is_exporting():
+        values = [total(value, factor) for value in values]
+    of = dict(zip(METRICS, summary.unbind(), strict=True)) if metrics else {}
     if loss.labels is None:
-        metrics.pop("ce", None)
-    return values, metrics
+        of.pop("ce", None)
+    return values, of
+
+
+def _factor(loss: Loss, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the sum of the losses is multiplied by."""
+    if loss.reduction != "mean":
+        return torch.ones((), dtype=dtype, device=rows.device)
+    if loss.normalizer is None:
+        normalizer = kept_weight(loss, rows.shape[0], dtype, rows.device)
+    elif isinstance(loss.normalizer, Tensor):
+        normalizer = loss.normalizer.detach().to(device=rows.device, dtype=dtype)
+    else:
+        normalizer = torch.full((), loss.normalizer, dtype=dtype, device=rows.device)
+    return torch.where(normalizer == 0, 0.0, 1.0 / normalizer)
 
 
 def models_of(
@@ -181,7 +187,7 @@ def linear_kd_loss(
         *(loss.ignore_index, vocab, *models.dtypes, models.strategy, models.budget, group),
     )
     differentiable = (rows_of(student_hidden), student.weight, student.bias)
-    (value,), metrics = reduced(loss, torch.ops.kdkernels.linear_kd, differentiable, (0, 0, 0), sum_dtype, others)
+    (value,), metrics = reduced(loss, "linear_kd", differentiable, sum_dtype, others)
     return (value, metrics) if loss.return_metrics else value
 
 
@@ -243,7 +249,7 @@ def kd_loss(
         loss.ignore_index,
     )
     dtype = accumulate_dtype(student_logits.dtype)
-    (value,), metrics = reduced(loss, torch.ops.kdkernels.logits_kd, (_rows(student_logits),), (0,), dtype, others)
+    (value,), metrics = reduced(loss, "logits_kd", (_rows(student_logits),), dtype, others)
     return (value, metrics) if loss.return_metrics else value
 
 

@@ -118,6 +118,5 @@ def linear_okd_loss(
         for part in (rows_of(hidden), head.weight, head.bias)
     )
     sum_dtype = accumulate_dtype(torch.promote_types(*models.dtypes))
-    owners = (0, 0, 0, 1, 1, 1)
-    (student, teacher), metrics = reduced(loss, torch.ops.kdkernels.linear_okd, differentiable, owners, sum_dtype, others)
+    (student, teacher), metrics = reduced(loss, "linear_okd", differentiable, sum_dtype, others)
     return OKDLoss(student, teacher, metrics if loss.return_metrics else None)

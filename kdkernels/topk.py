@@ -127,5 +127,5 @@ def linear_topk_kd_loss(
         *(tail, loss.ignore_index, vocab, dtype, strategy, budget),
     )
     differentiable = (rows_of(student_hidden), head.weight, head.bias)
-    (value,), metrics = reduced(loss, torch.ops.kdkernels.linear_topk_kd, differentiable, (0, 0, 0), sum_dtype, others)
+    (value,), metrics = reduced(loss, "linear_topk_kd", differentiable, sum_dtype, others)
     return (value, metrics) if loss.return_metrics else value
