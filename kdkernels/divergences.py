@@ -27,6 +27,8 @@ from typing import Any
 
 import torch as xp
 
+from kdkernels.scalars import is_number
+
 PairFunction = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
@@ -83,7 +85,7 @@ def resolve(divergence: Divergence | str, parameter: float | None = None) -> Div
         if divergence.name not in _factories:
             raise ValueError(f"divergence {divergence.name!r} is not known; accepted: {', '.join(_factories)}")
         listed = _factories[divergence.name]()
-        if not 0.0 < divergence.a < 1.0 and listed.a != 0.0:
+        if listed.a != 0.0 and not (is_number(divergence.a) and 0.0 < divergence.a < 1.0):
             raise ValueError(f"divergence {divergence.name!r} has the parameter {divergence.a}; accepted: a number in (0, 1)")
         if (divergence.pair, divergence.one_sweep) != (listed.pair, listed.one_sweep):
             # the backends know formulas by their names
@@ -124,7 +126,7 @@ def bind(pair: PairFunction, namespace: Any, wrap: Callable[[Any], Any] = lambda
 
 
 def _inside(name: str, value: float, at_the_ends: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"{name} is a number in (0, 1), got {type(value).__name__}")
     if not 0.0 < value < 1.0:
         raise ValueError(f"{name}={value} is outside (0, 1); at 0 and 1 {at_the_ends}")

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from kdkernels import ops  # noqa: F401  (registers the operators)
 from kdkernels.autograd import OWNERS, SummedLoss, anchors_of, losses_of, refuse_transforms, total
 from kdkernels.backends.operators import accumulate_dtype
-from kdkernels.checks import Linear, LMHead, Loss, checked, float_tensor, kept_weight, linear_of, rows_of, whole
+from kdkernels.checks import Linear, LMHead, Loss, any_kept, checked, float_tensor, kept_weight, linear_of, rows_of
 from kdkernels.divergences import Divergence, resolve
 from kdkernels.ranks import group_name, told
+from kdkernels.scalars import whole
 from kdkernels.step import METRICS
 
 
@@ -65,7 +66,8 @@ def _factor(loss: Loss, rows: Tensor, dtype: torch.dtype) -> Tensor:
         normalizer = loss.normalizer.detach().to(device=rows.device, dtype=dtype)
     else:
         normalizer = torch.full((), loss.normalizer, dtype=dtype, device=rows.device)
-    return torch.where(normalizer == 0, 0.0, 1.0 / normalizer)
+    # The mean of no tokens is 0. Weights that cancel and a normalizer of 0 have no mean of tokens, and it shows: infinity or NaN.
+    return torch.where(any_kept(loss, rows.shape[0], rows.device), 1.0 / normalizer, 0.0)
 
 
 def models_of(
@@ -95,7 +97,7 @@ def models_of(
 
 
 def terms_of(loss: Loss, head: list[float]) -> tuple[Any, ...]:
-    return (loss.divergence.name, loss.divergence.a, loss.temperature, loss.kd_scale, loss.ce_weight, head)
+    return (loss.divergence.name, float(loss.divergence.a), loss.temperature, loss.kd_scale, loss.ce_weight, head)
 
 
 def linear_kd_loss(

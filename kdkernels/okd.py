@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.operators import accumulate_dtype
-from kdkernels.checks import LMHead, checked, rows_of, share
+from kdkernels.checks import LMHead, checked, rows_of
 from kdkernels.divergences import Divergence
 from kdkernels.losses import models_of, reduced, terms_of
 from kdkernels.ranks import group_name, told
+from kdkernels.scalars import share
 
 
 class OKDLoss(tuple[Any, ...]):
@@ -105,7 +106,7 @@ def linear_okd_loss(
             normalizer=normalizer,
             return_metrics=return_metrics,
         )
-    square = math.pow(temperature, 2) if square_temperature else 1.0
+    square = math.pow(loss.temperature, 2) if square_temperature else 1.0
     others = (
         loss.labels,
         *terms_of(loss, models.head),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS, accumulate
 from kdkernels.backends.reference import LIVE_COPIES
 from kdkernels.divergences import Divergence, resolve
 from kdkernels.products import block_size, logits_dtype, product_dtype
+from kdkernels.scalars import flag, one_of, whole
 from kdkernels.scratch import ROW_ELEMENTS, row_stride
 
 STRATEGIES = ("auto", "tokens", "vocab")
@@ -212,11 +212,11 @@ def choose(strategy: str, size: Size, on: roofline.Device | None = None) -> str:
     return min(("tokens", "vocab"), key=lambda name: roofline.seconds(_passes(name, size, on), on))
 
 
-def _at_least_1(name: str, value: Any, accepted: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):  # NumPy's too
-        raise TypeError(f"{name} is {accepted}, got {type(value).__name__}")
-    if int(value) < 1:
+def _at_least_1(name: str, value: Any, accepted: str) -> int:
+    found = whole(name, value, accepted)
+    if found < 1:
         raise ValueError(f"{name} is {accepted}, at least 1, got {value}")
+    return found
 
 
 def plan(
@@ -245,23 +245,17 @@ def plan(
     take a gradient too; train_teacher_head: and so does its head. Raises ValueError for sizes below 1, a budget below 1 byte, names
     that are not known, and a teacher's head that is trained alone, and TypeError for what is of another type.
     """
-    for name, value in {"tokens": tokens, "vocab": vocab, "student_dim": student_dim, "teacher_dim": teacher_dim}.items():
-        _at_least_1(name, value, "an integer")
+    sizes = {"tokens": tokens, "vocab": vocab, "student_dim": student_dim, "teacher_dim": teacher_dim}
+    tokens, vocab, student_dim, teacher_dim = (_at_least_1(name, value, "an integer") for name, value in sizes.items())
     if memory_budget is not None:
-        _at_least_1("memory_budget", memory_budget, "a number of bytes")
+        memory_budget = _at_least_1("memory_budget", memory_budget, "a number of bytes")
     for name, of in {"dtype": dtype, "teacher_dtype": dtype if teacher_dtype is None else teacher_dtype}.items():
         backends.check_dtype(name, of)
-    for name, chosen in {
-        "train_head": train_head,
-        "online_teacher": online_teacher,
-        "train_teacher_head": train_teacher_head,
-    }.items():
-        if not isinstance(chosen, bool):
-            raise TypeError(f"{name} is True or False, got {type(chosen).__name__}")
+    flags = {"train_head": train_head, "online_teacher": online_teacher, "train_teacher_head": train_teacher_head}
+    train_head, online_teacher, train_teacher_head = (flag(name, value) for name, value in flags.items())
     if not isinstance(device, (str, torch.device)):
         raise TypeError(f"device is a name or a torch.device, got {type(device).__name__}")
-    if not isinstance(strategy, str) or strategy not in STRATEGIES:
-        raise ValueError(f"strategy {strategy!r} is not known; accepted: {', '.join(STRATEGIES)}")
+    one_of("strategy", strategy, STRATEGIES)
     if train_teacher_head and not online_teacher:
         raise ValueError("train_teacher_head is True; accepted only with online_teacher=True")
     runs_on, on = roofline.resolve_device(device)

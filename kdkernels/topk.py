@@ -20,13 +20,13 @@ from kdkernels.checks import (
     float_tensor,
     head_of,
     integer_tensor,
-    one_of,
     rows_of,
     scratch_of,
 )
 from kdkernels.divergences import Divergence
 from kdkernels.losses import reduced, terms_of
 from kdkernels.outcomes import TAILS
+from kdkernels.scalars import one_of
 
 
 def linear_topk_kd_loss(

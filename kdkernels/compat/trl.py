@@ -120,7 +120,7 @@ def _fused_loss(
     student_hidden = hidden_states(model, batch)
     with torch.no_grad():
         teacher_hidden = hidden_states(teacher, batch)
-    student_head, teacher_head = lm_head(model), lm_head(teacher)
+    student_head, teacher_head = lm_head(model), lm_head(teacher).detach()
     # A model split over devices may end on another one than its head is on.
     device, width = student_head.weight.device, targets.shape[1]
     return linear_kd_loss(

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kdkernels.checks import number
+from kdkernels.scalars import number
 from kdkernels.transformers.heads import unwrapped
 
 # Names of the linear modules directly in an attention layer, in lower case. Read in transformers 5.23 and, for wqkv (InternLM2) and

@@ -384,7 +384,7 @@ class KDTrainer(Trainer):
                     targets["topk_logprobs"] = targets["topk_logprobs"].masked_fill(unknown, -torch.inf)
                 loss, means = linear_topk_kd_loss(hidden, head, **targets, labels=labels, tail=args.topk_tail, **options)
             else:
-                loss, means = linear_kd_loss(hidden, head, target, lm_head(self.teacher), labels, **options)
+                loss, means = linear_kd_loss(hidden, head, target, lm_head(self.teacher).detach(), labels, **options)
         return loss, self._per_token(means, loss, normalizer)
 
     @staticmethod
