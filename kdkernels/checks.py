@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from kdkernels.divergences import Divergence, resolve
 from kdkernels.plan import STRATEGIES
 from kdkernels.scalars import flag, one_of, positive, share, temperature_of, weight_of, whole
+from kdkernels.signatures import Reduction
 
-REDUCTIONS = ("mean", "sum", "none")
+REDUCTIONS = get_args(Reduction)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 INTEGERS = (*_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)

@@ -6,7 +6,7 @@ p = softmax(y / T); N tokens, V vocabulary, D hidden size. Losses are in nats.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,16 @@ from kdkernels import ops  # noqa: F401  (registers the operators)
 from kdkernels.autograd import OWNERS, SummedLoss, anchors_of, losses_of, refuse_transforms, total
 from kdkernels.backends.operators import accumulate_dtype
 from kdkernels.checks import Linear, LMHead, Loss, any_kept, checked, float_tensor, kept_weight, linear_of, rows_of
-from kdkernels.divergences import Divergence, resolve
+from kdkernels.divergences import Divergence, DivergenceName, resolve
 from kdkernels.ranks import group_name, told
 from kdkernels.scalars import whole
+from kdkernels.signatures import LinearOptions, LogitsOptions, Metrics, Reduction, Strategy
 from kdkernels.step import METRICS
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Returned = TypeVar("Returned")
 
 
 def reduced(
@@ -100,6 +106,7 @@ def terms_of(loss: Loss, head: list[float]) -> tuple[Any, ...]:
     return (loss.divergence.name, float(loss.divergence.a), loss.temperature, loss.kd_scale, loss.ce_weight, head)
 
 
+@overload
 def linear_kd_loss(
     student_hidden: Tensor,
     student_head: LMHead | Tensor,
@@ -107,7 +114,39 @@ def linear_kd_loss(
     teacher_head: LMHead | Tensor,
     labels: Tensor | None = None,
     *,
-    divergence: Divergence | str = "forward_kl",
+    return_metrics: Literal[False] = False,
+    **options: Unpack[LinearOptions],
+) -> Tensor: ...
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_head: LMHead | Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: LMHead | Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[LinearOptions],
+) -> tuple[Tensor, Metrics]: ...
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_head: LMHead | Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: LMHead | Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: bool,
+    **options: Unpack[LinearOptions],
+) -> Tensor | tuple[Tensor, Metrics]: ...
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_head: LMHead | Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: LMHead | Tensor,
+    labels: Tensor | None = None,
+    *,
+    divergence: Divergence | DivergenceName = "forward_kl",
     t: float | Tensor = 1.0,
     temperature: float = 1.0,
     square_temperature: bool = True,
@@ -115,10 +154,10 @@ def linear_kd_loss(
     ce_weight: float = 0.0,
     token_weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     vocab_size: int | None = None,
-    strategy: str = "auto",
+    strategy: Strategy = "auto",
     memory_budget: int | None = None,
     process_group: Any = None,
     return_metrics: bool = False,
@@ -193,12 +232,39 @@ def linear_kd_loss(
     return (value, metrics) if loss.return_metrics else value
 
 
+@overload
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = None,
     *,
-    divergence: Divergence | str = "forward_kl",
+    return_metrics: Literal[False] = False,
+    **options: Unpack[LogitsOptions],
+) -> Tensor: ...
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[LogitsOptions],
+) -> tuple[Tensor, Metrics]: ...
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: bool,
+    **options: Unpack[LogitsOptions],
+) -> Tensor | tuple[Tensor, Metrics]: ...
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    divergence: Divergence | DivergenceName = "forward_kl",
     t: float | Tensor = 1.0,
     temperature: float = 1.0,
     square_temperature: bool = True,
@@ -206,7 +272,7 @@ def kd_loss(
     ce_weight: float = 0.0,
     token_weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     return_metrics: bool = False,
 ) -> Any:
@@ -261,12 +327,24 @@ def _rows(logits: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-class LinearKDLoss(nn.Module):
+class LinearKDLoss(nn.Module, Generic[Returned]):
     """``linear_kd_loss`` with its options bound; call it with hidden states, heads and labels.
 
     Options given to a call (t, say) win over those given here. Takes the keyword arguments of ``linear_kd_loss``.
     """
 
+    @overload
+    def __init__(
+        self: LinearKDLoss[Tensor], *, return_metrics: Literal[False] = False, **options: Unpack[LinearOptions]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: LinearKDLoss[tuple[Tensor, Metrics]], *, return_metrics: Literal[True], **options: Unpack[LinearOptions]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: LinearKDLoss[Tensor | tuple[Tensor, Metrics]], *, return_metrics: bool, **options: Unpack[LinearOptions]
+    ) -> None: ...
     def __init__(self, **options: Any) -> None:
         super().__init__()
         known = set(linear_kd_loss.__kwdefaults__ or {})
@@ -276,6 +354,28 @@ class LinearKDLoss(nn.Module):
             resolve(options["divergence"])
         self.options = options
 
+    @overload
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_head: LMHead | Tensor,
+        teacher_hidden: Tensor,
+        teacher_head: LMHead | Tensor,
+        labels: Tensor | None = None,
+        **options: Unpack[LinearOptions],
+    ) -> Returned: ...
+    @overload
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_head: LMHead | Tensor,
+        teacher_hidden: Tensor,
+        teacher_head: LMHead | Tensor,
+        labels: Tensor | None = None,
+        *,
+        return_metrics: bool,
+        **options: Unpack[LinearOptions],
+    ) -> Tensor | tuple[Tensor, Metrics]: ...
     def forward(
         self,
         student_hidden: Tensor,
@@ -286,6 +386,9 @@ class LinearKDLoss(nn.Module):
         **options: Any,
     ) -> Any:
         return linear_kd_loss(student_hidden, student_head, teacher_hidden, teacher_head, labels, **{**self.options, **options})
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

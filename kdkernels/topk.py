@@ -6,7 +6,7 @@ mathematics is in outcomes.py.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -23,12 +23,17 @@ from kdkernels.checks import (
     rows_of,
     scratch_of,
 )
-from kdkernels.divergences import Divergence
+from kdkernels.divergences import Divergence, DivergenceName
 from kdkernels.losses import reduced, terms_of
 from kdkernels.outcomes import TAILS
 from kdkernels.scalars import one_of
+from kdkernels.signatures import Metrics, Reduction, Strategy, Tail, TopKOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@overload
 def linear_topk_kd_loss(
     student_hidden: Tensor,
     student_head: LMHead | Tensor,
@@ -36,8 +41,40 @@ def linear_topk_kd_loss(
     topk_logprobs: Tensor,
     labels: Tensor | None = None,
     *,
-    tail: str = "renormalize",
-    divergence: Divergence | str = "forward_kl",
+    return_metrics: Literal[False] = False,
+    **options: Unpack[TopKOptions],
+) -> Tensor: ...
+@overload
+def linear_topk_kd_loss(
+    student_hidden: Tensor,
+    student_head: LMHead | Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[TopKOptions],
+) -> tuple[Tensor, Metrics]: ...
+@overload
+def linear_topk_kd_loss(
+    student_hidden: Tensor,
+    student_head: LMHead | Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: bool,
+    **options: Unpack[TopKOptions],
+) -> Tensor | tuple[Tensor, Metrics]: ...
+def linear_topk_kd_loss(
+    student_hidden: Tensor,
+    student_head: LMHead | Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    labels: Tensor | None = None,
+    *,
+    tail: Tail = "renormalize",
+    divergence: Divergence | DivergenceName = "forward_kl",
     t: float | Tensor = 1.0,
     temperature: float = 1.0,
     square_temperature: bool = True,
@@ -45,10 +82,10 @@ def linear_topk_kd_loss(
     ce_weight: float = 0.0,
     token_weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     vocab_size: int | None = None,
-    strategy: str = "auto",
+    strategy: Strategy = "auto",
     memory_budget: int | None = None,
     return_metrics: bool = False,
 ) -> Any:

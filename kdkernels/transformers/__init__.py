@@ -18,6 +18,10 @@ _LAZY = {"KDConfig": "config", "KDTrainer": "trainer", "TopKCache": "cache", "wr
 __all__ = ["KDConfig", "KDTrainer", "TopKCache", "hidden_states", "lm_head", "verify_lm_head", "write_cache"]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -382,7 +382,8 @@ class KDTrainer(Trainer):
                 if self.vocab_size is not None:  # what the student has no row for belongs to the rest
                     unknown = targets["topk_ids"] >= self.vocab_size
                     targets["topk_logprobs"] = targets["topk_logprobs"].masked_fill(unknown, -torch.inf)
-                loss, means = linear_topk_kd_loss(hidden, head, **targets, labels=labels, tail=args.topk_tail, **options)
+                options["tail"] = args.topk_tail
+                loss, means = linear_topk_kd_loss(hidden, head, **targets, labels=labels, **options)
             else:
                 loss, means = linear_kd_loss(hidden, head, target, lm_head(self.teacher).detach(), labels, **options)
         return loss, self._per_token(means, loss, normalizer)
