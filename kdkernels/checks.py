@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
+import functools
+import logging
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -13,6 +14,8 @@ from kdkernels.divergences import Divergence, resolve
 from kdkernels.plan import STRATEGIES
 from kdkernels.scalars import flag, one_of, positive, share, temperature_of, weight_of, whole
 from kdkernels.signatures import Reduction
+
+logger = logging.getLogger(__name__)
 
 REDUCTIONS = get_args(Reduction)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -314,11 +317,15 @@ def _warn_of_constant(teacher: LMHead, student: LMHead, loss: str) -> None:
     """No error: a teacher that was loaded and never frozen has such a head. One that both models share learns as the student's."""
     learns = any(part is not None and part.requires_grad for part in (teacher.weight, teacher.bias))
     if learns and torch.is_grad_enabled() and not torch.compiler.is_compiling() and teacher.weight is not student.weight:
-        warnings.warn(
-            f"teacher_head requires grad, but the target of {loss} is constant: it gets no gradient. Freeze the teacher "
-            "(teacher.requires_grad_(False)) or pass LMHead.detach(); to train it use linear_okd_loss",
-            stacklevel=5,
+        _warn_once(
+            f"teacher_head requires grad, but the target of {loss} is constant: the head gets no gradient. Freeze the teacher "
+            "(teacher.requires_grad_(False)) or pass LMHead.detach(); to train it use linear_okd_loss."
         )
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
 
 
 def linear_of(
