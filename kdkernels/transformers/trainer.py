@@ -27,8 +27,9 @@ from kdkernels.topk import linear_topk_kd_loss
 from kdkernels.transformers.cache import TOKENIZER, TopKCache, is_cache
 from kdkernels.transformers.config import OKD, TAID, KDConfig
 from kdkernels.transformers.data import IGNORED, Collator
-from kdkernels.transformers.heads import lm_head, unwrapped
+from kdkernels.transformers.heads import lm_head, output_module, unwrapped
 from kdkernels.transformers.hidden import hidden_states
+from kdkernels.transformers.load import is_causal
 from kdkernels.transformers.on_policy import OnPolicy
 from kdkernels.transformers.online import OnlineTeacher, shard
 from kdkernels.transformers.verify import verify_lm_head
@@ -156,6 +157,7 @@ class KDTrainer(Trainer):
                 f"one process sees {args.n_gpu} GPUs, which transformers would run as DataParallel: start one for each"
             )
         _check_student(model)
+        _check_model(model, "model")
         self.cache = _cache(teacher)
         self.teacher: Any = None
         if self.cache is not None:
@@ -164,6 +166,7 @@ class KDTrainer(Trainer):
                 train_dataset = self.cache.examples()
         else:
             self.teacher = _model(teacher)
+            _check_model(self.teacher, "teacher")
             if unwrapped(self.teacher) is unwrapped(model):
                 raise ValueError("teacher and model are one and the same model; load it twice")
         if processing_class is None:
@@ -536,6 +539,23 @@ def _check_student(model: Any) -> None:
         raise ValueError(
             "model.config.output_router_logits asks for a loss that balances experts, which this loss does not add; accepted: False"
         )
+
+
+def _check_model(model: Any, role: str) -> None:
+    """It has its weights, and predicts a token without having seen it."""
+    base = unwrapped(model)
+    output_module(base)
+    config = getattr(base, "config", None)
+    empty = [name for name, parameter in base.named_parameters() if parameter.is_meta]
+    if empty and getattr(base, "hf_device_map", None) is None:  # accelerate keeps what it offloads elsewhere
+        wrong = f"has weights on the meta device, {empty[0]} for one: load them first"
+    elif getattr(config, "is_encoder_decoder", False):
+        wrong = "is an encoder-decoder"
+    elif config is None or getattr(config, "is_decoder", True) or is_causal(base):
+        return
+    else:
+        wrong = "lets a token see the tokens after it"
+    raise ValueError(f"{role} ({type(base).__name__}) {wrong}; accepted: a causal language model, such as LlamaForCausalLM")
 
 
 def _cache(teacher: Any) -> TopKCache | None:
