@@ -44,3 +44,18 @@ def test_tokenizers_that_disagree_are_refused() -> None:
     model = build("llama")
     with pytest.raises(ValueError, match="no token in common"):
         shared_rows(model, model, words("w", 61), words("v", 61))
+
+
+def test_tokenizers_are_looked_for_beside_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    student, teacher = build("llama", vocab_size=72), build("llama", vocab_size=64)
+    assert shared_rows(student, teacher) == 64
+    assert [record.message for record in caplog.records] == [
+        "The vocabularies of teacher and student were not compared: give shared_rows both tokenizers."
+    ]
+    caplog.clear()
+    for name, model, count in (("student", student, 61), ("teacher", teacher, 59)):
+        words("w", count).save_pretrained(tmp_path / name)
+        model.config._name_or_path = str(tmp_path / name)
+    assert shared_rows(student, teacher) == 59
+    assert shared_rows(student, teacher, teacher_tokenizer=words("w", 60)) == 60
+    assert not caplog.records

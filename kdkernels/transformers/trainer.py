@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from kdkernels.losses import linear_kd_loss
@@ -32,6 +32,8 @@ from kdkernels.transformers.hidden import hidden_states
 from kdkernels.transformers.load import is_causal
 from kdkernels.transformers.on_policy import OnPolicy
 from kdkernels.transformers.online import OnlineTeacher, shard
+from kdkernels.transformers.padding import tokenizer_at as _tokenizer_at
+from kdkernels.transformers.padding import tokenizer_of as _tokenizer_of
 from kdkernels.transformers.verify import verify_lm_head
 from kdkernels.transformers.vocabularies import shared_vocabulary
 
@@ -576,21 +578,6 @@ def _model(teacher: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
     except (OSError, ValueError) as error:
         raise ValueError(f"teacher {str(teacher)!r} cannot be loaded: {' '.join(str(error).split())}") from error
-
-
-def _tokenizer_of(model: Any) -> Any:
-    """The tokenizer that lies beside the model's weights, or None."""
-    return _tokenizer_at(getattr(getattr(unwrapped(model), "config", None), "_name_or_path", ""))
-
-
-def _tokenizer_at(place: str | Path) -> Any:
-    """A folder, or the name of what was downloaded before; None where there is no tokenizer."""
-    if not str(place):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(place, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None
 
 
 def _check_cache(args: KDConfig, cache: TopKCache) -> None:
