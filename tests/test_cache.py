@@ -23,7 +23,7 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels import files
 from kdkernels.cli import main
-from kdkernels.errors import CommandError
+from kdkernels.errors import CommandError, to_install
 from tests.cases import InsideOperators
 
 pytest.importorskip("transformers")
@@ -851,4 +851,4 @@ def test_a_missing_library_is_one_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, "rich", None)
     status, line = last_error(capsys, command(saved, tmp_path / "out"))
-    assert (status, line) == (2, "error: the cache needs rich, not installed here: pip install kdkernels[transformers]")
+    assert (status, line) == (2, f"error: the cache needs rich, not installed here: {to_install('transformers')}")

@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kdkernels.checks import number
+from kdkernels.errors import to_install
+from kdkernels.scalars import number
 from kdkernels.transformers.heads import unwrapped
 
 # Names of the linear modules directly in an attention layer, in lower case. Read in transformers 5.23 and, for wqkv (InternLM2) and
@@ -132,7 +133,7 @@ class OnlineTeacher:
             from peft.tuners.lora import LoraLayer
             from peft.tuners.tuners_utils import BaseTunerLayer
         except ImportError as error:
-            raise ImportError("OnlineTeacher needs peft: pip install 'kdkernels[transformers]'") from error
+            raise ImportError(f"OnlineTeacher needs peft, not installed here: {to_install('transformers')}") from error
         base = unwrapped(model)
         if hasattr(model, "get_base_model") or any(isinstance(module, BaseTunerLayer) for module in base.modules()):
             raise ValueError(
