@@ -58,4 +58,4 @@ def test_tokenizers_are_looked_for_beside_the_weights(tmp_path: Path, caplog: py
         model.config._name_or_path = str(tmp_path / name)
     assert shared_rows(student, teacher) == 59
     assert shared_rows(student, teacher, teacher_tokenizer=words("w", 60)) == 60
-    assert not caplog.records
+    assert all("more tokens than the teacher's" in record.message for record in caplog.records)  # they were compared
