@@ -315,7 +315,7 @@ def test_prompts_alone_are_enough_where_the_student_writes_every_batch(
         ({"on_policy_fraction": 1, "max_length": 5}, "whose prompt fills the 5 tokens of --max-length"),
         (
             {"on_policy_fraction": 1, "max_new_tokens": 4000},
-            "the longest prompt has 6 tokens, with --max-new-tokens 4,000 more than",
+            "the longest prompt has 6 tokens, with --max-new-tokens 4,000 more than the 2,048 that the student",
         ),
     ],
 )

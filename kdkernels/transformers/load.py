@@ -20,7 +20,6 @@ from kdkernels.errors import CommandError
 from kdkernels.transformers import hub
 
 MODEL = ("config.json", "adapter_config.json")
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -36,7 +35,7 @@ def load_model(name_or_path: str | Path, *, dtype: str = "auto") -> Any:
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is one of {', '.join(DTYPES)}; got {dtype!r}")
-    name = _existing(name_or_path, MODEL)
+    name = _existing(name_or_path, of_model=True)
     model, report = _from(name, AutoModelForCausalLM.from_pretrained, dtype=dtype, output_loading_info=True)
     missing = sorted(report["missing_keys"])
     if missing:
@@ -51,7 +50,7 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
 
     Raises CommandError where there is none, or where it knows no token but the special ones.
     """
-    name = _existing(name_or_path, (*MODEL, *TOKENIZER))
+    name = _existing(name_or_path, of_model=False)
     tokenizer = _from(name, AutoTokenizer.from_pretrained)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise _refused(name, "it has no tokenizer: no files of one, and so no tokens but the special ones")
@@ -62,12 +61,14 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
     return tokenizer
 
 
-def _existing(name_or_path: str | Path, files: tuple[str, ...]) -> str:
-    """The argument as text. What can only be a path must exist, and a folder must hold one of the files."""
+def _existing(name_or_path: str | Path, *, of_model: bool) -> str:
+    """The argument as text. What can only be a path must exist, and a model's folder must hold its configuration."""
     name, path = os.fspath(name_or_path), Path(name_or_path).expanduser()
     if name and path.is_dir():
-        if not _holds(path, files):
-            raise _refused(str(path), f"the folder holds no {files[0]}{_meant(path)}")
+        # a tokenizer's files have many names: its folder is refused only where it is known to be of something else
+        enough = MODEL if of_model else (*MODEL, "tokenizer.json", "tokenizer_config.json")
+        if not _holds(path, enough) and ((meant := _meant(path)) or of_model):
+            raise _refused(str(path), f"the folder holds no {MODEL[0]}{meant}")
         return str(path)
     if name and path.exists():
         meant = f"; the folder {path.parent} is meant?" if _holds(path.parent, MODEL) else ""
