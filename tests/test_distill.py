@@ -24,7 +24,7 @@ from huggingface_hub import constants
 
 import kdkernels as kd
 from kdkernels.cli import main
-from kdkernels.errors import CommandError
+from kdkernels.errors import CommandError, to_install
 from kdkernels.outcomes import TAILS
 from kdkernels.transformers import distill_command
 from kdkernels.transformers.config import methods
@@ -717,7 +717,7 @@ def test_a_loss_that_is_no_number_ends_the_run(given: Path, tmp_path: Path, caps
 
 def test_a_missing_library_is_named(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    assert "distill needs accelerate, not installed here: pip install" in refusal(capsys, arguments(given, tmp_path / "run"))
+    assert f"distill needs accelerate, not installed here: {to_install('transformers')}" in refusal(capsys, arguments(given, tmp_path / "run"))
 
 
 def test_help_has_examples_and_every_option_and_needs_no_optional_library(tmp_path: Path) -> None:
