@@ -166,15 +166,19 @@ def _head_cause(output: Tensor, product: Tensor, hidden: Tensor, base: Any, weig
     return "unknown: another weight, or hidden states that are changed inside the head"
 
 
-def _allowed(exact: Tensor, eager: Tensor, size: Tensor, eps: float) -> Tensor:
+def _allowed(exact: Tensor, eager: Tensor, size: Tensor, eps: float, terms: int) -> Tensor:
     """How far a computation in the model's dtype may be from the exact one, (tokens, V): from how far the eager one is.
 
-    size: (tokens, V), what the rounding of each logit is proportional to. Eight root mean squares, in units of it, are beyond what
-    rounding does in 10^9 entries.
+    size: (tokens, V), what the rounding of each logit is proportional to. terms: how many products each logit sums up.
+
+    Eight root mean squares, in units of size, are beyond what one rounding does in 10^9 entries. The eager computation need not show
+    them: it may round as the exact one does (all of float64), where the model adds up in another order, as with a LoRA on the head.
+    So they are taken to be at least those of a running sum, sqrt(terms) roundings of the dtype that sums are in.
     """
     unit = size.clamp(min=torch.finfo().tiny)
-    typical = ((eager.double() - exact) / unit).square().mean().sqrt()
-    return 8 * typical * unit + 4 * eps * exact.abs() + torch.finfo().tiny
+    measured = ((eager.double() - exact) / unit).square().mean().sqrt()
+    summed = terms**0.5 * min(eps, torch.finfo(torch.float32).eps)
+    return 8 * measured.clamp(min=summed) * unit + 4 * eps * exact.abs() + torch.finfo().tiny
 
 
 def _size(hidden: Tensor, head: LMHead) -> Tensor:
@@ -240,7 +244,7 @@ def _verify(model: Any, base: Any, read: OutputHead, head: LMHead, inputs: dict[
             f"the head given has D = {head.weight.shape[1]}, hidden states that enter the model's have {hidden.shape[-1]}"
         )
     product, eager = _product(hidden, head), _eager(hidden, head)
-    output, allowed = _rows(seen["output"]).double(), _allowed(product, eager, _size(hidden, head), eps)
+    output, allowed = _rows(seen["output"]).double(), _allowed(product, eager, _size(hidden, head), eps, hidden.shape[-1])
     if output.shape != product.shape or not _fits(output, product, allowed):
         cause = _head_cause(output, product, _rows(seen["hidden"]), base, head.weight, allowed)
         _refuse(base, "the head differs", cause, output, product)
@@ -263,7 +267,7 @@ def _verify(model: Any, base: Any, read: OutputHead, head: LMHead, inputs: dict[
     size = head.logit_scale * _size(hidden, head)[:, : logits.shape[-1]]
     if head.softcap is not None:
         size *= 1 - (exact / head.softcap).square()  # the cap presses errors together as it does logits
-    if not _fits(logits.double(), exact, _allowed(exact, eager, size, eps)):
+    if not _fits(logits.double(), exact, _allowed(exact, eager, size, eps, hidden.shape[-1])):
         cause = "unknown: two forwards on the same tokens give different hidden states"
         _refuse(base, "the whole differs", cause, logits.double(), exact)
 
