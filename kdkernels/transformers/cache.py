@@ -33,7 +33,8 @@ from kdkernels.errors import CommandError
 from kdkernels.plan import default_budget
 from kdkernels.transformers.data import IGNORED
 from kdkernels.transformers.heads import lm_head, unwrapped
-from kdkernels.transformers.most_likely import MostLikely, evaluating
+from kdkernels.transformers.modes import evaluating, restored
+from kdkernels.transformers.most_likely import MostLikely
 from kdkernels.transformers.verify import verify_lm_head
 
 COMMAND = "cache"
@@ -130,7 +131,7 @@ def write_cache(
             vocab=identity["vocab_size"],
             budget=default_budget(head.weight.device) if memory_budget is None else memory_budget,
         )
-        with evaluating(model):
+        with restored(model), evaluating(model):
             for shard in missing:
                 numbers = range(len(examples))[shard * shard_examples : (shard + 1) * shard_examples]
                 tensors = _shard(teacher, reader, numbers, batch_size, report)

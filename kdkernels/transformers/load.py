@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdkernels.errors import CommandError
+from kdkernels.transformers.modes import evaluating, restored
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -105,7 +106,7 @@ def _causal(model: Any) -> bool:
     """
     if getattr(model.config, "is_decoder", True):
         return True
-    with torch.no_grad():
+    with torch.no_grad(), restored(model), evaluating(model):
         first, second = model(input_ids=torch.tensor([[0, 1], [0, 2]], device=model.device)).logits[:, 0].double()
     rounding = torch.finfo(model.dtype).eps ** 0.5
     return bool((first - second).abs().max() <= rounding * first.abs().max())

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kdkernels.checks import number
 from kdkernels.transformers.heads import unwrapped
+from kdkernels.transformers.modes import evaluate
 
 # Names of the linear modules directly in an attention layer, in lower case. Read in transformers 5.23 and, for wqkv (InternLM2) and
 # w_pack (Baichuan), known from the models' own code on the hub.
@@ -173,7 +174,7 @@ class OnlineTeacher:
 
     def train(self, mode: bool = True) -> None:
         """Turn the LoRA's dropout on or off. The model's own stays off: it is a fixed function, however its LoRA trains."""
-        self.model.eval()
+        evaluate(self.model)
         for layer in self._layers:
             layer.lora_dropout.train(mode)
 

@@ -29,6 +29,7 @@ from kdkernels.transformers.config import OKD, TAID, KDConfig
 from kdkernels.transformers.data import IGNORED, Collator
 from kdkernels.transformers.heads import lm_head, unwrapped
 from kdkernels.transformers.hidden import hidden_states
+from kdkernels.transformers.modes import evaluate, evaluating
 from kdkernels.transformers.on_policy import OnPolicy
 from kdkernels.transformers.online import OnlineTeacher, shard
 from kdkernels.transformers.verify import verify_lm_head
@@ -219,7 +220,7 @@ class KDTrainer(Trainer):
         return cut, min([size for size in (cut, agreed) if size is not None], default=None)
 
     def _place_teacher(self) -> None:
-        self.teacher.eval()
+        evaluate(self.teacher)
         placed = (getattr(self.teacher, name, None) is not None for name in ("hf_device_map", "quantization_method"))
         if not self.is_fsdp_enabled and not any(placed):  # FSDP2 moves each shard, where the whole may not fit
             self.teacher.to(self.args.device)
@@ -434,7 +435,7 @@ class KDTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         if "labels" in inputs:
             inputs["labels"] = self._counted_once(inputs["labels"])
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with evaluating(model), torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 

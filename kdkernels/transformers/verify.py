@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kdkernels.checks import LMHead
 from kdkernels.transformers.heads import OutputHead, after_head, output_module, read_head, unwrapped
 from kdkernels.transformers.hidden import hidden_states, model_inputs
+from kdkernels.transformers.modes import evaluating, restored
 
 PROBE = (2, 12)  # sequences, tokens
 SMALLEST, LARGEST = 1e-2, 1e3  # of the numbers that replace the head's output; the largest fits float16
@@ -28,29 +29,16 @@ SMALLEST, LARGEST = 1e-2, 1e3  # of the numbers that replace the head's output; 
 
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode; afterwards modes, buffers, and the generators of random numbers are as before."""
-    modules = list(model.modules())
-    training = [module.training for module in modules]
-    # RoPE that grows with the sequence keeps its length in an attribute beside the buffer: both go back together.
-    owners = [(module, dict(vars(module)), dict(module._buffers)) for module in modules if module._buffers]
-    contents = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    """Inside, the model is in evaluation mode; afterwards it and the generators of random numbers are as before."""
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None})
-    try:
-        # a probe is not worth a compilation
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            model.eval()
-            yield
-    finally:
-        for module, attributes, buffers in owners:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-        with torch.no_grad():
-            for buffer, content in contents:
-                buffer.copy_(content)
-        for module, was in zip(modules, training, strict=True):
-            module.training = was
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),  # a probe is not worth a compilation
+        restored(model),
+        evaluating(model),
+    ):
+        yield
 
 
 def _probe(base: Any) -> dict[str, Tensor]:
@@ -171,8 +159,8 @@ def _allowed(exact: Tensor, eager: Tensor, size: Tensor, eps: float, terms: int)
 
     size: (tokens, V), what the rounding of each logit is proportional to. terms: how many products each logit sums up.
 
-    Eight root mean squares, in units of size, are beyond what one rounding does in 10^9 entries. The eager computation need not show
-    them: it may round as the exact one does (all of float64), where the model adds up in another order, as with a LoRA on the head.
+    Eight root mean squares, in units of size, are beyond what one rounding does in 10^9 entries. The eager computation need not
+    show them: it may round as the exact one does (in float64), where the model adds up in another order, as with a LoRA on a head.
     So they are taken to be at least those of a running sum, sqrt(terms) roundings of the dtype that sums are in.
     """
     unit = size.clamp(min=torch.finfo().tiny)
