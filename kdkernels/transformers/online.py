@@ -14,6 +14,7 @@ of its own to clip, a state to save. ``kd.linear_okd_loss`` makes the loss.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kdkernels.checks import number
+from kdkernels.transformers.finite import NotFinite
 from kdkernels.transformers.heads import unwrapped
 from kdkernels.transformers.modes import evaluate
 
@@ -230,7 +232,8 @@ class OnlineTeacher:
         all-reduce here, or by FSDP itself after ``shard``. A parameter that took no part in the loss has gradient 0.
 
         Returns the norm of the gradients before clipping: 0-dim, inf or NaN if a scaled loss overflowed, in which case the scaler
-        leaves the step out. Raises RuntimeError before ``optimize_with``, and where no parameter has a gradient.
+        leaves the step out. Raises RuntimeError before ``optimize_with``, and where no parameter has a gradient; NotFinite, a
+        ValueError, where the norm is NaN or infinite without a scaler. No parameter has moved then.
         """
         rate = number("rate", rate, "a number of at least 0", 0.0)
         if max_grad_norm is not None:
@@ -244,6 +247,8 @@ class OnlineTeacher:
         if scaler is not None:
             scaler.unscale_(optimizer)
         norm: Any = nn.utils.get_total_norm(gradients)
+        if scaler is None and not math.isfinite(size := float(norm.full_tensor() if _is_sharded(norm) else norm)):
+            raise NotFinite(f"the norm of the teacher's gradients is {size}")
         if max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
         for group in optimizer.param_groups:

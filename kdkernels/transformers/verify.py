@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels.checks import LMHead
+from kdkernels.transformers.finite import NotFinite, check_weights, is_finite
 from kdkernels.transformers.heads import OutputHead, after_head, output_module, read_head, unwrapped
 from kdkernels.transformers.hidden import hidden_states, model_inputs
 from kdkernels.transformers.modes import evaluating, restored
@@ -67,7 +68,8 @@ def _capped(g: Tensor, scale: float, softcap: float | None) -> Tensor:
 
 
 def _fits(found: Tensor, expected: Tensor, allowed: Tensor) -> bool:
-    return bool(((found - expected).abs() <= allowed).all())
+    """Of logits that are -inf, for banned tokens, the others have to be too."""
+    return bool((((found - expected).abs() <= allowed) | (found == expected)).all())
 
 
 def _ratio(found: Tensor, g: Tensor) -> float:
@@ -129,6 +131,10 @@ def _head_cause(output: Tensor, product: Tensor, hidden: Tensor, base: Any, weig
     """Why the head's output (tokens, V) is not the product H Wᵀ + b, both in float64; hidden: (tokens, D) as it enters."""
     if output.shape != product.shape:
         return f"another height: the head makes {output.shape[-1]} logits, the weight has {product.shape[-1]} rows"
+    if not torch.equal(output.isinf(), product.isinf()):
+        return "banned tokens: others have the logit -inf in the head than in its product with the hidden states"
+    heard = product.isfinite().all(0)
+    output, product, allowed = output[:, heard], product[:, heard], allowed[:, heard]
     allowed = allowed.amax().expand_as(allowed)  # an explanation may leave what the worst token leaves
     ratio = _ratio(output, product)
     if _fits(output, ratio * product, allowed):
@@ -164,9 +170,9 @@ def _allowed(exact: Tensor, eager: Tensor, size: Tensor, eps: float, terms: int)
     So they are taken to be at least those of a running sum, sqrt(terms) roundings of the dtype that sums are in.
     """
     unit = size.clamp(min=torch.finfo().tiny)
-    measured = ((eager.double() - exact) / unit).square().mean().sqrt()
+    measured = ((eager.double() - exact) / unit).masked_fill(exact.isinf(), 0.0).square().mean().sqrt()
     summed = terms**0.5 * min(eps, torch.finfo(torch.float32).eps)
-    return 8 * measured.clamp(min=summed) * unit + 4 * eps * exact.abs() + torch.finfo().tiny
+    return 8 * measured.clamp(min=summed) * unit + 4 * eps * exact.abs().masked_fill(exact.isinf(), 0.0) + torch.finfo().tiny
 
 
 def _size(hidden: Tensor, head: LMHead) -> Tensor:
@@ -181,29 +187,35 @@ def _refuse(base: Any, where: str, cause: str, found: Tensor, expected: Tensor) 
     )
 
 
-def verify_lm_head(model: Any, head: LMHead | None = None, batch: Any = None) -> None:
+def verify_lm_head(model: Any, head: LMHead | None = None, batch: Any = None, *, role: str = "model") -> None:
     """Hold head(hidden_states) against the model's own logits, on a few tokens; for the start of a training run.
 
     model: as for ``lm_head``, whose result is tested. head: an LMHead made by hand instead, for its hidden states (..., D) as
         ``hidden_states`` returns them. batch: the model's keyword arguments, where 24 token ids are not enough (images, encoder
-        inputs). Three forwards without gradients, in evaluation mode, not compiled.
+        inputs). role: what errors call the model. Three forwards without gradients, in evaluation mode, not compiled.
 
-    The model is left as it was: modes, buffers, gradients, random numbers. What is allowed is the error of the same computation in
-    the model's dtype against float64.
+    The model is left as it was: modes, weights, buffers, gradients, random numbers. Layers that keep weights in a form of their own
+    (quantised ones) run in training mode, as some change that form for good in evaluation mode. What is allowed is the error of the
+    same computation in the model's dtype against float64.
 
     Raises ValueError that names the likely cause: the logit scale, a softcap, a bias, another order of the vocabulary, tied
-    weights, an adapter on the head; and ValueError as ``lm_head`` does.
+    weights, an adapter on the head; where a weight, or what the probe makes of finite ones, is NaN or infinite; and as ``lm_head``
+    does.
     """
     base = unwrapped(model)
     read = read_head(model, own_forward=True)
     if head is None:
         scale, softcap = after_head(model)
         head = LMHead(read.weight(), read.bias(), logit_scale=scale, softcap=softcap)
+    check_weights(model, role)
+    for name in ("weight", "bias"):
+        if (given := getattr(head, name)) is not None and not is_finite(given, low=name == "weight"):
+            raise NotFinite(f"the head given has a {name} that is NaN or infinite; accepted: finite numbers")
     with _as_it_was(model):
-        _verify(model, base, read, head, model_inputs(model, _probe(base) if batch is None else batch))
+        _verify(model, base, read, head, model_inputs(model, _probe(base) if batch is None else batch), role)
 
 
-def _verify(model: Any, base: Any, read: OutputHead, head: LMHead, inputs: dict[str, Any]) -> None:
+def _verify(model: Any, base: Any, read: OutputHead, head: LMHead, inputs: dict[str, Any], role: str) -> None:
     module = output_module(model)
     seen: dict[str, Tensor] = {}
 
@@ -224,6 +236,11 @@ def _verify(model: Any, base: Any, read: OutputHead, head: LMHead, inputs: dict[
     logits = run(observe)
     if "output" not in seen:
         raise ValueError(f"the forward of {type(base).__name__} did not call its output head ({type(module).__name__})")
+    for what, made in (("hidden states", seen["hidden"]), ("logits", seen["output"])):
+        if not is_finite(made, low=made is seen["hidden"]):
+            raise NotFinite(
+                f"the {role}'s {what} are NaN or infinite, though its weights are not: {made.dtype} may be too narrow for it"
+            )
     eps = max(torch.finfo(tensor.dtype).eps for tensor in (seen["hidden"], seen["output"], head.weight, logits))
 
     hidden = _rows(read.extend(seen["hidden"]))
