@@ -9,16 +9,22 @@ Exit status: 0 done, 2 bad input or a damaged file, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdkernels.arguments import MEMORY, Parser, drop_output, how_to_go_on, memory
 from kdkernels.arguments import checked as _checked
 from kdkernels.arguments import number as _number
 from kdkernels.demo.settings import DEFAULT_MINUTES, Settings, require_libraries
 from kdkernels.errors import CommandError
+from kdkernels.models import HEADS
+from kdkernels.roofline import DEVICES
 from kdkernels.transformers import cache_command, distill_command
 
 INTERRUPTED = 130
@@ -27,7 +33,34 @@ BAD_INPUT = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    try:
+        return _ended(_status(argv))
+    except SystemExit as stop:  # argparse's own way out, after --help or an error
+        raise SystemExit(_ended(int(stop.code or 0))) from None
+    except KeyboardInterrupt:  # before the command began, or a second one while it ended
+        return _refuse("nothing more was written", INTERRUPTED, "\ninterrupted; ")
+
+
+def _ended(status: int) -> int:
+    """The exit status, once all that was printed is out; at the interpreter's end it could only be a traceback."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        drop_output()
+        if not status and not isinstance(error, BrokenPipeError):
+            return _refuse(f"standard output cannot be written: {error.strerror}")
+    return status
+
+
+def _refuse(reason: str, status: int = BAD_INPUT, before: str = "error: ") -> int:
+    with contextlib.suppress(BrokenPipeError):
+        print(f"{before}{reason}", file=sys.stderr)
+    return status
+
+
+def _status(argv: Sequence[str] | None) -> int:
+    parser = Parser(
         prog="python -m kdkernels",
         description="Distillation losses for language models with large vocabularies.",
         epilog="examples:\n  python -m kdkernels info\n"
@@ -42,11 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except CommandError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return _refuse(str(error))
     except KeyboardInterrupt:
-        print(f"\ninterrupted; {arguments.interrupted}", file=sys.stderr)
-        return INTERRUPTED
+        then = arguments.interrupted
+        return _refuse(then if isinstance(then, str) else then(arguments), INTERRUPTED, "\ninterrupted; ")
+    except BrokenPipeError:
+        drop_output()
+    except OSError as error:  # of a disk or a network, which no command has told better
+        return _refuse(" ".join(str(error).split()))
     return 0
 
 
@@ -69,12 +105,14 @@ def _add_plan(commands: Any) -> None:
         description="Peak memory and time of one step, loss and gradients, from hidden states and heads: eager PyTorch beside\n"
         "this library's strategies. Nothing is run: memory comes from the plan, time from a roofline of the datasheet.",
         epilog="examples:\n  python -m kdkernels plan --student Qwen2.5-0.5B --teacher Qwen2.5-7B --tokens 8192\n"
-        "  python -m kdkernels plan --student 32000x512 --teacher 32000x1024 --tokens 4096 --dtype float32 --device cpu",
+        "  python -m kdkernels plan --student ./student --teacher Qwen/Qwen3-8B --tokens 8192 --memory-budget 1GB --json\n"
+        "  python -m kdkernels plan --student 32000x512 --teacher 32000x1024 --tokens 4096 --dtype float32 --device cpu\n\n"
+        + textwrap.fill(f"models known by name: {', '.join(HEADS)}", 100, break_on_hyphens=False),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    size = "a model's name, or sizes VxD (vocabulary x hidden) such as 151936x896"
-    parser.add_argument("--student", type=_checked(_head_shape), required=True, metavar="NAME-OR-SIZES", help=f"its head: {size}")
-    parser.add_argument("--teacher", type=_checked(_head_shape), required=True, metavar="NAME-OR-SIZES", help=f"its head: {size}")
+    model = "a folder with config.json, a name of the hub or of the table, or sizes VxD (vocabulary x hidden) such as 151936x896"
+    parser.add_argument("--student", type=_checked(_head_shape), required=True, metavar="MODEL", help=f"its head: {model}")
+    parser.add_argument("--teacher", type=_checked(_head_shape), required=True, metavar="MODEL", help="its head, named likewise")
     count = _number(int, "an integer from 1 to 2**40", lambda value: 1 <= value <= 2**40)
     parser.add_argument("--tokens", type=count, required=True, metavar="N", help="tokens that count in a step")
     parser.add_argument(
@@ -88,29 +126,38 @@ def _add_plan(commands: Any) -> None:
         type=_checked(_device_name),
         default="H100",
         metavar="DEVICE",
-        help="A100-80, H100, H100-PCIe, H200, B200, RTX4090, MI300X, or cpu: this one, measured (default: %(default)s)",
+        help=f"{', '.join(DEVICES)}, or cpu: this one, measured (default: %(default)s)",
     )
     parser.add_argument(
         "--divergence", type=_checked(_divergence), default="forward_kl", metavar="NAME", help="of the loss (default: %(default)s)"
     )
     parser.add_argument(
         "--memory-budget",
-        type=_number(int, "a number of bytes, at least 1", lambda value: value >= 1),
+        type=_number(memory, MEMORY, lambda value: True),
         metavar="BYTES",
-        help="for the scratch of both models' logits (default: what the loss itself takes)",
+        help="for the scratch of both models' logits, such as 512MiB or 1GB (default: what the loss itself takes)",
     )
     parser.add_argument("--frozen-head", action="store_true", help="the student's head takes no gradient")
     parser.add_argument("--okd", action="store_true", help="the teacher learns too, its head frozen (kd.linear_okd_loss)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the inputs, and what is predicted of each way")
     parser.set_defaults(run=_plan, interrupted="nothing was changed")
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     import torch
 
-    from kdkernels import compare, roofline
+    from kdkernels import compare, models, roofline
 
     student, teacher = arguments.student, arguments.teacher
     vocab, dtype = min(student.vocab, teacher.vocab), getattr(torch, arguments.dtype)
+    try:
+        compared = models.check_tokenizers(student, teacher)
+    except ValueError as error:
+        raise CommandError(
+            f"--student {student.name} cannot learn from --teacher {teacher.name}: {error}. Distillation compares distributions "
+            "over one vocabulary, token by token. Sizes are planned all the same: "
+            f"--student {student.sizes} --teacher {teacher.sizes}"
+        ) from error
     on = roofline.device(arguments.device)
     ways = compare.compare(
         arguments.tokens,
@@ -124,14 +171,30 @@ def _plan(arguments: argparse.Namespace) -> None:
         train_head=not arguments.frozen_head,
         online_teacher=arguments.okd,
     )
+    if arguments.json:
+        print(json.dumps({"inputs": _inputs(arguments, vocab, compared), "predicted": {way.name: way.figures(on) for way in ways}}))
+        return
     head = ", frozen head" if arguments.frozen_head else ""
     loss = f"OKD with {arguments.divergence}, losses" if arguments.okd else f"{arguments.divergence}, loss"
     print(f"{loss} and gradients of {arguments.tokens:,} tokens, {arguments.dtype}{head}")
     print(f"vocabulary {vocab:,}, hidden {student.dim:,} (student) and {teacher.dim:,} (teacher), on {on.name}")
     if student.vocab != teacher.vocab:
         print(f"heads of {student.vocab:,} and {teacher.vocab:,} rows: planned for vocab_size={vocab}")
+    if not compared and not models.SIZES.fullmatch(student.name) and not models.SIZES.fullmatch(teacher.name):
+        print("tokenizers: not compared, since what is here does not say that they are one")
     print()
     print(compare.table(ways, on))
+
+
+def _inputs(arguments: argparse.Namespace, vocab: int, compared: bool) -> dict[str, Any]:
+    """What a plan was made for, as JSON has it."""
+    models = {
+        side: {"name": head.name, "vocab": head.vocab, "hidden": head.dim, "tokenizer": head.tokenizer or None}
+        for side, head in (("student", arguments.student), ("teacher", arguments.teacher))
+    }
+    names = ("tokens", "dtype", "device", "divergence", "memory_budget", "frozen_head", "okd")
+    given = {name: getattr(arguments, name) for name in names}
+    return {**models, "vocab_size": vocab, "one_tokenizer": True if compared else None, **given}
 
 
 def _head_shape(text: str) -> Any:
@@ -183,7 +246,7 @@ def _add_demo(commands: Any) -> None:
         help="of the models and the batches (default: %(default)s)",
     )
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run from its last checkpoint")
-    parser.set_defaults(run=_demo, interrupted="the same command with --resume continues from the last checkpoint")
+    parser.set_defaults(run=_demo, interrupted=lambda arguments: how_to_go_on(arguments.out, "demo"))
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -27,6 +28,17 @@ class Predicted:
     flops: float
     cut: str
     note: str = ""
+
+    def figures(self, on: Device) -> dict[str, Any]:
+        """Plain values, ready for JSON. fits: in the device's memory; None where that is not known."""
+        return {
+            "peak_bytes": self.peak_bytes,
+            "seconds": self.seconds,
+            "seconds_over_products": self.over_products,
+            "flops": self.flops,
+            "cut": self.cut,
+            "fits": self.peak_bytes <= on.memory if on.memory else None,
+        }
 
 
 def compare(

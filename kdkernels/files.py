@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,17 @@ from torch import Tensor
 
 from kdkernels.errors import CommandError
 
+# of a write that began well; what cannot be opened for writing at all also has a name
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
 
 def marker(folder: Path, command: str) -> Path:
     """The file by which a folder is known to be made by ``command``."""
     return folder / f"kdkernels-{command}.json"
 
 
-def claim(folder: Path, command: str, argument: str = "--out") -> None:
-    """Make the output folder, or take an earlier one of the same command; anything else that stands there is left alone.
+def check(folder: Path, command: str, argument: str = "--out") -> None:
+    """Refuse an output folder that holds anything but an earlier run of the same command; nothing is written.
 
     command: its name, as the messages and the marker file kdkernels-COMMAND.json have it. argument: what the messages call the
     folder.
@@ -34,7 +39,17 @@ def claim(folder: Path, command: str, argument: str = "--out") -> None:
         if folder.exists() and not folder.is_dir():
             raise CommandError(f"{argument} {folder} is a file; {accepted}")
         if folder.exists() and not mark.exists() and any(folder.iterdir()):
-            raise CommandError(f"{argument} {folder} holds other files (there is no {mark.name}); {accepted}")
+            hint = f"; the {command} that it is a part of is in {folder.parent}" if marker(folder.parent, command).exists() else ""
+            raise CommandError(f"{argument} {folder} holds other files (there is no {mark.name}){hint}; {accepted}")
+    except OSError as error:
+        raise CommandError(f"{argument} {folder} cannot be read: {error.strerror}") from error
+
+
+def claim(folder: Path, command: str, argument: str = "--out") -> None:
+    """Make the output folder, or take an earlier one of the same command; what ``check`` refuses is left alone."""
+    check(folder, command, argument)
+    mark = marker(folder, command)
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob("*.tmp"):
             left_over.unlink()
@@ -43,13 +58,59 @@ def claim(folder: Path, command: str, argument: str = "--out") -> None:
         raise CommandError(f"{argument} {folder} cannot be written: {error.strerror}") from error
 
 
+@contextmanager
+def writing(folder: Path, then: str, argument: str = "--out") -> Iterator[None]:
+    """Inside, a file of the folder that cannot be written, as on a full disk, is a CommandError, whichever library was writing it.
+
+    then: what can be done about it, for the message.
+    """
+    try:
+        yield
+    except CommandError:
+        raise
+    except Exception as error:
+        reason = _unwritable(error, folder)
+        if reason is None:
+            raise
+        raise CommandError(f"{argument} {folder} cannot be written: {reason}; {then}") from error
+
+
+def _unwritable(error: BaseException | None, folder: Path) -> str | None:
+    """Why a file could not be written, if that is what the error, or one that it hides, is about.
+
+    safetensors and tokenizers raise classes of their own with the system's words in them; torch's writer has lost these.
+    """
+    while error is not None:
+        text = str(error)
+        if isinstance(error, OSError):
+            names = [name for name in (error.filename, error.filename2) if isinstance(name, (str, os.PathLike))]
+            within = any(
+                folder.absolute() in (here := Path(name).absolute()).parents or here == folder.absolute() for name in names
+            )
+            if error.errno in UNWRITABLE or (within and not isinstance(error, FileExistsError)):
+                return error.strerror
+        for number in UNWRITABLE:
+            if f"{os.strerror(number)} (os error {number})" in text:
+                return os.strerror(number)
+        # a writer that could not finish; a reader says PytorchStreamReader
+        if isinstance(error, RuntimeError) and any(sign in text for sign in ("StreamWriter", "unexpected pos", "iostream error")):
+            return "torch.save could not write a whole file, as where the disk is full"
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def write(path: Path, content: bytes) -> None:
     """Replace the file in one move: a run that is killed leaves the old file or the new one, never half of one."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)  # room for what comes after
+        raise
     os.replace(temporary, path)
 
 

@@ -66,7 +66,7 @@ def text() -> str:
     lines |= {name: known[name] for name in ("system", "processor", "threads")}
     lines |= {f"backend, {device}": name for device, name in known["backends"].items()}
     if in_use is None:
-        lines["instruction set"] = "none: the C++ extension is not built, plain PyTorch does the work"
+        lines["instruction set"] = f"none: {native.missing or native.NOT_BUILT}, so plain PyTorch does the work; {native.GET_IT}"
     else:
         lines["instruction set"] = f"{in_use} (usable here: {', '.join(known['instruction_sets'])})"
     lines["divergences"] = ", ".join(known["divergences"])

@@ -35,8 +35,9 @@ def run(
     if rows is not None:
         weights = torch.zeros_like(weights).index_copy_(0, rows, weights[rows])
     scale = grad_scale if lift is None else grad_scale * lift
-    name = backends.select(device, student_logits.dtype, teacher_logits.dtype)
-    row_loss = backends.operators(name).row_loss
+    dtypes = student_logits.dtype, teacher_logits.dtype
+    name = backends.select(device, *dtypes)
+    row_loss = backends.operators_of_loss(name, device, *dtypes).row_loss
     out = torch.empty_like(student_logits, memory_format=torch.contiguous_format) if need else None
     size = REFERENCE_ROWS if name == "reference" else max(1, tokens)
     parts = [weights.new_empty((0, len(ROW_COLUMNS)))]

@@ -38,7 +38,7 @@ library.define(
 )
 library.define(
     f"linear_topk_kd({_HEADS[0]}Tensor? token_weight, Tensor grad_scale, Tensor? lift, Tensor topk_ids, Tensor topk_logprobs, "
-    f"Tensor? labels, Tensor t, {_TERMS}, str tail, int ignore_index, int vocab, ScalarType student_dtype, "
+    f"Tensor? topk_rest, Tensor? labels, Tensor t, {_TERMS}, int ignore_index, int vocab, ScalarType student_dtype, str tail, "
     "str strategy, int memory_budget, bool[] needs, bool metrics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
@@ -101,13 +101,13 @@ def linear_okd(*arguments: Any) -> tuple[Tensor, ...]:
 
 def linear_topk_kd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     student, (token_weight, grad_scale, lift), known, (labels, t) = (
-        arguments[begin:end] for begin, end in ((0, 3), (3, 6), (6, 8), (8, 10))
+        arguments[begin:end] for begin, end in ((0, 3), (3, 6), (6, 9), (9, 11))
     )
-    tail, ignore_index, vocab_size, dtype, strategy, budget, needs, metrics = arguments[16:]
+    ignore_index, vocab_size, dtype, tail, strategy, budget, needs, metrics = arguments[17:]
     budget = budget or default_budget(student[0].device)
     with torch.autocast(student[0].device.type, enabled=False):
         step = prepare(
-            *(student, None, token_weight, grad_scale, lift, labels, t, Terms(*arguments[10:16])),
+            *(student, None, token_weight, grad_scale, lift, labels, t, Terms(*arguments[11:17])),
             *(ignore_index, vocab_size, (dtype, dtype), tuple(needs), metrics, budget, known),
         )
         # One sweep over the vocabulary gives the statistics, whatever the divergence; to the plan that is forward KL.

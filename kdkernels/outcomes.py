@@ -1,11 +1,11 @@
 """The loss against a target that knows k tokens of each row (an offline teacher's top-k), by either strategy.
 
 The vocabulary of a row falls into its k tokens and the rest. The target has k outcomes, or one more for all of the rest together
-(``tail="bucket"``), so value and slope of any divergence are sums over those few, in float64. Of the rest a row needs three things
-only: its log-sum-exp, its slope, and its gradient, which is a multiple of the softmax over the rest alone. Entries of the k tokens
-are banned (-inf) from the rest before either is computed and never subtracted from the whole: where the student is sure of one of
-them, a difference would have no digits left. Nor can anything underflow that should not: exp(x - log-sum-exp of the rest) is a
-probability given that the outcome is the rest, however unlikely that is.
+(``tail="bucket"``), so value and slope of any divergence are sums over those few, in float64. Of the student's rest a row needs
+three things only: its log-sum-exp, its slope, and its gradient, which is a multiple of the softmax over the rest alone. Entries
+of the k tokens are banned (-inf) from the rest before either is computed and never subtracted from the whole: where the student
+is sure of one of them, a difference would have no digits left. Nor can anything underflow that should not: exp(x - log-sum-exp of
+the rest) is a probability given that the outcome is the rest, however unlikely that is.
 
 Passes over logits are plain torch, over pieces of rows that stay in a cache, on every device: one for the statistics and one for
 the gradient, for every divergence. Products are 3 Us by chunks of tokens, and 4 Us by blocks of the vocabulary.
@@ -26,6 +26,11 @@ from kdkernels.scratch import borrowed
 from kdkernels.step import Inputs, Known, Outcome, Step, empty_sums, weighted
 
 TAILS = ("renormalize", "bucket")
+# Divergences whose terms the student's own probabilities weigh: over the k tokens alone they fall below 0, as mass leaves these.
+WEIGHED_BY_STUDENT = ("reverse_kl", "skew_reverse_kl")
+# The least mass that the target's rest is taken to have where it is only what the k leave of 1. Rounded to float32 that is noise
+# below this, and often 0; an outcome without mass would be dropped from the divergence, which is then none.
+LEAST_REST = 2.0**-23
 # Bytes of a piece of logits, or of what is known of the k tokens, that is worked on at a time; some six such tensors live at once.
 PIECE_BYTES = {"cpu": 2 * 2**20}
 OTHER_PIECE_BYTES = 32 * 2**20
@@ -97,6 +102,7 @@ class Outcomes:
         self.step, self.terms, self.bucket = step, step.terms, tail == "bucket"
         self.scale, self.softcap = step.terms.head[:2]
         self.log_probs = known[1][index]
+        self.log_rest = None if known[2] is None else known[2][index]
         self.used = self.log_probs != -torch.inf  # NaN is used: it is not to be hidden
         self.ids = known[0][index].where(self.used, 0)
         self.labels = step.labels_at(index)
@@ -168,7 +174,10 @@ class Outcomes:
         own, given, is_outcome, log_sum = logits / temperature, log_probs, used, whole.log_sum
         if self.bucket:
             own = torch.cat([own, rest.log_sum[:, None]], 1)
-            given = torch.cat([given, _log_of_rest(given)[:, None]], 1)
+            # Where the k tokens are all that the student has, there is no rest to be given a least mass.
+            least = torch.where(rest.log_sum == -torch.inf, 0.0, LEAST_REST)
+            log_rest = log_of_rest(given, least) if self.log_rest is None else self.log_rest[piece].double()
+            given = torch.cat([given, log_rest[:, None]], 1)
             is_outcome = torch.cat([used, torch.ones_like(used[:, :1])], 1)
             log_sum = _exponentials(own)[2]
         # At t = 0 both come from the same numbers by the same steps, so that a student at its target is there to the last bit.
@@ -256,14 +265,14 @@ def _here(ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     return here, (ids - columns.start).where(here, 0)
 
 
-def _log_of_rest(log_probs: Tensor) -> Tensor:
-    """log(1 - sum of exp(log_probs)), [rows]; -inf where the k tokens hold everything, or by rounding more.
+def log_of_rest(log_probs: Tensor, least: Tensor) -> Tensor:
+    """log(1 - sum of exp(log_probs)) of log_probs [rows, k], where that is more than ``least``, else log(least): [rows].
 
     What the most likely token leaves is known to all of its digits, however little it is; the others are taken from that.
     """
     largest, at = log_probs.max(1, keepdim=True)
     others = log_probs.scatter(1, at, -torch.inf).exp().sum(1)
-    return (-torch.expm1(largest[:, 0]) - others).clamp(min=0.0).log()
+    return torch.maximum(-torch.expm1(largest[:, 0]) - others, least).log()
 
 
 class _Run:
@@ -352,5 +361,5 @@ def _by_columns(step: Step, inputs: Inputs, known: Known, tail: str) -> Outcome:
 
 def run(strategy: str, step: Step, inputs: Inputs, known: Known, tail: str) -> Outcome:
     """strategy: "tokens" or "vocab". inputs: hidden states, weight and bias, not cut to the vocabulary, which the gradients are
-    shaped like. known: tokens [N, k] and log-probabilities. tail: one of TAILS."""
+    shaped like. known: tokens [N, k], their log-probabilities, and that of the rest [N] or None. tail: one of TAILS."""
     return (_by_tokens if strategy == "tokens" else _by_columns)(step, inputs, known, tail)

@@ -24,6 +24,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -151,6 +152,8 @@ def _gpu(
 # float32 is the plain rate: TF32 would be half of the bfloat16 rate on NVIDIA's data centre GPUs, and is off in PyTorch by default.
 # The clock is the boost clock that this rate is stated for: the rate over units and float32 operations of a unit in a cycle.
 _GPUS = (
+    # NVIDIA A100 datasheet, 40 GB: 1,555 GB/s, the rates and multiprocessors of the one of 80 GB
+    _gpu("A100-40", 1.555, 19.5, 312, 40, 40, 108, 1.41),
     # NVIDIA A100 datasheet, SXM 80 GB: 2,039 GB/s, 19.5 / 312 Tflop/s; whitepaper: 40 MB L2, 108 SMs, 1.41 GHz
     _gpu("A100-80", 2.039, 19.5, 312, 80, 40, 108, 1.41),
     # NVIDIA H100 datasheet, SXM5: 3.35 TB/s, 67 / 989.4 Tflop/s; whitepaper: 50 MB L2, 132 SMs of 128 float32 units
@@ -161,8 +164,19 @@ _GPUS = (
     _gpu("H200", 4.8, 67, 989.4, 141, 50, 132, 1.98),
     # NVIDIA DGX B200 datasheet, an eighth of it: 8 TB/s, 180 GB, 75 / 2,250 Tflop/s; Blackwell tuning guide: 126 MB L2, 148 SMs
     _gpu("B200", 8.0, 75, 2250, 180, 126, 148, 1.98),
+    # NVIDIA L4 datasheet: 300 GB/s, 30.3 / 121 Tflop/s, 24 GB, 7,424 CUDA cores of 128 in a multiprocessor; 48 MB L2, 2.04 GHz
+    _gpu("L4", 0.300, 30.3, 121, 24, 48, 58, 2.04),
+    # NVIDIA L40S datasheet: 864 GB/s, 91.6 / 362.05 Tflop/s, 48 GB, 18,176 CUDA cores; 96 MB L2, 2.52 GHz
+    _gpu("L40S", 0.864, 91.6, 362.05, 48, 96, 142, 2.52),
+    # NVIDIA GeForce RTX 3090: 936 GB/s, 35.6 Tflop/s, 24 GB, 6 MB L2, 82 SMs, 1.695 GHz; 142 Tflop/s with sums in float16, half of
+    # it in float32
+    _gpu("RTX3090", 0.936, 35.6, 71, 24, 6, 82, 1.695),
     # NVIDIA Ada whitepaper, GeForce RTX 4090: 1,008 GB/s, 82.6 / 165.2 Tflop/s with sums in float32, 72 MB L2, 128 SMs, 2.52 GHz
     _gpu("RTX4090", 1.008, 82.6, 165.2, 24, 72, 128, 2.52),
+    # NVIDIA GeForce RTX 5090: 1,792 GB/s, 104.8 / 209.5 Tflop/s with sums in float32, 32 GB, 96 MB L2, 170 SMs, 2.407 GHz
+    _gpu("RTX5090", 1.792, 104.8, 209.5, 32, 96, 170, 2.407),
+    # NVIDIA RTX PRO 6000 Blackwell, Workstation Edition: 1,792 GB/s, 126 / 503.8 Tflop/s, 96 GB, 128 MB L2, 188 SMs, 2.617 GHz
+    _gpu("RTXPRO6000", 1.792, 126, 503.8, 96, 128, 188, 2.617),
     # AMD Instinct MI300X datasheet: 5.3 TB/s, 163.4 / 1,307.4 Tflop/s, 304 compute units, 256 MB Infinity Cache, 2.1 GHz; CDNA 3:
     # four units of 16 lanes
     _gpu("MI300X", 5.3, 163.4, 1307.4, 192, 256, 304, 2.1, lanes=64),
@@ -216,15 +230,31 @@ def gpu_memory(where: torch.device) -> int:
     return torch.cuda.get_device_properties(where).total_memory if torch.cuda.is_available() else nominal(where).memory
 
 
+# By what torch calls them, the first that fits: laptops and other editions, which are slower, are none of these.
+_NAMES = {
+    r"A100.*40GB": "A100-40",
+    r"A100": "A100-80",
+    r"H100 PCIe": "H100-PCIe",
+    r"H100": "H100",
+    r"H200": "H200",
+    r"B200": "B200",
+    r"L4$": "L4",
+    r"L40S": "L40S",
+    r"RTX 3090$": "RTX3090",
+    r"RTX 4090$": "RTX4090",
+    r"RTX 5090$": "RTX5090",
+    r"RTX PRO 6000 Blackwell Workstation": "RTXPRO6000",
+    r"MI300X": "MI300X",
+}
+
+
 @functools.cache
 def this_gpu(where: torch.device) -> Device | None:
     """The GPU of this machine, if the table has it."""
     if where.type != "cuda" or not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name(where)
-    known = {"A100": "A100-80", "H100 PCIe": "H100-PCIe", "H100": "H100", "H200": "H200", "B200": "B200", "4090": "RTX4090"}
-    known["MI300X"] = "MI300X"
-    return next((DEVICES[device] for part, device in known.items() if part in name), None)
+    return next((DEVICES[device] for known, device in _NAMES.items() if re.search(known, name)), None)
 
 
 def resolve_device(named: torch.device | str) -> tuple[torch.device, Device | None]:

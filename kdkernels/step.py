@@ -159,8 +159,9 @@ def _model(inputs: Inputs, dtype: torch.dtype, vocab: int, sum_dtype: torch.dtyp
 
 # So many slots are looked at together.
 SLOTS = 2**22
-# The k tokens that an offline teacher kept of each row, and their log-probabilities: [N, K] each, -inf where a slot is not used.
-Known = tuple[Tensor, Tensor]
+# The k tokens that an offline teacher kept of each row and their log-probabilities, [N, K] each, -inf where a slot is not used, and
+# the log-probability of all others, [N], where it is known.
+Known = tuple[Tensor, Tensor, Tensor | None]
 _DIVISOR = "what the mean divides by (the normalizer, or the token weights that are kept)"
 
 
@@ -424,7 +425,7 @@ def kept_rows(
         counted = labels.where(labelled, 0)
         facts += [counted.max(), counted.min()]
     if known is not None:
-        facts += _facts_of_slots(keep, *known)
+        facts += _facts_of_slots(keep, *known[:2])
     count, *found = torch.stack(facts).tolist()
     if labels is not None:
         largest, least, *found = found

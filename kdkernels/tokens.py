@@ -31,7 +31,7 @@ class _Learner:
         self.grads = Gradients(step, *inputs, weight_parts=chunks)
         self.losses = torch.zeros(inputs[0].shape[0], dtype=step.sum_dtype, device=step.device)
         self.metric_sums = empty_sums(step.device)
-        self.row_loss = backends.operators(step.backend).row_loss
+        self.row_loss = backends.operators_of_loss(step.backend, step.device, step.student.logits, step.teacher.logits).row_loss
 
     def add(
         self,

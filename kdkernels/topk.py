@@ -26,7 +26,7 @@ from kdkernels.checks import (
 )
 from kdkernels.divergences import Divergence
 from kdkernels.losses import reduced, terms_of
-from kdkernels.outcomes import TAILS
+from kdkernels.outcomes import TAILS, WEIGHED_BY_STUDENT
 
 
 def linear_topk_kd_loss(
@@ -36,7 +36,8 @@ def linear_topk_kd_loss(
     topk_logprobs: Tensor,
     labels: Tensor | None = None,
     *,
-    tail: str = "renormalize",
+    tail: str | None = None,
+    topk_rest: Tensor | None = None,
     divergence: Divergence | str = "forward_kl",
     t: float | Tensor = 1.0,
     temperature: float = 1.0,
@@ -57,11 +58,13 @@ def linear_topk_kd_loss(
     Per token: kd_weight T² D(p, q) + ce_weight CE(label, softmax(x)), where D is over a few outcomes and not over the vocabulary:
 
         tail="renormalize": the k tokens. p is the teacher's distribution over them, q the student's softmax(x / T) over the whole
-            vocabulary: tokens outside count as banned by the teacher. Divergences that p weighs then ask the student for no mass
-            outside of the k; reverse_kl and skew_reverse_kl, which q weighs, leave that mass free of cost and gain from moving
-            some there: take the other tail for them.
+            vocabulary: tokens outside count as banned by the teacher, and have no terms. With u the student's mass there, that
+            leaves out nothing of forward_kl and skew_forward_kl, u / 2 of total_variation and (1 - beta) u log(1 / (1 - beta)) of
+            jsd; all four stay divergences, least at q = p. Of skew_reverse_kl it leaves out u log(1 / alpha) and of reverse_kl
+            what is infinite; these two fall below 0 as mass leaves the k tokens, and are none.
         tail="bucket": the k tokens and one outcome for all others, with what is left of each model's mass. How the student divides
-            that among them is left to it.
+            that among them is left to it. Every divergence stays one.
+        tail=None: "bucket" where topk_rest is given and for reverse_kl and skew_reverse_kl, else "renormalize".
 
     The target is softmax((1 - t) log q + t log p) over these outcomes, with q held constant: t < 1 is TAID.
 
@@ -70,8 +73,10 @@ def linear_topk_kd_loss(
     topk_ids: (..., K) integers, K at least 1, distinct tokens in each position.
     topk_logprobs: (..., K) floats of any dtype, log softmax(z / T) of the teacher at these tokens, at this loss's temperature. -inf
         marks a slot that is not used, whose id is ignored: positions may keep fewer than K. Without any, kd is 0 there. Values that
-        sum up to more than 1 are not refused: "renormalize" takes them as logits, "bucket" leaves nothing to the rest and does
-        the same. The rest is what their roundings leave of 1, so 16 bits are too few for "bucket" with a peaked teacher.
+        sum up to more than 1 are not refused: they are normalised.
+    topk_rest: (...,) floats, the log-probability of all other tokens together, for "bucket"; ``write_cache`` keeps it. -inf: they
+        are banned by the teacher, and have no term. None: what the k leave of 1, and at least 2^-23, below which the k tell nothing
+        when they are rounded to float32 (to 16 bits, far above): of a confident teacher the rest is best given.
     return_metrics: as there, with two differences: target_entropy is over the target's outcomes, and overlap is the sum of
         min(q, p) over the k tokens, which is a lower bound of that over the vocabulary.
     vocab_size: cut the head to its first rows (a padded vocabulary); the rest gets zero gradient.
@@ -88,7 +93,6 @@ def linear_topk_kd_loss(
     vocab = cut_vocabulary(head.weight.shape[0], vocab_size, "the rows of student_head")
     budget = scratch_of(strategy, memory_budget)
     dtype = compute_dtype(student_hidden, head.weight, "student_hidden and student_head")
-    one_of("tail", tail, TAILS)
     integer_tensor("topk_ids", topk_ids, device)
     float_tensor("topk_logprobs", topk_logprobs, device)
     lead = student_hidden.shape[:-1]
@@ -99,8 +103,15 @@ def linear_topk_kd_loss(
         )
     if topk_logprobs.shape != topk_ids.shape:
         raise ValueError(f"topk_logprobs {tuple(topk_logprobs.shape)} and topk_ids {tuple(topk_ids.shape)} must have one shape")
-    if topk_logprobs.requires_grad and torch.is_grad_enabled():
-        raise ValueError("topk_logprobs requires grad, but the target is constant; pass topk_logprobs.detach()")
+    if topk_rest is not None:
+        float_tensor("topk_rest", topk_rest, device)
+        if topk_rest.shape != lead:
+            raise ValueError(
+                f"topk_rest has shape {tuple(topk_rest.shape)}; student_hidden {tuple(student_hidden.shape)} needs {tuple(lead)}"
+            )
+    for name, given in (("topk_logprobs", topk_logprobs), ("topk_rest", topk_rest)):
+        if given is not None and given.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires grad, but the target is constant; pass {name}.detach()")
     loss = checked(
         student_hidden,
         "student_hidden",
@@ -117,14 +128,19 @@ def linear_topk_kd_loss(
         normalizer=normalizer,
         return_metrics=return_metrics,
     )
+    if tail is None:
+        tail = "bucket" if topk_rest is not None or loss.divergence.name in WEIGHED_BY_STUDENT else "renormalize"
+    elif one_of("tail", tail, TAILS) == "renormalize" and topk_rest is not None:
+        raise ValueError("topk_rest is given, and tail='renormalize' has no rest; accepted with it: tail='bucket' or None")
     sum_dtype = accumulate_dtype(dtype)
     others = (
         rows_of(topk_ids).to(torch.int64),
         rows_of(topk_logprobs.detach()),
+        None if topk_rest is None else topk_rest.detach().reshape(-1),
         loss.labels,
         loss.t.to(device=device, dtype=sum_dtype),
         *terms_of(loss, [head.logit_scale, head.softcap or 0.0]),
-        *(tail, loss.ignore_index, vocab, dtype, strategy, budget),
+        *(loss.ignore_index, vocab, dtype, tail, strategy, budget),
     )
     differentiable = (rows_of(student_hidden), head.weight, head.bias)
     (value,), metrics = reduced(loss, torch.ops.kdkernels.linear_topk_kd, differentiable, (0, 0, 0), sum_dtype, others)

@@ -117,7 +117,7 @@ class BlockSweeps:
         self.steps, self.hidden, self.tiles, self.buffer = steps, hidden, tiles, buffer
         step = steps[0]
         self.models = (step.student,) if step.alone else (step.student, step.teacher)
-        self.operators = backends.operators(step.backend)
+        self.operators = backends.operators_of_loss(step.backend, step.device, step.student.logits, step.teacher.logits)
         index = step.index(0, step.count)
         self.labels = step.labels_at(index)
         self.weights = [one.weights[index] * one.scale for one in steps]

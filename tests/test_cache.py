@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
+from kdkernels import files
 from kdkernels.cli import main
 from kdkernels.errors import CommandError
 from tests.cases import InsideOperators
@@ -92,6 +93,7 @@ def assert_right(cache: TopKCache, model: Any, examples: Examples, vocab: int = 
     largest = max(float(right.abs().max()) for right in exact.values())
     allowed = 4 * worst + 4 * torch.finfo(torch.float32).eps * largest
     for ids, right in exact.items():
+        rest = cache.batch(torch.tensor([ids]))["topk_rest"][0]
         found, logprobs = cache.lookup(ids)
         assert found.shape == logprobs.shape == (len(ids), cache.top_k)
         assert (found.dtype, logprobs.dtype) == (torch.int64, torch.float32)
@@ -100,6 +102,8 @@ def assert_right(cache: TopKCache, model: Any, examples: Examples, vocab: int = 
         others = right.scatter(1, found, -math.inf)
         assert ((others < -1e30).sum(1) == cache.top_k).all(), "an id stands twice"
         assert (others.amax(1) <= logprobs[:, -1] + allowed).all()
+        everything = torch.full_like(rest, -math.inf)  # where all are listed
+        assert torch.where(others.amax(1) < -1e30, rest == everything, (rest - others.logsumexp(1)).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize(
@@ -140,6 +144,58 @@ def test_all_of_a_vocabulary_may_be_listed(llama: Any, tmp_path: Path) -> None:
     cache = write_cache(llama, EXAMPLES[:2], tmp_path / "new", top_k=VOCAB)
     assert cache.tail_mass < 1e-6
     assert_right(cache, llama, EXAMPLES[:2])
+
+
+def test_what_a_confident_teacher_leaves_to_others_keeps_its_digits(tmp_path: Path) -> None:
+    """Its listed probabilities sum to 1 in float32, so that the rest is not to be had from them."""
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(200)
+    cache = write_cache(model, EXAMPLES, tmp_path / "new", **OPTIONS)
+    assert_right(cache, model, EXAMPLES)
+    found = cache.batch(torch.tensor([EXAMPLES[7]["input_ids"]]))
+    lost = found["topk_logprobs"].exp().sum(-1) >= 1
+    assert lost.any()
+    assert (found["topk_rest"][lost] > -math.inf).all()
+
+
+def as_version_1(folder: Path) -> None:
+    """Make of a cache what an earlier release wrote: without the log-probability of the others."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for number, shard in enumerate(manifest["shards"]):
+        tensors, facts = files.load(folder / caches.shard_name(number))
+        del tensors["topk_rest"]
+        shard["digest"] = files.save(folder / caches.shard_name(number), tensors, facts)
+    del manifest["digest"]
+    caches._write_manifest(folder, {**manifest, "version": 1})
+
+
+def test_a_cache_of_the_earlier_version_is_still_read(llama: Any, whole: Path, folder: Path) -> None:
+    as_version_1(folder)
+    old, new = TopKCache(folder), TopKCache(whole)
+    ids = torch.tensor([EXAMPLES[7]["input_ids"]])
+    found, right = old.batch(ids), new.batch(ids)
+    assert found.keys() == right.keys()
+    for name in ("topk_ids", "topk_logprobs"):
+        assert torch.equal(found[name], right[name])
+    torch.testing.assert_close(found["topk_rest"], right["topk_rest"], rtol=0, atol=1e-5)
+    assert list(old.examples()) == EXAMPLES
+    with pytest.raises(CommandError, match=r"holds another cache: version is 1 there and 2 here; accepted: the same, or another"):
+        write_cache(llama, EXAMPLES, folder, **OPTIONS)
+
+
+def test_where_the_rest_was_not_kept_it_is_no_likelier_than_the_last_that_was(tmp_path: Path) -> None:
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(200)
+    write_cache(model, EXAMPLES, tmp_path / "new", **OPTIONS)
+    ids = torch.tensor([EXAMPLES[7]["input_ids"]])
+    kept = TopKCache(tmp_path / "new").batch(ids)["topk_rest"]
+    as_version_1(tmp_path / "new")
+    found = TopKCache(tmp_path / "new").batch(ids)
+    assert (found["topk_rest"] <= found["topk_logprobs"][..., -1] + math.log(VOCAB - TOP_K) + 1e-6).all()
+    assert ((found["topk_rest"] >= kept - 1e-5) | (found["topk_rest"].exp() > 1e-6)).all()
+    assert (found["topk_rest"] > -math.inf).all()
 
 
 def test_the_tail_is_the_probability_of_all_others(llama: Any, whole: Path) -> None:
@@ -211,7 +267,7 @@ def test_logits_never_exist_for_more_tokens_than_the_budget_holds(dtype: torch.d
         options = {"top_k": 4, "temperature": 1.0, "vocab": vocab, "budget": budget}
         teacher = MostLikely(model, head, device=torch.device("cpu"), **options)
         with Largest() as largest:
-            ids, _ = teacher(sequences)
+            ids, *_ = teacher(sequences)
         assert ids.shape == (40 * batch_size, 4)
         found.append(largest.bytes)
     widened = 4 * head.weight.numel()  # a block of the head in float32, beside the logits in one scratch
@@ -506,12 +562,16 @@ def test_a_padded_batch_gets_the_entries_of_its_examples(whole: Path, side: str)
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in batch.items()} == {
         "topk_ids": ((3, width, TOP_K), torch.int64),
         "topk_logprobs": ((3, width, TOP_K), torch.float32),
+        "topk_rest": ((3, width), torch.float32),
     }
     for row, tokens in enumerate(rows):
-        for found, expected in zip(batch.values(), cache.lookup(tokens), strict=True):
-            assert torch.equal(found[row, mask[row] == 1], expected)
+        alone = cache.batch(torch.tensor([tokens]))
+        for name, expected in zip(batch, (*cache.lookup(tokens), alone["topk_rest"][0]), strict=True):
+            assert torch.equal(batch[name][row, mask[row] == 1], expected)
     padding = batch["topk_logprobs"][mask == 0].double()
     torch.testing.assert_close(padding, torch.full_like(padding, -math.log(VOCAB)), rtol=1e-7, atol=0)
+    whole_mass = TOP_K * padding[:, 0].exp() + batch["topk_rest"][mask == 0].double().exp()
+    torch.testing.assert_close(whole_mass, torch.ones_like(whole_mass), rtol=1e-6, atol=0)
     assert (batch["topk_ids"][mask == 0] == torch.arange(TOP_K)).all()
     assert torch.equal(cache.batch(ids, mask.bool())["topk_ids"], batch["topk_ids"])
 

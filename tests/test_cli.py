@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,10 +12,18 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels import info, roofline
+from kdkernels import files, info, roofline
+from kdkernels.arguments import Parser, memory
 from kdkernels.backends import native
 from kdkernels.cli import main
+from kdkernels.errors import CommandError
 from kdkernels.models import HEADS, HeadShape, head_shape
+from kdkernels.transformers import distill_command
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def error_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> tuple[int, str]:
@@ -82,6 +92,8 @@ def test_help_lists_the_commands_with_examples(capsys: pytest.CaptureFixture[str
         (plan(device="H300"), ("--device", "'H300'", "A100-80", "H100-PCIe", "cpu")),
         (plan(divergence="kl"), ("--divergence", "'kl'", "forward_kl", "total_variation")),
         (plan(memory_budget="0"), ("--memory-budget", "'0'", "bytes")),
+        (plan(memory_budget="1.5"), ("--memory-budget", "'1.5'", "bytes", "1GB")),
+        (plan(memory_budget="2 gigs"), ("--memory-budget", "'2 gigs'", "512MiB")),
         (plan()[:-2], ("--tokens", "required")),
         (["dmeo"], ("COMMAND", "'dmeo'", "demo")),
         ([], ("COMMAND",)),
@@ -190,6 +202,60 @@ def test_a_plan_of_a_frozen_head_and_of_a_budget(capsys: pytest.CaptureFixture[s
     assert "frozen head" in shown[1]
 
 
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1", 1),
+        ("1000000000", 10**9),
+        ("1_000_000", 10**6),
+        ("1e9", 10**9),
+        ("100B", 100),
+        ("512MiB", 512 * 2**20),
+        ("512 mib", 512 * 2**20),
+        ("1GB", 10**9),
+        ("1.5GiB", 3 * 2**29),
+        ("2g", 2**31),
+        ("2G", 2**31),
+        ("64k", 65_536),
+        ("64KB", 64_000),
+        ("1TB", 10**12),
+    ],
+)
+def test_an_amount_of_memory_is_read_with_its_unit(text: str, size: int) -> None:
+    assert memory(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "0GB", "-1", "1.5", "0.3KiB", "GB", "1XB", "1 000", "nan", "inf", "1e99", "2PiB", "1,5GB"]
+)
+def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011  (the words are those of the argument's type)
+        memory(text)
+
+
+def test_a_budget_with_a_unit_is_that_many_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for budget in ("500MB", "500000000"):
+        assert main(plan(memory_budget=budget)) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+
+
+def test_distill_takes_the_same_on_the_command_line_and_in_a_file(tmp_path: Path) -> None:
+    kind = distill_command.BY_NAME["memory_budget"].kind
+    assert kind.of_text()("512MiB") == 512 * 2**20
+    for given, size in (("512MiB", 512 * 2**20), (10**9, 10**9), (1e9, 10**9), ("2g", 2**31)):
+        assert kind.of_value(given) == size
+    (tmp_path / "run.json").write_text('{"memory_budget": "1GB"}')
+    assert distill_command.read_config(tmp_path / "run.json") == {"memory_budget": 10**9}
+    (tmp_path / "run.json").write_text('{"memory_budget": "1 gig"}')
+    with pytest.raises(CommandError, match="memory_budget is '1 gig'; accepted: a number of bytes, such as"):
+        distill_command.read_config(tmp_path / "run.json")
+    for bad in (True, 0, -1, 1.5, [1]):
+        with pytest.raises(ValueError):  # noqa: PT011  (the words are those of the option)
+            kind.of_value(bad)
+
+
 def test_heads_are_of_the_table_or_of_sizes() -> None:
     assert head_shape("Llama-3.1-8B") == head_shape("128256x4096") == HeadShape(128_256, 4096)
     for shape in HEADS.values():
@@ -230,13 +296,75 @@ def test_a_file_in_place_of_the_folder_is_refused(capsys: pytest.CaptureFixture[
 def test_an_interrupt_is_exit_130_and_says_how_to_go_on(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def interrupted(*arguments: object, **options: object) -> None:
+    begun = False
+
+    def interrupted(settings: object, folder: Path, **options: object) -> None:
+        if begun:
+            files.claim(folder, "demo")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("kdkernels.demo.run.run", interrupted)
-    status, line = error_of(capsys, ["demo", "--out", str(tmp_path / "new")])
-    assert status == 130
-    assert "--resume" in line
+    for state, then in (
+        (False, "nothing was written yet: the same command begins anew"),
+        (True, "the same command with --resume continues from the last checkpoint"),
+    ):
+        begun = state
+        assert error_of(capsys, ["demo", "--out", str(tmp_path / "new")]) == (130, f"interrupted; {then}")
+
+
+def test_an_interrupt_before_a_command_begins_is_exit_130_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Parser, "parse_known_args", interrupted)
+    assert error_of(capsys, ["info"]) == (130, "interrupted; nothing more was written")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command", "expected"),
+    [
+        (["distill", "--learning_rat=3"], "distill", "--learning_rat is not known; the nearest is --learning-rate"),
+        (["distill", "--evalsteps", "3"], "distill", "--evalsteps is not known; the nearest is --eval-steps"),
+        (["cache", "--topk", "3"], "cache", "--topk is not known; the nearest is --top-k"),
+        (["plan", "--stdent", "32x8"], "plan", "--stdent is not known; the nearest is --student"),
+        (["demo", "--minuts", "1"], "demo", "--minuts is not known; the nearest is --minutes"),
+        (["demo", "-x"], "demo", "-x is not known; the nearest is -h"),
+        (["demo", "extra"], "demo", "got 'extra', which belongs to no option"),
+        (["demo", "--", "x"], "demo", "got 'x', which belongs to no option"),
+    ],
+)
+def test_an_unknown_option_is_told_with_the_nearest_and_the_usage_of_its_command(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], command: str, expected: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"usage: python -m kdkernels {command} ")
+    assert said.splitlines()[-1] == f"python -m kdkernels {command}: error: {expected}"
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["distill", "--help"], plan()])
+def test_a_reader_that_goes_away_is_no_error(arguments: list[str]) -> None:
+    """As in ``| head``: what it has not read is dropped."""
+    command = [sys.executable, "-m", "kdkernels", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (0, "")
+
+
+def test_an_output_that_cannot_be_written_is_one_line() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("/dev/full, which is always full, is Linux's")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "kdkernels", "info"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*No space left on device\n", done.stderr)
 
 
 def test_processors_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
+from huggingface_hub import constants
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
@@ -169,9 +171,58 @@ def test_what_is_too_long_is_cut_and_counted_and_what_teaches_nothing_is_dropped
     made = tokenizer()
     found = prepare(source, made, max_length=10)
     assert [learned(one, made) for one in found.examples] == ["bb", "c</s>"]
-    assert (found.cut, found.dropped) == (2, 3)
+    assert (found.cut, found.filled, found.dropped) == (1, 1, 2)
+    assert found.left_out(10) == (
+        "1 example cut at 10 tokens (--max-length); 1 example left out, whose prompt fills the 10 tokens of --max-length; "
+        "2 examples left out without a token to learn"
+    )
     for one in found.examples:
         assert len(one["input_ids"]) == len(one["labels"]) <= 10
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_prompt_may_stand_alone_where_the_student_writes(tmp_path: Path, bos: bool) -> None:
+    """Its tokens are those of a prompt with a completion, and its only label, of a token behind it, says where it ends."""
+    pair, alone = {"prompt": "the cat", "completion": "c"}, {"prompt": "the cat"}
+    asked = {"messages": CHAT[:1]}
+    source = put(tmp_path / "a.jsonl", pair, alone, asked, {"prompt": ""}, {"prompt": "a" * 40})
+    made = tokenizer(bos=bos)
+    found = prepare(source, made, max_length=32, prompts=True)
+    (full,), (prompt, question) = found.examples, found.prompts
+    length = len(full["input_ids"]) - 2
+    assert prompt["input_ids"] == [*full["input_ids"][:length], made.eos_token_id]
+    assert prompt["labels"] == [IGNORED] * length + [made.eos_token_id]
+    assert made.decode(question["input_ids"][:-1]) == "<|system|>be brief<|end|><|assistant|>"
+    assert question["labels"][:-1] == [IGNORED] * (len(question["labels"]) - 1)
+    assert (found.cut, found.filled, found.dropped) == (0, 1, 1)
+    assert len(prepare(source, made, max_length=32, prompts=True, limit=2).prompts) == 1
+    with pytest.raises(
+        CommandError, match=r"line 2: holds \"prompt\" \(a string\); accepted: .*a \"prompt\" alone only to learn from"
+    ):
+        prepare(source, made, max_length=32)
+
+
+def test_a_prompt_is_not_ended_by_a_tokenizer_that_ends_texts_itself(tmp_path: Path) -> None:
+    made = tokenizer()
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", made.eos_token_id)]
+    )
+    (prompt,) = prepare(put(tmp_path / "a.jsonl", {"prompt": "ab"}), made, max_length=8, prompts=True).prompts
+    assert prompt["input_ids"] == [*made("ab")["input_ids"][:2], made.eos_token_id]
+    assert len(prompt["input_ids"]) == 3
+
+
+@pytest.mark.parametrize("name", ["chatz", "owner/chatz"])
+def test_without_a_hub_a_mistyped_name_is_refused_at_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    begun = time.monotonic()
+    with pytest.raises(CommandError, match=f"'{name}' is no file or folder here, and datasets cannot load it"):
+        read(name)
+    assert time.monotonic() - begun < 5
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 def test_a_limit_counts_examples(tmp_path: Path) -> None:
@@ -246,7 +297,7 @@ def test_without_the_datasets_library_the_error_says_what_to_install(tmp_path: P
         ("a.jsonl", b'{"text": 3}', 'line 1: holds "text" (a number)'),
         ("a.jsonl", b'["a"]', "line 1: holds a list"),
         ("a.jsonl", b"{}", "line 1: holds nothing"),
-        ("a.jsonl", b'{"messages": [{"role": "user"}]}', 'line 1: holds "messages" (a list)'),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}', "line 1, message 1 (user) has the content null; accepted: {"),
         ("a.jsonl", b'{"messages": "hi"}', 'line 1: holds "messages" (a string)'),
         ("a.jsonl", b'{"prompt": "a"}', 'line 1: holds "prompt" (a string)'),
         ("a.jsonl", b'{"prompt": "a", "completion": ["b"]}', 'line 1: holds "prompt" (a string), "completion" (a list)'),
@@ -287,21 +338,25 @@ def test_messages_without_a_template_are_refused(tmp_path: Path) -> None:
         examples(source, tokenizer(template=None), max_length=99)
 
 
-def test_a_template_that_changes_earlier_turns_is_refused_unless_there_is_one_answer(tmp_path: Path) -> None:
-    """As templates do that leave out the thinking of all turns but the last."""
+def test_of_a_template_that_changes_earlier_turns_the_last_answer_is_learned_and_the_others_counted(tmp_path: Path) -> None:
+    """As templates do that leave out the thinking of all turns but the last. Where no answer can be told, nothing is left."""
     forgetful = (
         "{% for m in messages %}<|{{ m.role }}|>{% if loop.last %}hm: {% endif %}{{ m.content }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     source = put(tmp_path / "a.jsonl", {"messages": CHAT})
-    with pytest.raises(CommandError, match=r"record 1: the chat template writes earlier turns anew when message 3 is added"):
+    with pytest.raises(
+        CommandError,
+        match=r"no example is left in 1 .*; conversations left out: 1, the first: .*record 1: .* writes earlier turns anew",
+    ):
         examples(source, tokenizer(template=forgetful), max_length=99)
     late = forgetful.replace("loop.last", "loop.last and m.role == 'assistant'")
-    with pytest.raises(CommandError, match=r"anew when message 5 is added"):
-        examples(source, tokenizer(template=late), max_length=99)
     made = tokenizer(template=late)
-    (found,) = examples(put(tmp_path / "b.jsonl", {"messages": CHAT[:3]}), made, max_length=99)
-    assert learned(found, made) == "hm: \n hello<|end|>"
+    for messages, partial in ((CHAT, 1), (CHAT[:3], 0)):
+        found = prepare(put(tmp_path / "b.jsonl", {"messages": messages}), made, max_length=999)
+        assert learned(found.examples[0], made) == ("hm: sat<|end|>" if partial else "hm: \n hello<|end|>")
+        assert (found.partial, found.unusable, found.dropped, len(found.notes)) == (partial, 0, 0, partial)
+        assert "hm: \n hello" not in made.decode(found.examples[0]["input_ids"]) or not partial
 
 
 def test_what_a_template_refuses_is_told_with_the_record(tmp_path: Path) -> None:

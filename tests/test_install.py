@@ -7,12 +7,17 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import textwrap
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import kdkernels as kd
+from kdkernels import backends
 from kdkernels.backends import native
 
 ROOT = Path(__file__).parent.parent
@@ -126,44 +131,169 @@ def test_an_instruction_set_is_chosen_and_given_back() -> None:
 
 
 def copied_sources(to: Path) -> Path:
-    for part in ("setup.py", "pyproject.toml"):
+    """What a build reads, as in a fresh clone."""
+    for part in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md"):
         shutil.copy(ROOT / part, to)
-    (to / "README.md").touch()
-    shutil.copytree(ROOT / "csrc", to / "csrc", ignore=shutil.ignore_patterns("generated", "__pycache__"))
-    shutil.copytree(ROOT / "kdkernels", to / "kdkernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for part in ("csrc", "kdkernels"):
+        shutil.copytree(ROOT / part, to / part, ignore=shutil.ignore_patterns("generated", "*.so", "__pycache__"))
     return to
 
 
-def build(sources: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def ran(command: list[str], sources: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "setup.py", "build_ext", *options],
-        capture_output=True,
-        text=True,
-        cwd=sources,
-        env={**os.environ, **environment},
-        check=False,
+        [sys.executable, *command], capture_output=True, text=True, cwd=sources, env={**os.environ, **environment}, check=False
     )
+
+
+def built(kind: str, sources: Path, to: Path, **environment: str) -> Path:
+    """An "sdist", a "wheel" or an "editable" wheel, made as pip makes it, without a network."""
+    script = f"import setuptools.build_meta as made; print(made.build_{kind}({str(to)!r}))"
+    done = ran(["-c", script], sources, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return to / done.stdout.splitlines()[-1]
+
+
+def installed(wheel: Path, to: Path) -> Path:
+    done = ran(["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(to), str(wheel)], to.parent)
+    assert done.returncode == 0, done.stderr
+    return to
+
+
+NO_COMPILER = {"CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}
 
 
 @pytest.mark.parametrize(("compiler", "options"), [("/nonexistent/c++", ("--build-lib", "built")), ("false", ("--inplace",))])
 def test_without_a_compiler_the_build_succeeds_and_says_so(tmp_path: Path, compiler: str, options: tuple[str, ...]) -> None:
-    for part in ("setup.py", "pyproject.toml"):
-        shutil.copy(ROOT / part, tmp_path)
-    (tmp_path / "README.md").touch()
-    for part in ("csrc", "kdkernels"):
-        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("generated", "*.so", "__pycache__"))
-    done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", *options],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "CXX": compiler, "CC": compiler},
-        check=False,
-    )
+    sources = copied_sources(tmp_path)
+    done = ran(["setup.py", "build_ext", *options], sources, CXX=compiler, CC=compiler)
     assert done.returncode == 0, done.stderr
     assert "the native backend was not built" in done.stderr
+    assert compiler in done.stderr, "what is wrong with it"
     assert "the reference backend will run" in done.stderr
     assert list(tmp_path.rglob("*.so")) == []
+
+
+def test_a_wheel_without_the_extension_is_of_no_platform_and_its_first_loss_says_once_what_that_costs(tmp_path: Path) -> None:
+    wheel = built("wheel", copied_sources(tmp_path), tmp_path, **NO_COMPILER)
+    assert wheel.name.endswith("-py3-none-any.whl"), wheel.name
+    assert "Root-Is-Purelib: true" in read(wheel, "WHEEL")
+    folder = installed(wheel, tmp_path / "installed")
+    assert list(folder.rglob("*.so")) == []
+    before = textwrap.dedent("""
+    import sys, torch, kdkernels as kd
+    assert kd.backend() == "reference"
+    kd.plan(64, 37, 8, 12)
+    hidden, head = torch.randn(6, 8, dtype=torch.float64), torch.randn(37, 8, dtype=torch.float64)
+    kd.linear_kd_loss(hidden, head, hidden, head)
+    print("plain PyTorch is what float64 always takes", file=sys.stderr)
+    """)
+    after = "\nfor cut in ('tokens', 'vocab'): kd.linear_kd_loss(hidden, weight, hidden.detach(), weight.detach(), strategy=cut)"
+    done = ran(["-W", "error", "-c", before + LOSS + after], folder)
+    assert done.returncode == 0, done.stderr
+    said, warning, *rest = done.stderr.splitlines()
+    assert said == "plain PyTorch is what float64 always takes"
+    assert rest == [], "once, whatever follows"
+    for part in ("C++ extension is not built", "several times as long", "pip install --no-build-isolation"):
+        assert part in warning
+    assert "pip install --no-build-isolation" in ran(["-m", "kdkernels", "info"], folder).stdout
+
+
+def test_an_editable_install_without_a_compiler_warns_too(tmp_path: Path) -> None:
+    sources = copied_sources(tmp_path)
+    wheel = built("editable", sources, tmp_path, **NO_COMPILER)
+    assert wheel.name.endswith("-none-any.whl"), wheel.name
+    assert list(sources.rglob("*.so")) == []
+    assert ran(["-c", LOSS], sources).stderr.count("C++ extension is not built") == 1
+
+
+def test_an_extension_that_cannot_be_loaded_is_said_and_the_reference_runs(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "kdkernels", tmp_path / "kdkernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "kdkernels" / "_C.abi3.so").write_bytes(b"of another machine")
+    done = ran(["-c", LOSS], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == "reference"
+    assert "C++ extension cannot be loaded (" in done.stderr
+    assert "_C.abi3.so" in done.stderr
+
+
+def test_a_gpu_without_triton_is_said_too(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(backends, "usable", lambda: ("native", "reference"))
+    backends._say_what_is_missing.cache_clear()
+    for _ in range(2):
+        for dtype in (torch.float64, torch.bfloat16):
+            backends.operators_of_loss("reference", torch.device("cuda"), dtype)
+    backends.operators_of_loss("reference", torch.device("mps"), torch.bfloat16)
+    (said,) = caplog.messages
+    assert "Triton is not installed" in said
+    assert "pip install triton" in said
+
+
+def test_a_loss_that_another_backend_was_asked_for_warns_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    backends._say_what_is_missing.cache_clear()
+    hidden, head = torch.randn(6, 8), torch.randn(37, 8)
+    with backends.use("reference"):
+        kd.linear_kd_loss(hidden, head, hidden, head)
+    assert caplog.messages == []
+
+
+HAS_COMPILER = shutil.which(os.environ.get("CXX", "c++")) is not None
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here whose error could be told from its absence")
+def test_an_error_in_the_sources_stops_the_build_and_says_what_the_compiler_said(tmp_path: Path) -> None:
+    sources = copied_sources(tmp_path)
+    for source in ("register.cpp", "rows_plain.cpp", "rows_avx2.cpp", "rows_avx512.cpp"):
+        (sources / "csrc" / source).write_text("#error spoilt by the test\n")
+    script = f"import setuptools.build_meta as made; made.build_wheel({str(tmp_path)!r})"
+    done = ran(["-c", script], sources)
+    assert done.returncode == 1
+    assert "spoilt by the test" in done.stdout + done.stderr
+    last = done.stderr.splitlines()[-2:]
+    assert "did not build the native backend" in last[0]
+    assert "KDKERNELS_NATIVE=0" in last[1]
+    assert list(tmp_path.glob("*.whl")) == []
+    assert built("wheel", sources, tmp_path, KDKERNELS_NATIVE="0").name.endswith("-py3-none-any.whl")
+
+
+def read(wheel: Path, file: str) -> str:
+    """A file of the wheel's dist-info."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(f".dist-info/{file}"))
+        return archive.read(name).decode()
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here, so there is no extension to build")
+def test_the_source_distribution_installs_with_its_extension(tmp_path: Path) -> None:
+    """From the sources to a loss, as who downloads it goes: sdist, unpacked, wheel, installed, used from elsewhere."""
+    (tmp_path / "clone").mkdir()
+    clone = copied_sources(tmp_path / "clone")
+    (clone / "tests").mkdir()
+    (clone / "tests" / "test_none.py").touch()
+    sdist = built("sdist", clone, tmp_path)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    unpacked = tmp_path / sdist.name.removesuffix(".tar.gz")
+    held = {str(file.relative_to(unpacked)) for file in unpacked.rglob("*") if file.is_file()}
+    sources = {str(file.relative_to(ROOT)) for part in ("csrc", "kdkernels") for file in (ROOT / part).rglob("*")
+               if file.suffix in (".py", ".cpp", ".h", ".typed")}  # fmt: skip
+    besides = {"setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "PKG-INFO", "setup.cfg"}
+    assert {name for name in held if not name.startswith("kdkernels.egg-info/")} == sources | besides
+
+    wheel = built("wheel", unpacked, tmp_path)
+    assert f"-cp310-abi3-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}.whl" in wheel.name
+    folder = installed(wheel, tmp_path / "installed")
+    held = {str(file.relative_to(folder)) for file in (folder / "kdkernels").rglob("*.*") if "__pycache__" not in file.parts}
+    package = {name for name in sources if name.startswith("kdkernels/")}
+    assert {name for name in held if ".dist-info/" not in name and not name.startswith("bin/")} == package | {
+        "kdkernels/_C.abi3.so"
+    }
+
+    done = ran(["-W", "error", "-c", f"import kdkernels; print(kdkernels.__file__)\n{LOSS}"], folder)
+    assert done.returncode == 0, done.stderr
+    where, name, *_ = done.stdout.split()
+    assert Path(where).is_relative_to(folder)
+    assert name == "native"
+    assert done.stderr == ""
 
 
 def test_functors_are_printed_for_every_divergence(tmp_path: Path) -> None:

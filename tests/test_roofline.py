@@ -25,6 +25,7 @@ from benchmarks import roofline as published
 from benchmarks.contenders import Problem, products
 from benchmarks.roofline import Row, Trace, median_error, rows
 from kdkernels import roofline
+from kdkernels.cli import main
 from kdkernels.compare import Predicted, compare
 from kdkernels.divergences import resolve
 from kdkernels.roofline import (
@@ -413,7 +414,7 @@ class TestBareProducts:
 
 class TestDevices:
     def test_an_unknown_one_is_an_error_that_names_the_known(self) -> None:
-        with pytest.raises(ValueError, match=r"'H300'.*accepted: A100-80, H100, H100-PCIe, H200, B200, RTX4090, MI300X, cpu"):
+        with pytest.raises(ValueError, match=r"'H300'.*accepted: A100-40, A100-80, H100, .*, L40S, .*, RTX5090, .*, MI300X, cpu"):
             device("H300")
 
     def test_an_unknown_dtype_is_an_error_that_names_the_known(self) -> None:
@@ -429,14 +430,57 @@ class TestDevices:
     def test_figures_have_the_units_that_they_say(self, name: str) -> None:
         one = device(name.lower())
         assert one.name == name
-        assert 1e12 <= one.bandwidth <= 1e13
+        assert 3e11 <= one.bandwidth <= 1e13
         assert 1e13 <= one.rate(torch.float32) < one.rate(torch.bfloat16) == one.rate(torch.float16) <= 5e15
         assert 20e9 <= one.memory <= 3e11
-        assert 1e7 <= one.cache <= 3e8
+        assert 6e6 <= one.cache <= 3e8
         assert 1e-6 <= one.overhead <= 1e-5
         # a lane multiplies and adds in one instruction; on an A100 half of them do, on an MI300X each does two
-        lanes = {"A100-80": 0.5, "MI300X": 2.0}.get(name, 1.0)
+        lanes = {"A100-40": 0.5, "A100-80": 0.5, "MI300X": 2.0}.get(name, 1.0)
         assert one.issue == pytest.approx(one.rate(torch.float32) / 2 / lanes, rel=0.02)
+
+    @pytest.mark.parametrize(
+        ("called", "known"),
+        [
+            ("NVIDIA A100-SXM4-40GB", "A100-40"),
+            ("NVIDIA A100-PCIE-40GB", "A100-40"),
+            ("NVIDIA A100-SXM4-80GB", "A100-80"),
+            ("NVIDIA H100 80GB HBM3", "H100"),
+            ("NVIDIA H100 PCIe", "H100-PCIe"),
+            ("NVIDIA L4", "L4"),
+            ("NVIDIA L40", None),
+            ("NVIDIA L40S", "L40S"),
+            ("NVIDIA GeForce RTX 3090", "RTX3090"),
+            ("NVIDIA GeForce RTX 5090", "RTX5090"),
+            ("NVIDIA GeForce RTX 5090 Laptop GPU", None),
+            ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "RTXPRO6000"),
+            ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", None),
+            ("AMD Instinct MI300X", "MI300X"),
+        ],
+    )
+    def test_a_gpu_of_this_machine_is_known_by_what_torch_calls_it(
+        self, monkeypatch: pytest.MonkeyPatch, called: str, known: str | None
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: called)
+        roofline.this_gpu.cache_clear()
+        found = roofline.this_gpu(torch.device("cuda"))
+        roofline.this_gpu.cache_clear()
+        assert (found and found.name) == known
+
+    def test_the_datasheets_of_what_people_rent_most(self) -> None:
+        """TB/s, Tflop/s in bfloat16 with sums in float32, GB."""
+        for name, figures in {"L40S": (0.864, 362.05, 48), "RTX5090": (1.792, 209.5, 32), "A100-40": (1.555, 312, 40)}.items():
+            one = DEVICES[name]
+            assert (one.bandwidth / 1e12, one.rate(torch.bfloat16) / 1e12, one.memory / 1e9) == figures
+
+    def test_the_readme_and_the_help_name_all_of_them(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            main(["plan", "--help"])
+        shown = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
+        assert f"{', '.join(DEVICES)}, or cpu" in shown
+        readme = " ".join((Path(__file__).parent.parent / "README.md").read_text().split())
+        assert f"({', '.join(DEVICES)}; `cpu` is this one)" in readme
 
     def test_more_multiprocessors_leave_less_cache_for_a_row(self) -> None:
         """Rows of 16,384 float32 were swept again from the cache of an H100 PCIe, and from the memory of an H100."""

@@ -40,12 +40,13 @@ every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 @dataclass(frozen=True)
 class Kept:
-    """A student's case, and what was kept of the teacher: ids and log-probabilities (..., K)."""
+    """A student's case, and what was kept of the teacher: ids and log-probabilities (..., K), perhaps that of the rest (...)."""
 
     case: Case
     ids: Tensor
     log_probs: Tensor
     tail: str = "renormalize"
+    rest: Tensor | None = None
 
     def learned(self) -> dict[str, Tensor]:
         return self.case.learned()
@@ -53,7 +54,8 @@ class Kept:
     def loss(self, leaves: dict[str, Tensor] | None = None, **more: Any) -> Any:
         leaves = self.learned() if leaves is None else leaves
         head, _ = self.case.heads(leaves)
-        options = {**keywords(self.case.options), "token_weight": self.case.token_weight, "tail": self.tail, **more}
+        given = {"token_weight": self.case.token_weight, "tail": self.tail, "topk_rest": self.rest}
+        options = {**keywords(self.case.options), **given, **more}
         return kd.linear_topk_kd_loss(leaves["student_hidden"], head, self.ids, self.log_probs, self.case.labels, **options)
 
     def run(self, **more: Any) -> Result:
@@ -76,8 +78,8 @@ class Kept:
         )
         keep = oracle.kept(x.shape[:-1], case.labels, case.token_weight, options.ignore_index)
         of_rows = [
-            divergence(row, ids, log_probs, self.tail, options)
-            for row, ids, log_probs in zip(x[keep], self.ids[keep], self.log_probs[keep], strict=True)
+            divergence(row, ids, log_probs, self.tail, options, None if self.rest is None else self.rest[keep][at])
+            for at, (row, ids, log_probs) in enumerate(zip(x[keep], self.ids[keep], self.log_probs[keep], strict=True))
         ]
         square = options.temperature**2 if options.square_temperature else 1.0
         loss = options.kd_weight * square * torch.stack([*of_rows, x.sum() * 0])[:-1]
@@ -92,14 +94,15 @@ class Kept:
 
 
 def log_of_rest(log_probs: list[float]) -> float:
-    """log(1 - sum of exp), in fifty digits: what is left may be far below the roundings of 1."""
+    """log(1 - sum of exp), in fifty digits: what is left may be far below the roundings of 1. At least 2^-23, as is documented."""
     with decimal.localcontext(decimal.Context(prec=50)):
-        rest = 1 - sum(Decimal(value).exp() for value in log_probs)
-        return float(rest.ln()) if rest > 0 else -INF
+        return float(max(1 - sum(Decimal(value).exp() for value in log_probs), 1 / Decimal(2**23)).ln())
 
 
-def of_one_row(x: Tensor, ids: Tensor, log_probs: Tensor, tail: str, options: Options) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of target and student over the outcomes of a row: x [V], ids and log_probs [K]."""
+def of_one_row(
+    x: Tensor, ids: Tensor, log_probs: Tensor, tail: str, options: Options, rest: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of target and student over the outcomes of a row: x [V], ids and log_probs [K], rest 0-dim."""
     lq = torch.log_softmax(x / options.temperature, -1)
     used = log_probs != -INF
     chosen, given = ids[used], log_probs[used].to(x.dtype)
@@ -108,12 +111,13 @@ def of_one_row(x: Tensor, ids: Tensor, log_probs: Tensor, tail: str, options: Op
         outside = torch.ones(len(x), dtype=torch.bool)
         outside[chosen] = False
         own_rest = lq[outside].logsumexp(0) if outside.any() else x.new_tensor(-INF)
-        own, given = torch.cat([own, own_rest[None]]), torch.cat([given, x.new_tensor([log_of_rest(log_probs[used].tolist())])])
+        left = rest if rest is not None else log_of_rest(log_probs[used].tolist()) if own_rest > -INF else -INF
+        own, given = torch.cat([own, own_rest[None]]), torch.cat([given, x.new_tensor([float(left)])])
     return torch.log_softmax(oracle.target_logits(own, given, options.t), -1), own
 
 
-def divergence(x: Tensor, ids: Tensor, log_probs: Tensor, tail: str, options: Options) -> Tensor:
-    lp, lq = of_one_row(x, ids, log_probs, tail, options)
+def divergence(x: Tensor, ids: Tensor, log_probs: Tensor, tail: str, options: Options, rest: Tensor | None = None) -> Tensor:
+    lp, lq = of_one_row(x, ids, log_probs, tail, options, rest)
     if not len(lq):
         return x.sum() * 0
     banned = (lp == -INF) | (lq == -INF)
@@ -129,19 +133,23 @@ def keep(
     dtype: torch.dtype = torch.float32,
     ragged: bool = False,
     floor: float = 0.0,
+    rest: bool = False,
 ) -> Kept:
     """The teacher's ``count`` most likely tokens of each position of a case.
 
     ragged: every second position has two unused slots, in front, with ids that no token has. floor: probability that the teacher
-    spreads evenly over the vocabulary.
+    spreads evenly over the vocabulary. rest: keep the others' log-probability too.
     """
     _, z = case.logits()
     p = (1 - floor) * torch.softmax(z / case.options.temperature, -1) + floor / z.shape[-1]
-    log_probs, ids = (p.log() if floor else torch.log_softmax(z / case.options.temperature, -1)).topk(count)
+    whole = p.log() if floor else torch.log_softmax(z / case.options.temperature, -1)
+    log_probs, ids = whole.topk(count)
     if ragged:
         ids.view(-1, count)[::2, 0], ids.view(-1, count)[::2, 1] = -7, 10**9
         log_probs.view(-1, count)[::2, :2] = -INF
-    return Kept(case, ids, log_probs.to(dtype), tail)
+    listed = ids.where(log_probs > -INF, ids[..., -1:])
+    others = whole.scatter(-1, listed, -INF).logsumexp(-1).to(dtype) if rest else None
+    return Kept(case, ids, log_probs.to(dtype), tail, others)
 
 
 def full(tail: str = "bucket", dtype: torch.dtype = torch.float32, **options: Any) -> Kept:
@@ -181,7 +189,8 @@ def compared(name: str, tail: str, dtype: torch.dtype, spread: float) -> Any:
         cases = [replace(case if bare else dressed(case, seed), options=options) for seed, case in enumerate(cases)]
         # What is left of 1 below float64's own roundings is no result that float64 could be held to.
         floor = 0.01 if dtype == torch.float64 else 0.0
-        kept = [keep(case, 7, tail, ragged=not bare, floor=floor) for case in cases]
+        rest = tail == "bucket" and t < 1.0
+        kept = [keep(case, 7, tail, ragged=not bare, floor=floor, rest=rest) for case in cases]
         working = torch.float32 if dtype == torch.float64 else dtype
         exact, eager = ([one.plain(to) for one in kept] for to in (torch.float64, working))
         found[bare, t, temperature] = (kept, *yardsticks(exact, eager, 1.0, dtype))
@@ -387,10 +396,12 @@ class TestSlots:
         assert_close(replace(kept, ids=kept.ids[:, order], log_probs=kept.log_probs[:, order]).run(), kept.run(), 1e-13)
 
     @both_tails
-    def test_mass_above_one_leaves_nothing_to_the_rest(self, tail: str) -> None:
+    def test_mass_above_one_is_normalised(self, tail: str) -> None:
         kept = keep(replace(draw(dtype=torch.float64), options=Options("jsd")), 4, tail, torch.float64)
-        found = replace(kept, log_probs=kept.log_probs + 1.0).run()
-        assert_close(found, replace(kept, tail="renormalize").run(), 1e-12)
+        kept = replace(kept, log_probs=kept.log_probs + 1.0)
+        assert_close(kept.run(), kept.plain(), 1e-12)
+        if tail == "renormalize":
+            assert_close(kept.run(), replace(kept, log_probs=kept.log_probs - 1.0).run(), 1e-12)
 
     @both_tails
     @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32])
@@ -400,6 +411,147 @@ class TestSlots:
         for of in DTYPES:
             rounded = kept.log_probs.to(of)
             assert_same([replace(kept, log_probs=rounded).loss()], [replace(kept, log_probs=rounded.double()).loss()])
+
+
+class TestConfidentTeachers:
+    """Where the k tokens' probabilities sum to 1 in float32, the rest is not nothing."""
+
+    V, K = 1000, 64
+
+    def teacher(self) -> Tensor:
+        """Logits (1, V) in float64: one token far above all others, which are alike."""
+        z = torch.zeros(1, self.V, dtype=torch.float64)
+        z[0, 7] = 25.0
+        return z
+
+    def student(self) -> Tensor:
+        x = torch.full((1, self.V), -9.2)
+        x[0, 7] = -1.0
+        return x
+
+    def known(self, z: Tensor, rest: bool) -> dict[str, Tensor]:
+        """What is kept of the teacher in float32; without the rest's log-probability the k sum to 1 to the last bit."""
+        whole = z.log_softmax(-1)
+        logprobs, ids = whole.topk(self.K)
+        more = {"topk_rest": whole.scatter(-1, ids, -INF).logsumexp(-1).float()} if rest else {}
+        return {
+            "topk_ids": ids,
+            "topk_logprobs": z.float().log_softmax(-1).gather(-1, ids) if not rest else logprobs.float(),
+            **more,
+        }
+
+    def loss(self, x: Tensor, known: dict[str, Tensor], name: str, **more: Any) -> Any:
+        return kd.linear_topk_kd_loss(x, torch.eye(self.V), **known, divergence=name, tail="bucket", **more)
+
+    @every_divergence
+    @both_strategies
+    @pytest.mark.parametrize("t", [0.4, 1.0])
+    def test_with_the_rest_known_the_loss_is_that_of_the_whole_teacher(self, t: float, strategy: str, name: str) -> None:
+        """Tokens outside are alike in both models, so that nothing is lost by taking them together."""
+        x = self.student().requires_grad_()
+        found = self.loss(x, self.known(self.teacher(), rest=True), name, t=t, strategy=strategy, memory_budget=2000)
+        y = self.student().double().requires_grad_()
+        right = kd.kd_loss(y, self.teacher(), divergence=name, t=t)
+        torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            torch.autograd.grad(found, x)[0].double(), torch.autograd.grad(right, y)[0], rtol=1e-4, atol=1e-6
+        )
+        if t == 1.0 and name in ("reverse_kl", "skew_reverse_kl"):
+            assert round(found.item(), 3) == {"reverse_kl": 3.375, "skew_reverse_kl": 0.323}[name]
+
+    @every_divergence
+    def test_bare_log_probabilities_make_no_divergence_negative(self, name: str) -> None:
+        known, x = self.known(self.teacher(), rest=False), self.student()
+        assert known["topk_logprobs"].double().exp().sum() >= 1, "the rest would have mass of its own"
+        assert self.loss(x, known, name) > 0
+        for share in (1e-30, 1e-9, 1e-5, 0.3, 0.999):  # what the student gives the others
+            x = torch.full((1, self.V), math.log(share / (self.V - 1)))
+            x[0, 7] = math.log1p(-share)
+            assert self.loss(x, known, name) >= -1e-6
+
+    @every_divergence
+    def test_as_the_rest_goes_to_nothing_the_loss_does_not_jump(self, name: str) -> None:
+        ids, x = torch.tensor([[7, 3]]), self.student()
+
+        def loss(rest: float) -> float:
+            logprobs = torch.tensor([[math.log1p(-rest - 0.25), math.log(0.25)]], dtype=torch.float64)
+            return float(self.loss(x, {"topk_ids": ids, "topk_logprobs": logprobs}, name))
+
+        masses = [10.0 ** (-place / 4) for place in range(8, 60)] + [0.0]
+        found = [loss(mass) for mass in masses]
+        assert found[0] > 0
+        # A quarter of a decade of a rest that the student gives less than a quarter of its mass.
+        assert max(abs(one - next_one) for one, next_one in itertools.pairwise(found)) < 0.25 * math.log(10) / 4
+        assert abs(loss(1e-8) - loss(0.0)) < 1e-6
+
+    @every_divergence
+    @pytest.mark.parametrize("rest", [True, False])
+    def test_trained_to_the_end_the_student_is_its_teacher(self, rest: bool, name: str) -> None:
+        known = self.known(self.teacher(), rest)
+        x = self.student().requires_grad_()
+        optimizer = torch.optim.Adam([x], lr=0.1)
+        before = kd.kd_loss(self.student().double(), self.teacher(), divergence=name)
+        for _ in range(400):
+            optimizer.zero_grad()
+            self.loss(x, known, name).backward()
+            optimizer.step()
+        assert x.detach().softmax(-1)[0, 7] > 0.999
+        assert kd.kd_loss(x.detach().double(), self.teacher(), divergence=name) < 0.02 * before
+
+    @pytest.mark.parametrize("name", ["reverse_kl", "skew_reverse_kl", "jsd", "total_variation"])
+    def test_gradients_of_peaked_rows_are_those_of_the_formulas(self, name: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randn(20, 4000, generator=generator, dtype=torch.float64) * 14
+        x = (z + torch.randn(20, 4000, generator=generator) * 6).float()
+        case = Case(x, torch.eye(4000), z, torch.eye(4000, dtype=torch.float64), options=Options(name))
+        kept = keep(case, 64, "bucket", rest=True)
+        assert (kept.log_probs.double().exp().sum(-1) >= 1).any(), "no row of which the rest is lost in float32"
+        leaves = x.clone().requires_grad_()
+        loss = kd.linear_topk_kd_loss(
+            leaves, torch.eye(4000), kept.ids, kept.log_probs, topk_rest=kept.rest, divergence=name, reduction="sum"
+        )
+        found = torch.autograd.grad(loss, leaves)[0].double()
+        exact = x.double().requires_grad_()
+        assert kept.rest is not None
+        rows = [
+            divergence(*row, "bucket", case.options, rest)
+            for *row, rest in zip(exact, kept.ids, kept.log_probs, kept.rest, strict=True)
+        ]  # type: ignore[arg-type]
+        right = torch.autograd.grad(torch.stack(rows).sum(), exact)[0]
+        error = (found - right).norm(dim=1) / right.norm(dim=1).clamp(min=1e-6)
+        assert error.max() < 1e-3
+
+    def test_the_default_tail_is_one_that_makes_a_divergence(self) -> None:
+        x, ids, logprobs = torch.tensor([[0.6, 0.4]]).log(), torch.tensor([[0]]), torch.tensor([[0.9]]).log()
+        for name in kd.divergences():
+            found = kd.linear_topk_kd_loss(x, torch.eye(2), ids, logprobs, divergence=name)
+            tail = "bucket" if name in ("reverse_kl", "skew_reverse_kl") else "renormalize"
+            assert_same([found], [kd.linear_topk_kd_loss(x, torch.eye(2), ids, logprobs, divergence=name, tail=tail)])
+            assert found > 0
+        full = kd.kd_loss(x, torch.tensor([[0.9, 0.1]]).log(), divergence="reverse_kl")
+        torch.testing.assert_close(kd.linear_topk_kd_loss(x, torch.eye(2), ids, logprobs, divergence="reverse_kl"), full)
+        assert round(full.item(), 3) == 0.311
+        given = kd.linear_topk_kd_loss(x, torch.eye(2), ids, logprobs, topk_rest=torch.tensor([0.1]).log())
+        assert_same(
+            [given], [kd.linear_topk_kd_loss(x, torch.eye(2), ids, logprobs, tail="bucket", topk_rest=torch.tensor([0.1]).log())]
+        )
+
+    @pytest.mark.parametrize("name", ["forward_kl", "skew_forward_kl", "jsd", "total_variation"])
+    def test_renormalised_divergences_are_least_at_their_teacher(self, name: str) -> None:
+        """As the student's mass moves from two tokens to a third, which is not listed."""
+        ids, logprobs = torch.tensor([[0, 1]]), torch.tensor([[0.7, 0.3]]).log()
+        found = []
+        for outside in (1e-9, 0.01, 0.1, 0.5, 0.9):
+            x = torch.tensor([[0.7 * (1 - outside), 0.3 * (1 - outside), outside]]).log()
+            found.append(kd.linear_topk_kd_loss(x, torch.eye(3), ids, logprobs, divergence=name, tail="renormalize").item())
+        assert found == sorted(found)
+        assert abs(found[0]) < 1e-6
+        u, p, q = 0.5, torch.tensor([0.7, 0.3, 0.0]).double(), torch.tensor([0.35, 0.15, 0.5]).double()
+        left_out = {"total_variation": u / 2, "jsd": 0.5 * u * math.log(2)}.get(name, 0.0)
+        m = {"jsd": (p + q) / 2, "skew_forward_kl": 0.1 * p + 0.9 * q}.get(name, q)
+        kl = {"total_variation": (p - q).abs().sum() / 2, "jsd": (torch.xlogy(p, p / m) + torch.xlogy(q, q / m)).sum() / 2}
+        whole = kl.get(name, torch.xlogy(p, p / m).sum())
+        assert found[3] == pytest.approx(float(whole) - left_out, rel=1e-5)
 
 
 class TestMetrics:
@@ -870,6 +1022,11 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"topk_logprobs": KEPT.log_probs.int()}, TypeError, ("topk_logprobs", "int32", "float32")),
     ({"topk_logprobs": KEPT.log_probs.to("meta")}, ValueError, ("topk_logprobs", "meta", "cpu")),
     ({"topk_logprobs": KEPT.log_probs.clone().requires_grad_()}, ValueError, ("topk_logprobs", "requires grad", "detach")),
+    ({"topk_rest": KEPT.log_probs}, ValueError, ("topk_rest", "(6, 4)", "needs (6,)")),
+    ({"topk_rest": -1.0}, TypeError, ("topk_rest", "tensor", "float")),
+    ({"topk_rest": KEPT.log_probs[:, 0].to("meta")}, ValueError, ("topk_rest", "meta", "cpu")),
+    ({"topk_rest": KEPT.log_probs[:, 0].clone().requires_grad_()}, ValueError, ("topk_rest", "requires grad", "detach")),
+    ({"topk_rest": KEPT.log_probs[:, 0], "tail": "renormalize"}, ValueError, ("topk_rest", "renormalize", "bucket")),
     ({"topk_ids": with_id(37)}, ValueError, ("topk_ids holds 37", "0 to 36", "-inf")),
     ({"topk_ids": with_id(-1)}, ValueError, ("topk_ids holds -1", "0 to 36", "-inf")),
     ({"topk_ids": with_id(37), "labels": LABELS}, ValueError, ("topk_ids holds 37", "0 to 36")),

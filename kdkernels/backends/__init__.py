@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,15 +21,22 @@ from kdkernels.backends import native, reference
 NAMES = ("native", "triton", "reference")
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*FAST_DTYPES, torch.float64)
+logger = logging.getLogger(__name__)
 _forced: str | None = None
+
+
+def _fast(device: torch.device, *dtypes: torch.dtype) -> str:
+    """The backend that is made for logits of these dtypes on this device, whether it can run here or not."""
+    fast = {"cpu": "native", "cuda": "triton"}.get(device.type, "reference")
+    return fast if all(dtype in FAST_DTYPES for dtype in dtypes) else "reference"
 
 
 def select(device: torch.device, *dtypes: torch.dtype) -> str:
     """Name of the backend for logits of these dtypes on this device."""
     if _forced is not None:
         return _forced
-    fast = {"cpu": "native", "cuda": "triton"}.get(device.type, "reference")
-    return fast if fast in usable() and all(dtype in FAST_DTYPES for dtype in dtypes) else "reference"
+    fast = _fast(device, *dtypes)
+    return fast if fast in usable() else "reference"
 
 
 @functools.cache
@@ -53,6 +61,23 @@ def operators(name: str) -> Any:
 
         return triton
     return reference if name == "reference" else torch.ops.kdkernels
+
+
+def operators_of_loss(name: str, device: torch.device, *dtypes: torch.dtype) -> Any:
+    """``operators`` for logits of these dtypes on this device; where plain torch stands in for a faster backend, says so once."""
+    if name == "reference" and _forced is None and (fast := _fast(device, *dtypes)) not in usable():
+        _say_what_is_missing(fast)
+    return operators(name)
+
+
+@functools.cache
+def _say_what_is_missing(fast: str) -> None:
+    why, get_it = {"native": (native.missing, native.GET_IT), "triton": ("Triton is not installed", "pip install triton")}[fast]
+    logger.warning(
+        "kdkernels: %s, so plain PyTorch does its work: the results are as exact, the loss takes several times as long and more "
+        "memory. To get it, %s",
+        *(why, get_it),
+    )
 
 
 @contextmanager

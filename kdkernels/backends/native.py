@@ -10,27 +10,36 @@ import torch
 
 from kdkernels.backends import operators  # the schemas must exist before the extension registers for them
 
+NOT_BUILT = "the C++ extension is not built"
+GET_IT = (
+    "install g++ or clang++, and kdkernels again from its sources: pip install --no-build-isolation --force-reinstall --no-deps ."
+)
 
-def _load() -> bool:
+
+def _load() -> str:
+    """Why the extension does not serve here; "" where it does."""
     assert operators.library is not None
     found = sorted(Path(__file__).parent.parent.glob("_C*.so"))
     if not found:
-        return False
-    torch.ops.load_library(found[0])
-    return True
+        return NOT_BUILT
+    try:
+        torch.ops.load_library(found[0])
+    except OSError as error:
+        return f"the C++ extension cannot be loaded ({error})"
+    return ""
 
 
-_loaded = _load()
+missing = _load()
 
 
 def available() -> bool:
     """Whether the extension was built and loaded."""
-    return _loaded
+    return not missing
 
 
 def instruction_sets() -> tuple[str, ...]:
     """Instruction sets of this build that this processor has; the one in use comes first. Empty without the extension."""
-    return tuple(torch.ops.kdkernels.instruction_set_names().split(",")) if _loaded else ()
+    return tuple(torch.ops.kdkernels.instruction_set_names().split(",")) if available() else ()
 
 
 @contextmanager

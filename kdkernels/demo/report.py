@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -11,10 +12,9 @@ from typing import Any
 
 import matplotlib
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Table
 
-from kdkernels import files
+from kdkernels import files, terminal
 from kdkernels.demo.train import Phase, Watch
 
 # One colour per method, told apart by people who see colours differently (Okabe and Ito).
@@ -31,17 +31,15 @@ MIB = 2**20
 
 @contextmanager
 def progress_bar(console: Console, phase: str) -> Iterator[Watch]:
-    """A bar for one phase. Where the output is no terminal, a line at each evaluation stands in for it."""
-    columns = TextColumn("{task.description:<8}"), BarColumn(8), TaskProgressColumn(), TimeRemainingColumn(compact=True)
-    latest = TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
-    with Progress(*columns, latest, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(phase, total=None, note="")
+    """A bar for one phase, on a terminal, and a line at each evaluation."""
+    with terminal.Bar(console) as bar:
+        task = bar.add_task(phase, total=None)
         shown = ""
 
         def watch(phase: Phase, note: str) -> None:
             nonlocal shown
-            bar.update(task, completed=phase.step, total=phase.steps, note=note)
-            if not console.is_terminal and note != shown:
+            bar.update(task, completed=phase.step, total=phase.steps)
+            if note != shown:
                 console.print(f"{phase.name}: step {phase.step}/{phase.steps}, held out, in nats: {note}", soft_wrap=True)
             shown = note
 
@@ -170,10 +168,10 @@ def plot(path: Path, results: dict[str, Any]) -> None:
         f"kdkernels demo: {models['teacher']['parameters'] / 1e6:.1f} M teacher, {models['TAID']['parameters'] / 1e6:.1f} M "
         f"students, {results['corpus']['vocab']:,}-token vocabulary, Python sources, {results['info']['threads']} CPU threads"
     )
-    temporary = path.with_name(f"{path.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format="png")
     plt.close(figure)
-    temporary.replace(path)
+    files.write(path, content.getvalue())
 
 
 def _bars(axes: Any, values: dict[str, float], title: str, unit: str) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from kdkernels import files, info
+from kdkernels import files, info, terminal
 from kdkernels.demo import corpus as corpora
 from kdkernels.demo import loss_step, report
 from kdkernels.demo.corpus import Corpus
 from kdkernels.demo.models import heldout_losses, hidden_states, mean_and_error
 from kdkernels.demo.settings import Settings
 from kdkernels.demo.train import Phase, student_phase, teacher_phase, train
+from kdkernels.errors import CommandError
 
 TEACHER, STUDENTS, RESULTS, PLOT = "teacher.safetensors", "students.safetensors", "results.json", "demo.png"
 LOSS_STEP_T = 0.7  # between the target of TAID's start and the teacher itself
@@ -28,9 +29,19 @@ def run(settings: Settings, folder: Path, *, resume: bool = False, console: Cons
 
     resume: go on from the folder's checkpoints. Without it the students start anew; a finished teacher of the same settings is
     taken from the folder either way.
+
+    Raises CommandError for a folder that is not a demo's, and where a file cannot be written.
     """
-    console = console or Console()
+    if resume and not files.marker(folder, "demo").exists():
+        raise CommandError(
+            f"--resume: {folder} holds no demo; accepted: the --out of an earlier one, or the same command without --resume"
+        )
     files.claim(folder, "demo")
+    with files.writing(folder, "with room the same command with --resume goes on from the last checkpoint"):
+        return _run(settings, folder, resume, console or terminal.Output())
+
+
+def _run(settings: Settings, folder: Path, resume: bool, console: Console) -> dict[str, Any]:
     if not resume:
         (folder / STUDENTS).unlink(missing_ok=True)
     clock = _Clock()

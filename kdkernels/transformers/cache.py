@@ -3,7 +3,7 @@
 The folder holds
 
 - shard-00000.safetensors, ...: the tokens of some examples one after another, which of them count, the lengths of the examples, and
-  for every token the ids and log-probabilities of the top_k most likely next tokens;
+  for every token the ids and log-probabilities of the top_k most likely next tokens and the log-probability of all others;
 - index.safetensors: a hash of each example's tokens, by which ``TopKCache`` finds an example, and its length;
 - manifest.json: settings, and digests of teacher, data and files;
 - tokenizer/: the tokenizer of the text, where ``python -m kdkernels cache`` made it;
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from kdkernels import files
 from kdkernels.checks import LMHead, number
 from kdkernels.errors import CommandError
+from kdkernels.outcomes import LEAST_REST, log_of_rest
 from kdkernels.plan import default_budget
 from kdkernels.transformers.data import IGNORED
 from kdkernels.transformers.finite import check_weights
@@ -40,7 +41,8 @@ from kdkernels.transformers.verify import verify_lm_head
 
 COMMAND = "cache"
 MANIFEST, INDEX, TOKENIZER = "manifest.json", "index.safetensors", "tokenizer"
-VERSION = 1
+VERSION = 2
+READABLE = (1, VERSION)  # of version 1 the log-probability of the others was not kept
 OPEN_SHARDS = 16  # files that a TopKCache keeps open
 # What of a configuration says where a model came from, not what it computes.
 PROVENANCE = ("_name_or_path", "transformers_version")
@@ -77,8 +79,9 @@ def write_cache(
     about: names and digests that say what the cache was made from (JSON); an interrupted cache goes on only with the same.
     progress: called with the number of examples done and of all, at the start and after each forward.
 
-    Log-probabilities are kept in float32, ids in int32: 8 bytes for each of top_k entries. float16 would save a quarter of that and
-    put up to 0.4 % into a probability of e^-10.
+    Log-probabilities are kept in float32, ids in int32: 8 bytes for each of top_k entries, and 4 for all others together, which the
+    entries do not tell where the teacher is confident. float16 would save a quarter of that and put up to 0.4 % into a probability
+    of e^-10.
 
     Raises ValueError or TypeError that names the argument, before any work; ValueError where a weight is NaN or infinite, as
     ``verify_lm_head`` does, and where the teacher's log-probabilities are NaN; CommandError where the folder holds other files,
@@ -137,7 +140,7 @@ def write_cache(
             for shard in missing:
                 numbers = range(len(examples))[shard * shard_examples : (shard + 1) * shard_examples]
                 tensors = _shard(teacher, reader, numbers, batch_size, report)
-                facts = {"cache": key, "shard": shard, "examples": len(numbers), "tail_mass": _tail_mass(tensors["topk_logprobs"])}
+                facts = {"cache": key, "shard": shard, "examples": len(numbers), "tail_mass": _tail_mass(tensors["topk_rest"])}
                 held[shard] = {**facts, "digest": files.save(folder / shard_name(shard), tensors, facts)}
                 done += len(numbers)
     index = files.save(folder / INDEX, {"keys": survey.keys, "lengths": survey.lengths}, {"cache": key})
@@ -192,6 +195,7 @@ class TopKCache:
         self._digests: list[str] = [shard["digest"] for shard in manifest["shards"]]
         self._keys, self._order = index["keys"].sort(stable=True)
         self._ends = index["lengths"].cumsum(0)
+        self._version: int = manifest["version"]
         self._verified: set[int] = set()
         self._open: OrderedDict[int, Any] = OrderedDict()
 
@@ -209,17 +213,17 @@ class TopKCache:
 
         Row i is about the token after the i-th; the most likely stands first. Raises ValueError where no such example was cached.
         """
-        shard, rows = self._find(_token_ids(ids, "ids"))
-        file = self._shard(shard)
-        return file.get_slice("topk_ids")[rows].to(torch.int64), file.get_slice("topk_logprobs")[rows].clone()
+        found = self._entries(_token_ids(ids, "ids"))
+        return found["topk_ids"], found["topk_logprobs"]
 
     def batch(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
         """The entries of a batch, each row of which is an example with padding on either side.
 
         input_ids: (B, S) integers. attention_mask: (B, S), 0 at the padding; None: there is none.
 
-        Returns {"topk_ids": (B, S, top_k) int64, "topk_logprobs": (B, S, top_k) float32} on the device of input_ids. At the padding
-        the distribution is uniform, over the first top_k ids: finite, and of no weight in a loss that follows the labels.
+        Returns {"topk_ids": (B, S, top_k) int64, "topk_logprobs": (B, S, top_k) float32, "topk_rest": (B, S) float32, the
+        log-probability of all others} on the device of input_ids. At the padding the distribution is uniform: finite where top_k
+        is not all, and of no weight in a loss that follows the labels.
 
         Raises ValueError for shapes that do not fit, and as ``lookup`` does.
         """
@@ -231,11 +235,15 @@ class TopKCache:
             )
         here = input_ids.cpu()
         real = torch.ones_like(here, dtype=torch.bool) if attention_mask is None else attention_mask.cpu() != 0
-        topk_ids = torch.arange(self.top_k).expand(*here.shape, -1).clone()
-        logprobs = torch.full((*here.shape, self.top_k), -math.log(self.vocab_size))
+        found = {
+            "topk_ids": torch.arange(self.top_k).expand(*here.shape, -1).clone(),
+            "topk_logprobs": torch.full((*here.shape, self.top_k), -math.log(self.vocab_size)),
+            "topk_rest": torch.full(here.shape, 1 - self.top_k / self.vocab_size).log(),
+        }
         for row, mask in enumerate(real):
-            topk_ids[row, mask], logprobs[row, mask] = self.lookup(here[row, mask])
-        return {"topk_ids": topk_ids.to(input_ids.device), "topk_logprobs": logprobs.to(input_ids.device)}
+            for name, entries in self._entries(here[row, mask]).items():
+                found[name][row, mask] = entries
+        return {name: tensor.to(input_ids.device) for name, tensor in found.items()}
 
     def examples(self) -> Sequence[dict[str, list[int]]]:
         """The examples themselves, {"input_ids": ..., "labels": ...} as ``write_cache`` was given them, read when asked for."""
@@ -247,6 +255,14 @@ class TopKCache:
         file = self._shard(shard)
         ids, counts = file.get_slice("input_ids")[rows], file.get_slice("counts")[rows]
         return {"input_ids": ids.tolist(), "labels": ids.where(counts != 0, IGNORED).tolist()}
+
+    def _entries(self, ids: Tensor) -> dict[str, Tensor]:
+        """What was kept at each token (L,) of an example."""
+        shard, rows = self._find(ids)
+        file = self._shard(shard)
+        logprobs = file.get_slice("topk_logprobs")[rows].clone()
+        rest = file.get_slice("topk_rest")[rows].clone() if self._version > 1 else _estimated_rest(logprobs, self.vocab_size)
+        return {"topk_ids": file.get_slice("topk_ids")[rows].to(torch.int64), "topk_logprobs": logprobs, "topk_rest": rest}
 
     def _find(self, ids: Tensor) -> tuple[int, slice]:
         key = _key(ids)
@@ -306,25 +322,26 @@ def _shard(
     teacher: MostLikely, reader: _Reader, numbers: range, batch_size: int, progress: Callable[[int], None]
 ) -> dict[str, Tensor]:
     """The tensors of one shard: input_ids (tokens,) int32, counts (tokens,) uint8, lengths (examples,) int32, topk_ids and
-    topk_logprobs (tokens, top_k) int32 and float32."""
+    topk_logprobs (tokens, top_k) int32 and float32, topk_rest (tokens,) float32."""
     read = [reader.read(number) for number in numbers]
     sequences = [ids for ids, _ in read]
     ends = torch.tensor([len(ids) for ids in sequences]).cumsum(0).tolist()
     topk_ids = torch.empty((ends[-1], teacher.top_k), dtype=torch.int32)
     logprobs = torch.empty((ends[-1], teacher.top_k), dtype=torch.float32)
+    rest = torch.empty(ends[-1], dtype=torch.float32)
     # Alike lengths in a batch leave little to padding; the longest first shows at once whether memory suffices.
     order = sorted(range(len(sequences)), key=lambda each: -len(sequences[each]))
     for begin in range(0, len(order), batch_size):
         batch = order[begin : begin + batch_size]
         made = [part.split([len(sequences[each]) for each in batch]) for part in teacher([sequences[each] for each in batch])]
-        for each, ids, values in zip(batch, *made, strict=True):
+        for each, ids, values, others in zip(batch, *made, strict=True):
             if values[:, 0].isnan().any():
                 raise ValueError(
                     f"the teacher's log-probabilities of example {numbers[each]} are NaN: its logits hold NaN or +inf, as those "
                     "of a model do that overflows its dtype, or nothing but -inf"
                 )
             rows = slice(ends[each] - len(ids), ends[each])
-            topk_ids[rows], logprobs[rows] = ids, values
+            topk_ids[rows], logprobs[rows], rest[rows] = ids, values, others
         progress(begin + len(batch))
     return {
         "input_ids": torch.cat(sequences).to(torch.int32),
@@ -332,12 +349,22 @@ def _shard(
         "lengths": torch.tensor([len(ids) for ids in sequences], dtype=torch.int32),
         "topk_ids": topk_ids,
         "topk_logprobs": logprobs,
+        "topk_rest": rest,
     }
 
 
-def _tail_mass(logprobs: Tensor) -> float:
-    """Sum over the rows of the probability that their entries leave to others."""
-    return float((1 - logprobs.double().exp().sum(1)).clamp_(min=0).sum())
+def _estimated_rest(logprobs: Tensor, vocab: int) -> Tensor:
+    """The log-probability of all other tokens where it was not kept: logprobs (L, top_k) -> (L,). What the top_k leave of 1, but
+    not less than float32 tells, nor more than tokens can have that are no likelier than the last of the top_k."""
+    given = logprobs.double()
+    left = log_of_rest(given, torch.full_like(given[:, 0], LEAST_REST))
+    most = given[:, -1] + torch.tensor(vocab - logprobs.shape[1], dtype=torch.float64).log()
+    return torch.minimum(left, most).float()
+
+
+def _tail_mass(rest: Tensor) -> float:
+    """Sum over the tokens of the probability that their entries leave to others."""
+    return float(rest.double().exp().sum())
 
 
 class _Reader:
@@ -479,8 +506,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(path.read_text())
         if content.pop("digest") != _seal(content):
             raise ValueError("its digest does not match")
-        if content["version"] != VERSION:
-            raise ValueError(f"it is of version {content['version']}, and this library reads version {VERSION}")
+        if content["version"] not in READABLE:
+            readable = " and ".join(map(str, READABLE))
+            raise ValueError(f"it is of version {content['version']}, and this library reads versions {readable}")
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise files.damaged(path, str(error)) from error
     return content

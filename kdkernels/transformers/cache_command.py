@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +79,13 @@ def _run(arguments: argparse.Namespace) -> None:
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise CommandError(f"the cache needs {', '.join(missing)}, not installed here: pip install kdkernels[transformers]")
-    from rich.console import Console
-
-    from kdkernels import files
+    from kdkernels import files, terminal
     from kdkernels.transformers.cache import TOKENIZER, write_cache
     from kdkernels.transformers.data import prepare
     from kdkernels.transformers.load import load_model, load_tokenizer
 
-    console = Console()
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
+    console = terminal.Output()
+    say = partial(terminal.say, console)
 
     tokenizer = load_tokenizer(arguments.teacher)
     about = {
@@ -100,14 +97,19 @@ def _run(arguments: argparse.Namespace) -> None:
         "tokenizer_digest": _tokenizer_digest(tokenizer),
     }
     data = prepare(arguments.data, tokenizer, max_length=arguments.max_length, split=arguments.split, limit=arguments.limit)
-    if data.cut or data.dropped:
-        say(f"{data.cut:,} examples cut at {arguments.max_length} tokens, {data.dropped:,} dropped that have no token to learn")
+    if left_out := data.left_out(arguments.max_length):
+        say(left_out)
+    for note in data.notes:
+        say(note)
     files.claim(arguments.out, "cache")  # before the teacher is loaded, which can take long
     model = load_model(arguments.teacher, dtype=arguments.dtype)
     _check_length(model, max(len(example["input_ids"]) for example in data.examples))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        with _Progress(console, say) as progress:
+        with (
+            files.writing(arguments.out, "with room the same command again goes on after the last whole shard"),
+            _Progress(console, say) as progress,
+        ):
             cache = write_cache(
                 model,
                 data.examples,
@@ -119,14 +121,12 @@ def _run(arguments: argparse.Namespace) -> None:
                 about=about,
                 progress=progress,
             )
-        # By it KDTrainer sees whether a student's tokens are the same.
-        tokenizer.save_pretrained(arguments.out / TOKENIZER)
+            # By it KDTrainer sees whether a student's tokens are the same.
+            tokenizer.save_pretrained(arguments.out / TOKENIZER)
     except (ValueError, TypeError) as error:
         raise CommandError(" ".join(str(error).split())) from error
     except torch.OutOfMemoryError as error:
         raise CommandError("the teacher does not fit the GPU's memory: try a smaller --batch-size or --max-length") from error
-    except OSError as error:
-        raise CommandError(f"--out {arguments.out} cannot be written: {error.strerror}") from error
     size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
     say(
         f"{len(cache):,} examples, {cache.tokens:,} tokens, {size:,} bytes in {arguments.out}/; of the probability, "
@@ -138,10 +138,9 @@ class _Progress:
     """A bar on a terminal; elsewhere only a line where an earlier run is gone on with."""
 
     def __init__(self, console: Any, say: Any) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from kdkernels import terminal
 
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.bar = terminal.Bar(console)
         self.task, self.say = self.bar.add_task("examples", total=None), say
         self.begun = False
 

@@ -3,8 +3,9 @@
 The output folder holds
 
 - kdkernels-distill.json: the marker by which the folder is known;
-- run.json: settings and a digest of the data, written before the first step, and the held-out metrics of the untrained student;
-- checkpoint-N: the Trainer's; student: the trained model with its tokenizer;
+- run.json: settings and a digest of the data, written before the models are loaded, and later the held-out metrics of the
+  untrained student;
+- checkpoint-N: the Trainer's; student: the trained model with its tokenizer; loss.png: a plot of the run;
 - results.json: what the final table shows. It is written last: where it is, the run is finished.
 """
 
@@ -15,110 +16,129 @@ import hashlib
 import json
 import math
 import os
+import pickle
+import shutil
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import logging as transformers_logging
 
-from kdkernels import files
+from kdkernels import files, terminal
 from kdkernels.errors import CommandError
 from kdkernels.transformers.cache import TOKENIZER, TopKCache, is_cache
 from kdkernels.transformers.config import KDConfig
-from kdkernels.transformers.data import Example, prepare
-from kdkernels.transformers.distill_command import FREE
+from kdkernels.transformers.data import Example, Prepared, prepare
+from kdkernels.transformers.distill_command import BY_NAME, FREE, RUN, read_run
+from kdkernels.transformers.distill_report import Watch, plot, show
 from kdkernels.transformers.load import load_model, load_tokenizer
 from kdkernels.transformers.trainer import KDTrainer
-from kdkernels.transformers.vocabularies import shared_vocabulary
+from kdkernels.transformers.vocabularies import Known
 
 COMMAND = "distill"
-RUN, RESULTS, STUDENT = "run.json", "results.json", "student"
-SHOWN = ("loss", "kd", "ce", "agreement")  # of an evaluation, in the final table
-LOGGED = ("loss", "kd", "ce", "t", "teacher_loss", "on_policy_fraction", "agreement")  # in a line of progress, where they are
+RESULTS, STUDENT, PLOT = "results.json", "student", "loss.png"
 
 
 def distill(settings: argparse.Namespace, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
     """Run, or go on with, what ``settings`` describe (all of distill_command.OPTIONS); returns what results.json holds.
 
     Raises CommandError for all that the person who gave the settings can put right, before the models are loaded where that can
-    be known.
+    be known, and where a file cannot be written: what was written before is whole then.
     """
     # One process of several speaks and writes.
     first = int(os.environ.get("RANK", "0")) == 0
-    console = console or Console()
-    say = _speaker(console) if first else lambda text: None
+    console = console or terminal.Output()
+    say: Callable[[str], None] = partial(terminal.say, console) if first else lambda text: None
     out = Path(settings.out).expanduser()
+    settings = argparse.Namespace(**{**vars(settings), "teacher": os.path.expanduser(settings.teacher)})
     with _refused():
         config = _config(settings, out)
     earlier = _earlier(out, settings, resume)
     if earlier is not None and (out / RESULTS).exists():
         results: dict[str, Any] = _json(out / RESULTS)
         say(f"finished before: {out / RESULTS}")
-        _show(console, results, out)
+        show(console, results, out / STUDENT)
         return results
 
     cache = TopKCache(settings.teacher) if is_cache(settings.teacher) else None
     tokenizer = _for("student", load_tokenizer, settings.student)
-    train, held_out = _data(settings, tokenizer, cache, say)
+    train, held_out, longest_prompt = _data(settings, tokenizer, cache, say)
     digest = _digest(train, held_out)
     if earlier is not None and earlier["data"] != digest:
         raise CommandError(f"--resume: the data is not that of the run in {out}; accepted: the same, or another --out")
-    if first:
-        files.claim(out, COMMAND)
+    run: dict[str, Any] = {"settings": _kept(settings), "data": digest, "before": earlier and earlier["before"]}
+    with files.writing(out, "what was finished before is whole, and with room the same command with --resume goes on"):
+        if first:
+            files.claim(out, COMMAND)
+            files.write(out / RUN, json.dumps(run, indent=1).encode())
+            _tidy(out)
+        with _quiet(), _reporting(config):
+            trainer = _trainer(settings, config, tokenizer, train, held_out, longest_prompt)
+            checkpoint = last_checkpoint(out) if earlier is not None else None
+            if resume:
+                say(f"continuing from {checkpoint}" if checkpoint else "there is no checkpoint yet: starting from the beginning")
+            say(f"{len(train):,} examples to learn from, {len(held_out):,} held out")
+            results = _trained(trainer, checkpoint, run, out, console if first else None)
+        results = {**results, "train_examples": len(train), "eval_examples": len(held_out)}
+        if first:
+            if missing := plot(out / PLOT, results):
+                say(missing)
+            files.write(out / RESULTS, json.dumps(results, indent=1).encode())
+            show(console, results, out / STUDENT)
+    return results
 
-    with _quiet():
-        trainer = _trainer(settings, config, tokenizer, train, held_out)
-        checkpoint = last_checkpoint(out) if earlier is not None else None
-        if resume:
-            say(f"continuing from {checkpoint}" if checkpoint else "there is no checkpoint yet: starting from the beginning")
-        say(f"{len(train):,} examples to learn from, {len(held_out):,} held out")
 
-        before = None if earlier is None else earlier["before"]
-        started, first_step = 0.0, 0
+def _trained(
+    trainer: KDTrainer, checkpoint: Path | None, run: dict[str, Any], out: Path, console: Console | None
+) -> dict[str, Any]:
+    """Train and save the student; what there is to tell of it. console: None where another process speaks and writes."""
+    started, first_step = 0.0, 0
 
-        def begin() -> None:
-            nonlocal before, started, first_step
-            if before is None:
-                before = _evaluation(trainer)
-                if first:
-                    run = {"settings": _kept(settings), "data": digest, "before": before}
-                    files.write(out / RUN, json.dumps(run, indent=1).encode())
-            started, first_step = time.monotonic(), trainer.state.global_step
+    def begin() -> None:
+        nonlocal started, first_step
+        if run["before"] is None:
+            run["before"] = _evaluation(trainer)
+            if console is not None:
+                files.write(out / RUN, json.dumps(run, indent=1).encode())
+        started, first_step = time.monotonic(), trainer.state.global_step
 
-        with _refused(), _Watch(console if first else None) as watch:
-            callbacks = _AtStart(begin), watch.callback()
-            for callback in callbacks:
-                trainer.add_callback(callback)
+    with _refused(), Watch(console) as watch:
+        callbacks = _AtStart(begin), watch.callback()
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            for callback in callbacks:
-                trainer.remove_callback(callback)
-        seconds = time.monotonic() - started
-        after = _evaluation(trainer)
-        with _refused():
-            trainer.save_model(str(out / STUDENT))
-    results = {
-        "settings": _kept(settings),
+        except Exception as error:
+            if checkpoint is not None and not started and _unreadable(error):
+                raise files.damaged(checkpoint, str(error)) from error
+            raise
+        for callback in callbacks:
+            trainer.remove_callback(callback)
+    seconds = time.monotonic() - started
+    after = _evaluation(trainer)
+    with _refused():
+        trainer.save_model(str(out / STUDENT))
+    return {
+        "settings": run["settings"],
         "steps": trainer.state.global_step,
         "timed_steps": trainer.state.global_step - first_step,  # of this run, where it goes on with another
         "seconds": round(seconds, 2),
-        "train_examples": len(train),
-        "eval_examples": len(held_out),
-        "before": before,
+        # of the timed steps: those that count in the loss, over the time without evaluations and checkpoints
+        "tokens": round(watch.tokens),
+        "tokens_per_second": round(watch.tokens / watch.seconds, 1) if watch.tokens else 0.0,
+        "before": run["before"],
         "after": after,
         "log": trainer.state.log_history,
     }
-    if first:
-        files.write(out / RESULTS, json.dumps(results, indent=1).encode())
-        _show(console, results, out)
-    return results
 
 
 def _trainer(
@@ -127,14 +147,17 @@ def _trainer(
     tokenizer: Any,
     train: Sequence[Example],
     held_out: Sequence[Example],
+    longest_prompt: int,
 ) -> KDTrainer:
     longest = max(len(example["input_ids"]) for part in (train, held_out) for example in part)
     student = _for("student", load_model, settings.student, dtype=settings.dtype)
     _check_length("student", student, longest)
+    _check_answers("student", student, longest_prompt, settings.max_new_tokens)
     teacher = teacher_tokenizer = None
     if not is_cache(settings.teacher):
         teacher = _for("teacher", load_model, settings.teacher, dtype=settings.teacher_dtype)
         _check_length("teacher", teacher, longest)
+        _check_answers("teacher", teacher, longest_prompt, settings.max_new_tokens)
         teacher_tokenizer = _for("teacher", load_tokenizer, settings.teacher)
     with _refused():
         trainer = KDTrainer(
@@ -151,9 +174,27 @@ def _trainer(
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    """The newest that is whole: a checkpoint's trainer_state.json is written after all else of it."""
-    found = [path for path in out.glob("checkpoint-*") if path.name[11:].isdigit() and (path / "trainer_state.json").is_file()]
-    return max(found, key=lambda path: int(path.name[11:]), default=None)
+    """The newest that is whole."""
+    return max(filter(_whole, _checkpoints(out)), key=lambda path: int(path.name[11:]), default=None)
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    return [path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]
+
+
+def _whole(checkpoint: Path) -> bool:
+    """Its trainer_state.json is written after all else of it, but not in one move: on a full disk it may be cut short."""
+    try:
+        return isinstance(json.loads((checkpoint / "trainer_state.json").read_bytes()), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def _tidy(out: Path) -> None:
+    """Without checkpoints that are not whole: they take room, and the Trainer, which keeps the newest, would keep them."""
+    for path in _checkpoints(out):
+        if not _whole(path):
+            shutil.rmtree(path)
 
 
 # ---- before anything is loaded ----
@@ -184,6 +225,7 @@ def _config(settings: argparse.Namespace, out: Path) -> KDConfig:
         on_policy_schedule=settings.on_policy_schedule,
         on_policy_max_new_tokens=settings.max_new_tokens,
         topk_tail=settings.topk_tail,
+        vocab_size=settings.vocab_size,
         memory_budget=settings.memory_budget,
         max_steps=settings.steps or -1,
         num_train_epochs=settings.epochs or 1.0,
@@ -205,31 +247,48 @@ def _config(settings: argparse.Namespace, out: Path) -> KDConfig:
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to=[],
+        report_to=_reports(settings.report_to),
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.accelerator.is_available(),
         **{name: value for name, value in optional.items() if value is not None},
     )
 
 
+def _reports(names: str) -> list[str]:
+    """Where the log is sent to, as transformers names it."""
+    here = get_available_reporting_integrations()
+    found: list[str] = []
+    for name in map(str.strip, names.split(",")):
+        if name in here or (name == "all" and here):
+            found += here if name == "all" else [name]
+        elif name != "none":
+            wrong = "is not installed here" if name in ("all", *INTEGRATION_TO_CALLBACK) else "is not known"
+            known = ", ".join(other for other in INTEGRATION_TO_CALLBACK if other not in here)
+            raise CommandError(
+                f"--report-to {name!r} {wrong}; accepted: {', '.join(('none', *(('all', *here) if here else ())))}; once "
+                f"installed: {known}"
+            )
+    return list(dict.fromkeys(found))
+
+
 def _kept(settings: argparse.Namespace) -> dict[str, Any]:
-    """The settings that decide what is computed."""
-    return {name: value for name, value in vars(settings).items() if name not in FREE}
+    """What run.json has of the settings, so that --resume takes them from there: all but the folder it lies in."""
+    return {name: value for name, value in vars(settings).items() if name != "out"}
 
 
 def _earlier(out: Path, settings: argparse.Namespace, resume: bool) -> dict[str, Any] | None:
     """run.json of the run to go on with, if there is one. An earlier run is neither overwritten nor continued as another."""
-    if out.exists():
-        files.claim(out, COMMAND)  # refuses what is not ours; a new folder is made when all that was given has been read
-    if not (out / RUN).exists() or not ((out / RESULTS).exists() or last_checkpoint(out)):
+    files.check(out, COMMAND)  # a new folder is made when all that was given has been read
+    if not ((out / RESULTS).exists() or last_checkpoint(out)):
         return None  # new, or cut off before it had computed anything that is worth keeping
     if not resume:
         state = "a finished run" if (out / RESULTS).exists() else "a run that is not finished"
         raise CommandError(f"--out {out} holds {state}; accepted: --resume, or another folder")
-    earlier: dict[str, Any] = _json(out / RUN)
+    earlier = read_run(out)
+    recorded = earlier["settings"]
     for name, value in _kept(settings).items():
-        before = earlier["settings"].get(name)
-        if before != value:
+        before = recorded.get(name, BY_NAME[name].default)
+        if before != value and name not in FREE:
             raise CommandError(
                 f"--resume: --{name.replace('_', '-')} is {_said(value)}, and was {_said(before)} in the run in {out}; accepted: "
                 "the same, or another --out"
@@ -239,45 +298,56 @@ def _earlier(out: Path, settings: argparse.Namespace, resume: bool) -> dict[str,
 
 def _data(
     settings: argparse.Namespace, tokenizer: Any, cache: TopKCache | None, say: Callable[[str], None]
-) -> tuple[Sequence[Example], Sequence[Example]]:
-    """The examples to learn from, and those that are held out."""
+) -> tuple[Sequence[Example], Sequence[Example], int]:
+    """The examples to learn from, those that are held out, and how long the longest prompt without a completion is (0: none)."""
+    alone = settings.on_policy_fraction == 1.0 and cache is None  # then all that is asked of the data is its prompts
     theirs = settings.teacher if cache is None else cache.folder / TOKENIZER
     # A program may have made a cache without a tokenizer; then its height is all that is known.
-    shared = cache.vocab_size if cache is not None else 2**63
-    if cache is None or theirs.is_dir():
-        with _refused():
-            shared = min(shared, shared_vocabulary(tokenizer, _for("teacher", load_tokenizer, theirs)))
+    teacher = _for("teacher", load_tokenizer, theirs) if cache is None or theirs.is_dir() else None
+    with _refused():
+        known = Known(tokenizer, teacher, rows=None if cache is None else cache.vocab_size, vocab_size=settings.vocab_size)
 
-    def read(option: str, source: str, split: str, limit: int | None) -> list[Example]:
-        prepared = _for(option, prepare, source, tokenizer, max_length=settings.max_length, split=split, limit=limit)
-        if prepared.cut or prepared.dropped:
-            say(f"{source}: {prepared.cut:,} examples cut at {settings.max_length} tokens, {prepared.dropped:,} dropped as empty")
-        return list(prepared.examples)
+    def read(option: str, source: str, split: str, limit: int | None, prompts: bool = False) -> Prepared:
+        length = settings.max_length
+        found: Prepared = _for(option, prepare, source, tokenizer, max_length=length, split=split, limit=limit, prompts=prompts)
+        if left_out := found.left_out(length):
+            say(f"{source}: {left_out}")
+        for note in found.notes:
+            say(note)
+        return found
 
+    prompts: list[Example] = []
     if settings.data is not None:
-        train: Sequence[Example] = read("data", settings.data, settings.split, settings.limit)
+        found = read("data", settings.data, settings.split, settings.limit, alone)
+        train: Sequence[Example] = found.examples
+        prompts = found.prompts
     elif cache is not None:
         train = cache.examples()[: settings.limit]
     else:
         raise CommandError("--data is required, on the command line or in the file of --config")
     if settings.eval_data is not None:
-        held_out: Sequence[Example] = read("eval_data", settings.eval_data, settings.eval_split or settings.split, None)
+        held_out: Sequence[Example] = read("eval_data", settings.eval_data, settings.eval_split or settings.split, None).examples
+    elif not train:
+        held_out = []
+        if settings.eval_fraction:
+            say("prompts alone have no tokens to judge the student by: nothing is held out (--eval-data with completions would be)")
     else:
         count = math.ceil(settings.eval_fraction * len(train))
-        if count >= len(train):
+        if count >= len(train) + len(prompts):
             raise CommandError(
                 f"--eval-fraction {settings.eval_fraction:g} of {len(train):,} examples leaves none to learn from; accepted: "
                 "--eval-data, more data, a smaller --max-length, or --eval-fraction 0"
             )
         train, held_out = train[: len(train) - count], train[len(train) - count :]
-    for option, part in (("--data", train), ("--eval-data" if settings.eval_data else "--data", held_out)):
-        largest = max((max(example["input_ids"]) for example in part), default=0)
-        if largest >= shared:
-            token = tokenizer.convert_ids_to_tokens(largest)
-            raise CommandError(
-                f"{option} has the token {token!r} ({largest}), which the teacher does not know: both know the first {shared:,}"
-            )
-    return train, held_out
+    train = [*train, *prompts] if prompts else train
+    if settings.eval_steps is not None and not held_out:
+        raise CommandError("--eval-steps needs held-out data, and prompts alone are none; accepted: --eval-data with completions")
+    first = "--data" if settings.data else f"the cache {settings.teacher}"
+    for option, part in ((first, train), ("--eval-data" if settings.eval_data else first, held_out)):
+        problem = known.problem(part)
+        if problem is not None:
+            raise CommandError(f"{option} has {problem}")
+    return train, held_out, max((len(prompt["input_ids"]) - 1 for prompt in prompts), default=0)
 
 
 def _digest(*parts: Sequence[Example]) -> str:
@@ -299,6 +369,16 @@ def _check_length(name: str, model: Any, longest: int) -> None:
         )
 
 
+def _check_answers(name: str, model: Any, prompt: int, answer: int) -> None:
+    """Where a prompt has no completion to fall back on, the student's own has to fit."""
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if prompt and most is not None and prompt + answer > most:
+        raise CommandError(
+            f"the longest prompt has {prompt:,} tokens, with --max-new-tokens {answer:,} more than the {most:,} that the {name} "
+            "takes; accepted: fewer of them, or a smaller --max-length, which leaves out longer prompts"
+        )
+
+
 # ---- errors ----
 
 
@@ -316,8 +396,24 @@ def _refused() -> Iterator[None]:
         ) from error
     except (ValueError, TypeError) as error:
         raise CommandError(" ".join(str(error).split())) from error
-    except OSError as error:
-        raise CommandError(f"--out cannot be written: {error}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise CommandError(
+            "this machine's memory is too small: try a smaller --batch-size, --max-length or --memory-budget"
+        ) from error
+
+
+@contextmanager
+def _reporting(config: KDConfig) -> Iterator[None]:
+    """Errors of where the log is sent to, such as of an account that is not logged in, as the command's."""
+    try:
+        yield
+    except Exception as error:
+        library = type(error).__module__.partition(".")[0]
+        if library not in (config.report_to or ()):
+            raise
+        raise CommandError(f"--report-to {library}: {' '.join(str(error).split())}") from error
 
 
 def _for(option: str, load: Callable[..., Any], name: str | Path, *arguments: Any, **options: Any) -> Any:
@@ -328,6 +424,12 @@ def _for(option: str, load: Callable[..., Any], name: str | Path, *arguments: An
         raise CommandError(f"--{option.replace('_', '-')}: {error}") from error
 
 
+def _unreadable(error: Exception) -> bool:
+    """Whether it is of a reader of a checkpoint's files: of safetensors, pickles, torch's archives or JSON."""
+    kinds = (SafetensorError, pickle.UnpicklingError, EOFError, json.JSONDecodeError)
+    return isinstance(error, kinds) or "PytorchStreamReader" in str(error)
+
+
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
@@ -336,10 +438,6 @@ def _json(path: Path) -> Any:
 
 
 # ---- what is shown ----
-
-
-def _speaker(console: Console) -> Callable[[str], None]:
-    return lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager
@@ -380,78 +478,3 @@ class _AtStart(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.function()
-
-
-class _Watch:
-    """A bar with the last losses on a terminal; elsewhere a line for each report."""
-
-    def __init__(self, console: Console | None) -> None:
-        """console: None shows nothing."""
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)
-        self.bar = Progress(*columns, console=console, disable=console is None or not console.is_terminal)
-        self.say = None if console is None or console.is_terminal else _speaker(console)
-        self.task: TaskID | None = None
-        self.begun = (0, 0.0)
-
-    def __enter__(self) -> _Watch:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
-    def begin(self, step: int, steps: int) -> None:
-        self.begun = step, time.monotonic()
-        self.task = self.bar.add_task("training", total=steps, completed=step)
-
-    def step(self, step: int) -> None:
-        if self.task is not None:
-            self.bar.update(self.task, completed=step)
-
-    def log(self, step: int, steps: int, logs: dict[str, float]) -> None:
-        evaluation = "eval_loss" in logs
-        if not evaluation and "loss" not in logs:
-            return  # the sums at the end
-        prefix = "eval_" if evaluation else ""
-        values = {name: logs[prefix + name] for name in LOGGED if prefix + name in logs}
-        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        if self.task is not None and not evaluation:
-            self.bar.update(self.task, description=text)
-        if self.say is not None:
-            done, since = step - self.begun[0], time.monotonic() - self.begun[1]
-            left = f", {since / done * (steps - step):.0f} s left" if done and not evaluation else ""
-            self.say(f"step {step} of {steps}{', held out' if evaluation else ''}: {text}{left}")
-        if not evaluation and not math.isfinite(logs["loss"]):
-            raise CommandError(
-                f"the loss is {logs['loss']} at step {step}; a smaller --learning-rate or a longer --warmup may help"
-            )
-
-    def callback(self) -> TrainerCallback:
-        watch = self
-
-        class Reports(TrainerCallback):
-            def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                watch.begin(state.global_step, state.max_steps)
-
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                watch.step(state.global_step)
-
-            def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-                watch.log(state.global_step, state.max_steps, given["logs"])
-
-        return Reports()
-
-
-def _show(console: Console, results: dict[str, Any], out: Path) -> None:
-    say = _speaker(console)
-    if results["after"]:
-        table = Table("held out", "before", "after", title=f"{results['settings']['method']}, {results['steps']:,} steps")
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for name in SHOWN:
-            if name in results["after"]:
-                table.add_row(name, *(f"{results[when][name]:.4f}" for when in ("before", "after")))
-        console.print(table)
-    steps, timed = results["steps"], results["timed_steps"]
-    say(f"{steps:,} steps{'' if timed == steps else f', the last {timed:,}'} in {results['seconds']:.0f} s")
-    say(f"student: {out / STUDENT}")

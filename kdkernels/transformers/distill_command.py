@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdkernels.arguments import number
+from kdkernels.arguments import MEMORY, how_to_go_on, memory, number
 from kdkernels.divergences import divergences
 from kdkernels.errors import CommandError
 
@@ -32,6 +32,7 @@ class Kind:
     types: tuple[type, ...]
     parse: Callable[[Any], Any] = str
     allowed: Callable[[Any], bool] = lambda value: True
+    names: tuple[str, ...] = ()  # where it is one of these
 
     def of_text(self) -> Callable[[str], Any]:
         """For argparse."""
@@ -55,7 +56,7 @@ def _between(accepted: str, allowed: Callable[[float], bool]) -> Kind:
 
 
 def _one_of(*names: str) -> Kind:
-    return Kind(f"one of {', '.join(names)}", (str,), allowed=lambda value: value in names)
+    return Kind(f"one of {', '.join(names)}", (str,), allowed=lambda value: value in names, names=names)
 
 
 TEXT = Kind("text", (str,), allowed=bool)
@@ -66,6 +67,7 @@ SHARE = _between("a number from 0 to 1", lambda value: 0 <= value <= 1)
 PART = _between("a number from 0, below 1", lambda value: 0 <= value < 1)
 NUMBER = _between("a number", lambda value: True)
 COUNT = _integer(1)
+BYTES = Kind(MEMORY, (int, float), memory)
 
 SOURCES = "a text, .jsonl or .json file, a folder of datasets, or a name that datasets knows"
 ADAPTIVE = "the fraction grows when an evaluation finds no gain, and what was written is used again (DistiLLM)"
@@ -86,6 +88,11 @@ class Option:
     @property
     def flag(self) -> str:
         return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def shown(self) -> str:
+        """In --help, as argparse shows choices."""
+        return f"{{{','.join(self.kind.names)}}}" if self.kind.names else self.metavar
 
 
 OPTIONS: dict[str, tuple[Option, ...]] = {
@@ -110,7 +117,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("eval_fraction", PART, "PART", "of the examples, held out at their end where there is no --eval-data", 0.05),
     ),
     "method": (
-        Option("method", _one_of(*divergences(), TAID, OKD), "NAME", f"a divergence ({', '.join(divergences())}), {TAID} or {OKD}"),
+        Option("method", _one_of(*divergences(), TAID, OKD), "NAME", f"a divergence, {TAID} or {OKD}"),
         Option("divergence", _one_of(*divergences()), "NAME", f"of {TAID} and {OKD} (default: forward_kl)"),
         Option("divergence_parameter", NUMBER, "X", "beta of jsd, alpha of the skew divergences"),
         Option("temperature", POSITIVE, "T", "divides both models' logits in the divergence", 1.0),
@@ -125,7 +132,8 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("on_policy_schedule", _one_of("constant", "adaptive"), "NAME", f"adaptive: {ADAPTIVE}", "constant"),
         Option("max_new_tokens", COUNT, "N", "most tokens that the student writes", 128),
         Option("topk_tail", _one_of("bucket", "renormalize"), "NAME", "with a cached teacher: what stands for the rest", "bucket"),
-        Option("memory_budget", COUNT, "BYTES", "for the loss's logits of both models (default: what the loss itself takes)"),
+        Option("vocab_size", COUNT, "V", "compare the first V tokens; other names there are confirmed (default: what both know)"),
+        Option("memory_budget", BYTES, "BYTES", "for the loss's logits of both models (default: what the loss itself takes)"),
     ),
     "training": (
         Option("steps", COUNT, "N", "optimizer steps (default: --epochs)"),
@@ -140,6 +148,9 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("save_steps", COUNT, "N", "steps between checkpoints, of which the last is kept (default: a tenth of the run)"),
         Option("eval_steps", COUNT, "N", "steps between evaluations (default: only before the first step and after the last)"),
         Option("logging_steps", COUNT, "N", "steps between reports of the loss", 10),
+        Option(
+            "report_to", TEXT, "NAME[,NAME]", "send the log to tensorboard, wandb or what else transformers knows, or all", "none"
+        ),
     ),
 }
 BY_NAME = {option.name: option for group in OPTIONS.values() for option in group}
@@ -147,7 +158,8 @@ REQUIRED = ("teacher", "student", "out", "method")
 # the first of a pair that is given on the command line stands against the other from a file
 EXCLUDING = (("steps", "epochs"), ("eval_data", "eval_fraction"))
 # may differ between a run and its resumption, without a difference to the student
-FREE = ("out", "save_steps", "logging_steps", "memory_budget")
+FREE = ("out", "save_steps", "logging_steps", "report_to", "memory_budget")
+RUN = "run.json"
 
 
 def add(commands: Any) -> None:
@@ -164,9 +176,10 @@ def add(commands: Any) -> None:
         "      --method okd --lora-rank 16 --steps 1000 --bf16 --out run\n"
         "  python -m kdkernels distill --teacher cache --student ./student --method forward_kl --epochs 3 --out run\n"
         "  python -m kdkernels distill --config run.yaml --learning-rate 5e-5 --out run2\n"
-        "  python -m kdkernels distill --config run.yaml --resume       after Ctrl-C\n\n"
+        "  python -m kdkernels distill --resume --out run       after Ctrl-C: the rest is as the run has it\n\n"
         "A configuration file is YAML, or JSON where its name ends in .json: the names of the options, and their values.\n"
-        'In .jsonl and .json data a record has "text", or "messages", or "prompt" and "completion".',
+        'In .jsonl and .json data a record has "text", or "messages" (and "tools"), or "prompt" and "completion"; with\n'
+        "--on-policy-fraction 1, where the student answers every prompt itself, a prompt may stand alone.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="options from a file; those on the command line come first")
@@ -178,12 +191,12 @@ def add(commands: Any) -> None:
             more: dict[str, Any] = (
                 {"action": argparse.BooleanOptionalAction}
                 if option.kind is SWITCH
-                else {"type": option.kind.of_text(), "metavar": option.metavar}
+                else {"type": option.kind.of_text(), "metavar": option.shown}
             )
             text = (option.help + ending).replace("%", "%%")
             # without a default: what is not given is not there, so that a configuration file can be asked for it
             group.add_argument(option.flag, default=argparse.SUPPRESS, help=text, **more)
-    parser.set_defaults(run=_run, interrupted="the same command with --resume continues from the last checkpoint")
+    parser.set_defaults(run=_run, folder=None, interrupted=lambda arguments: how_to_go_on(arguments.folder, "distill"))
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -191,7 +204,10 @@ def _run(arguments: argparse.Namespace) -> None:
     if missing:
         raise CommandError(f"distill needs {', '.join(missing)}, not installed here: pip install kdkernels[transformers]")
     given = {name: value for name, value in vars(arguments).items() if name in BY_NAME}
-    settings = merged(given, {} if arguments.config is None else read_config(arguments.config))
+    configured = {} if arguments.config is None else read_config(arguments.config)
+    out = given.get("out", configured.get("out"))
+    settings = merged(given, configured, recorded(Path(out).expanduser()) if arguments.resume and out is not None else None)
+    arguments.folder = Path(settings.out)
     from kdkernels.transformers.distill import distill
 
     distill(settings, resume=arguments.resume)
@@ -212,6 +228,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CommandError(
             f"--config {path} holds no names with values; accepted: for example {{'teacher': 'folder', 'steps': 100}}"
         )
+    if "settings" in content and path.name in (RUN, "results.json"):
+        raise CommandError(f"--config {path} is what a run has written; to go on with that: --resume --out {path.parent}")
     found: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
@@ -222,36 +240,78 @@ def read_config(path: Path) -> dict[str, Any]:
             raise CommandError(f"--config {path}: {name} is there twice")
         if value is None:
             continue
-        try:
-            found[name] = BY_NAME[name].kind.of_value(value)
-        except ValueError as error:
-            raise CommandError(f"--config {path}: {key} is {value!r}; accepted: {BY_NAME[name].kind.accepted}") from error
+        found[name] = _taken(name, value, f"--config {path}: {key}")
     return found
 
 
-def merged(given: Mapping[str, Any], configured: Mapping[str, Any]) -> argparse.Namespace:
-    """All options: from the command line, else from the file, else their defaults.
+def _taken(name: str, value: Any, where: str) -> Any:
+    """A value of a file, for an option."""
+    try:
+        return BY_NAME[name].kind.of_value(value)
+    except ValueError as error:
+        raise CommandError(f"{where} is {value!r}; accepted: {BY_NAME[name].kind.accepted}") from error
+
+
+def recorded(out: Path) -> dict[str, Any]:
+    """The options of the run in a folder that --resume is to go on with; none where it was cut off before it had written them.
+
+    Raises CommandError where there is no such run.
+    """
+    accepted = "accepted: the --out of an earlier run, or the same command without --resume, which begins one"
+    if not out.exists():
+        raise CommandError(f"--resume: there is no folder {out}; {accepted}")
+    if not (out / "kdkernels-distill.json").is_file():
+        whole = out.absolute().parent
+        hint = f"; the run that it is a part of is in {whole}" if (whole / "kdkernels-distill.json").is_file() else ""
+        raise CommandError(f"--resume: {out} holds no run of distill{hint}; {accepted}")
+    if not (out / RUN).exists() and not (out / "results.json").exists() and not any(out.glob("checkpoint-*")):
+        return {}
+    found = read_run(out)["settings"]
+    given = {name: value for name, value in found.items() if name in BY_NAME and value is not None}
+    return {name: _taken(name, value, f"{out / RUN}: {name}") for name, value in given.items()}
+
+
+def read_run(out: Path) -> dict[str, Any]:
+    """run.json, with "settings", "data" and "before" at least."""
+    try:
+        found = json.loads((out / RUN).read_bytes())
+        if not isinstance(found["settings"], dict):
+            raise TypeError("its settings are none")
+        return {"before": None, "data": None, **found}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise CommandError(
+            f"{out / RUN}, which says what the run was, cannot be read ({reason}); accepted: another --out"
+        ) from error
+
+
+def merged(given: Mapping[str, Any], configured: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> argparse.Namespace:
+    """All options: from the command line, else from the file, else as they were ``before`` in a run that is resumed, else defaults.
 
     Raises CommandError where one is missing, two exclude each other, or one belongs to another method.
     """
-    configured = dict(configured)
+    lost = " (the run was cut off before it had kept its own)" if before is not None and not before else ""
+    configured, before = dict(configured), dict(before or {})
     for pair in EXCLUDING:
         for name, other in (pair, pair[::-1]):
             if name in given:
                 configured.pop(other, None)
+            if name in given or name in configured:
+                before.pop(other, None)
     chosen = {**configured, **given}
     for name in REQUIRED:
-        if name not in chosen:
-            raise CommandError(f"{BY_NAME[name].flag} is required, on the command line or in the file of --config")
+        if name not in chosen and name not in before:
+            raise CommandError(f"{BY_NAME[name].flag} is required, on the command line or in the file of --config{lost}")
     for first, second in EXCLUDING:
         if first in chosen and second in chosen:
             raise CommandError(f"{BY_NAME[first].flag} and {BY_NAME[second].flag} exclude each other; give one of them")
     for name in chosen:
         needs = BY_NAME[name].needs
-        if needs is not None and chosen["method"] != needs:
-            raise CommandError(f"{BY_NAME[name].flag} is of method {needs}; the method is {chosen['method']}")
+        method = chosen.get("method", before.get("method"))
+        if needs is not None and method != needs:
+            raise CommandError(f"{BY_NAME[name].flag} is of method {needs}; the method is {method}")
     defaults = {name: option.default for name, option in BY_NAME.items()}
-    return argparse.Namespace(**{**defaults, **chosen})
+    return argparse.Namespace(**{**defaults, **before, **chosen})
 
 
 def _parsed(text: str, path: Path) -> Any:

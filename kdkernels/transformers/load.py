@@ -6,6 +6,8 @@ special tokens, and an encoder is loaded as if it were causal. None of that can 
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +17,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdkernels.errors import CommandError
+from kdkernels.transformers import hub
 from kdkernels.transformers.modes import evaluating, restored
 
+MODEL = ("config.json", "adapter_config.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -32,7 +37,7 @@ def load_model(name_or_path: str | Path, *, dtype: str = "auto") -> Any:
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is one of {', '.join(DTYPES)}; got {dtype!r}")
-    name = _existing(name_or_path, "config.json", "adapter_config.json")
+    name = _existing(name_or_path, MODEL)
     model, report = _from(name, AutoModelForCausalLM.from_pretrained, dtype=dtype, output_loading_info=True)
     missing = sorted(report["missing_keys"])
     if missing:
@@ -47,7 +52,7 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
 
     Raises CommandError where there is none, or where it knows no token but the special ones.
     """
-    name = _existing(name_or_path)
+    name = _existing(name_or_path, (*MODEL, *TOKENIZER))
     tokenizer = _from(name, AutoTokenizer.from_pretrained)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise _refused(name, "it has no tokenizer: no files of one, and so no tokens but the special ones")
@@ -58,26 +63,57 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
     return tokenizer
 
 
-def _existing(name_or_path: str | Path, *files: str) -> str:
-    """The argument as text. What can only be a path must exist, and a folder must hold one of the files, where any are named."""
+def _existing(name_or_path: str | Path, files: tuple[str, ...]) -> str:
+    """The argument as text. What can only be a path must exist, and a folder must hold one of the files."""
     name, path = os.fspath(name_or_path), Path(name_or_path).expanduser()
     if name and path.is_dir():
-        if files and not any((path / file).is_file() for file in files):
-            raise _refused(str(path), f"the folder holds no {files[0]}")
+        if not _holds(path, files):
+            raise _refused(str(path), f"the folder holds no {files[0]}{_meant(path)}")
         return str(path)
     if name and path.exists():
-        raise _refused(str(path), "a file; accepted: a folder that save_pretrained wrote, or a name of the hub")
-    # a name of the hub is NAME or OWNER/NAME
-    if isinstance(name_or_path, Path) or not name or name.count("/") > 1 or name[0] in "./~" or any(map(str.isspace, name)):
-        raise _refused(name, "there is no such folder")
+        meant = f"; the folder {path.parent} is meant?" if _holds(path.parent, MODEL) else ""
+        raise _refused(str(path), f"a file; accepted: a folder that save_pretrained wrote, or a name of the hub{meant}")
+    if isinstance(name_or_path, Path) or not hub.NAME.fullmatch(name):
+        raise _refused(name, f"there is no such folder{_nearest(path)}")
     return name
 
 
-def _from(name: str, load: Callable[..., Any], **options: Any) -> Any:
+def _holds(folder: Path, files: tuple[str, ...]) -> bool:
+    return any((folder / file).is_file() for file in files)
+
+
+def _meant(folder: Path) -> str:
+    """What a folder without a model is, and where the model may be that was meant."""
+    if (folder / "kdkernels-cache.json").is_file():
+        return ": it is a cache of a teacher's log-probabilities, which distill takes as its --teacher"
+    if (folder / "kdkernels-distill.json").is_file():
+        if _holds(folder / "student", MODEL):
+            return f": it is a run of distill, whose student is {folder / 'student'}"
+        return f": it is a run of distill that has no student yet (--resume --out {folder} finishes it)"
+    # beside it, as where models of several sizes lie, or in the hub's cache
+    inside = sorted({path.parent for file in MODEL for depth in ("*", "snapshots/*") for path in folder.glob(f"{depth}/{file}")})
+    return f"; {'one' if len(inside) == 1 else 'some'} inside do: {', '.join(map(str, inside[:3]))}" if inside else ""
+
+
+def _nearest(path: Path) -> str:
+    """The folder beside a missing one whose name is most like its own."""
     try:
-        return load(name, trust_remote_code=False, **options)
+        beside = [each.name for each in path.parent.iterdir() if each.is_dir()]
+    except OSError:
+        return ""
+    found = difflib.get_close_matches(path.name, beside, n=1)
+    return f"; the nearest is {path.parent / found[0]}" if found else ""
+
+
+def _from(name: str, load: Callable[..., Any], **options: Any) -> Any:
+    path = Path(name)
+    # A folder is complete, unless it is an adapter, whose base may have a name of the hub.
+    remote = not path.is_dir() or _holds(path, ("adapter_config.json",))
+    try:
+        with hub.asked() if remote else contextlib.nullcontext():
+            return load(name, trust_remote_code=False, **options)
     except Exception as error:  # of a dozen classes, by file format and library: whatever it is, it is about this model
-        raise _refused(name, _reason(error)) from error
+        raise _refused(name, f"{_reason(error)}{'' if path.is_dir() else _nearest(path)}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The most likely next tokens of a model and their log-probabilities, without the logits of a whole batch.
+"""The most likely next tokens of a model, their log-probabilities and that of all others, without the logits of a whole batch.
 
 Hidden states of a padded batch come from the model's own forward; the head multiplies a chunk of the real tokens at a time, into a
 scratch that a byte budget bounds, and of each row only the largest entries are kept.
@@ -46,11 +46,12 @@ class MostLikely:
         self.bytes_per_logit = self.sum.itemsize * (2 if self.made == self.sum else 3)
 
     @torch.no_grad()
-    def __call__(self, sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def __call__(self, sequences: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """sequences: token ids (L,) int64 on the CPU, each; they are padded on the right.
 
         Returns ids int32 and log-probabilities float32, both (tokens of all sequences one after another, top_k), the most likely
-        first, on the CPU. A row whose logits hold NaN or +inf, or nothing but -inf, starts with NaN.
+        first, and the log-probability of all others together, float32 (tokens,); all on the CPU. A row whose logits hold NaN or
+        +inf, or nothing but -inf, starts with NaN.
         """
         input_ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in sequences], batch_first=True)
@@ -63,10 +64,10 @@ class MostLikely:
         with borrowed(block, [((size, vocab), self.made)], self.budget, where) as (buffer, (logits,)):
             products = HeadProducts(self.weight, self.product, buffer)
             parts = [self._top(products, rows, logits[: len(rows)]) for rows in hidden.split(size)]
-        ids, logprobs = zip(*parts, strict=True)
-        return torch.cat(ids), torch.cat(logprobs)
+        ids, logprobs, rest = map(torch.cat, zip(*parts, strict=True))
+        return ids, logprobs, rest
 
-    def _top(self, products: HeadProducts, hidden: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _top(self, products: HeadProducts, hidden: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         products.logits(hidden.to(self.product), logits)
         z = logits.to(self.sum)  # the scratch itself, unless it has to be widened
         if self.bias is not None:
@@ -76,5 +77,8 @@ class MostLikely:
             z.div_(self.softcap).tanh_().mul_(self.softcap)
         z.div_(self.temperature)
         values, ids = z.topk(self.top_k)
-        logprobs = values - z.logsumexp(1, keepdim=True)
-        return ids.to("cpu", torch.int32), logprobs.to("cpu", torch.float32)
+        # Apart and in float64: of a confident teacher 1 less the sum of the top_k has no digits, nor has 0 less the largest.
+        chosen, rest = values.double().logsumexp(1), z.scatter_(1, ids, -torch.inf).logsumexp(1).double()
+        whole = torch.logaddexp(chosen, rest)
+        logprobs = values.double() - whole[:, None]
+        return ids.to("cpu", torch.int32), logprobs.to("cpu", torch.float32), (rest - whole).to("cpu", torch.float32)

@@ -19,11 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+from transformers import AutoTokenizer, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from kdkernels.errors import CommandError
 from kdkernels.losses import linear_kd_loss
 from kdkernels.okd import linear_okd_loss
+from kdkernels.outcomes import WEIGHED_BY_STUDENT
 from kdkernels.topk import linear_topk_kd_loss
 from kdkernels.transformers.cache import TOKENIZER, TopKCache, is_cache
 from kdkernels.transformers.config import OKD, TAID, KDConfig
@@ -31,11 +33,12 @@ from kdkernels.transformers.data import IGNORED, Collator
 from kdkernels.transformers.finite import Losses, NotFinite, Watch, check_weights, wrong_weights
 from kdkernels.transformers.heads import lm_head, unwrapped
 from kdkernels.transformers.hidden import hidden_states
+from kdkernels.transformers.load import load_model
 from kdkernels.transformers.modes import evaluate, evaluating
 from kdkernels.transformers.on_policy import OnPolicy
 from kdkernels.transformers.online import OnlineTeacher, shard
 from kdkernels.transformers.verify import verify_lm_head
-from kdkernels.transformers.vocabularies import shared_vocabulary
+from kdkernels.transformers.vocabularies import compare, real_tokens, token_ids, tokenizer_of
 
 logger = logging.getLogger(__name__)
 
@@ -118,18 +121,21 @@ class KDTrainer(Trainer):
     args: a KDConfig.
     teacher: a causal language model; or its folder or hub name; or a folder made by ``python -m kdkernels cache`` (or a TopKCache),
         whose log-probabilities then stand in for the model.
-    processing_class, teacher_processing_class: the tokenizers, whose vocabularies must be the same. Where one is not given, the one
-        saved with its model is looked for. Heads of different height (padded vocabularies) are cut to what both know.
+    processing_class, teacher_processing_class: the tokenizers, or processors that have one, whose vocabularies must be the same.
+        Where one is not given, the one saved with its model is looked for. Heads of different height (padded vocabularies) are cut
+        to what both know; tokens that are no padding and no special tokens are named in a warning where they are cut off, and
+        args.vocab_size says which rows are meant (``shared_vocabulary``).
     train_dataset, eval_dataset: examples with "input_ids" and, unless each token counts, "labels" (-100: does not count), both not
         shifted. With a cached teacher both must be in the cache, and the train_dataset may be left out: the cache holds its own.
     data_collator: makes {"input_ids", "attention_mask", "labels"} of them (default: pads on the right).
     The rest is the Trainer's. No logits are made, so compute_metrics and preprocess_logits_for_metrics are refused.
 
     Both heads are verified (``verify_lm_head``) before anything else. What is logged besides the loss, as means over the tokens
-    since the last log: kd (the divergence, without T² and weights), ce, target_entropy, student_entropy, agreement, overlap, in
-    TAID t, in OKD teacher_loss; in evaluations the same with the prefix "eval_", over the whole data set and against the teacher
-    itself (t = 1, without LoRA). A checkpoint holds all that a run needs to go on as if it had not been interrupted. With "okd" the
-    LoRA stays on the teacher after training; ``trainer.online.unload()`` gives it back without.
+    since the last log: kd (the divergence, without T² and weights), ce, target_entropy, student_entropy, agreement, overlap, and
+    tokens, how many these were; in TAID t, in OKD teacher_loss; in evaluations the same with the prefix "eval_" (but for tokens),
+    over the whole data set and against the teacher itself (t = 1, without LoRA). A checkpoint holds all that a run needs to go on
+    as if it had not been interrupted. With "okd" the LoRA stays on the teacher after training; ``trainer.online.unload()`` gives it
+    back without.
 
     A loss or gradients that are NaN or infinite end training before the optimizer's step, with no option to go on: that step would
     leave NaN in every weight. (A GradScaler may leave steps out while a smaller scale can help.) An evaluation whose loss is no
@@ -167,6 +173,7 @@ class KDTrainer(Trainer):
                 f"one process sees {args.n_gpu} GPUs, which transformers would run as DataParallel: start one for each"
             )
         _check_student(model)
+        _check_tokenizers(processing_class, teacher_processing_class)
         self.cache = _cache(teacher)
         self.teacher: Any = None
         if self.cache is not None:
@@ -211,24 +218,36 @@ class KDTrainer(Trainer):
         """How many rows of both heads are compared, and how many of them are tokens that both know; None for all."""
         rows = [lm_head(self.model).weight.shape[0]]
         rows.append(lm_head(self.teacher).weight.shape[0] if self.cache is None else self.cache.vocab_size)
-        if self.args.vocab_size is not None:
-            if not 1 <= self.args.vocab_size <= min(rows):
-                raise ValueError(f"vocab_size={self.args.vocab_size}; accepted: 1 to {min(rows)}, the rows that both heads have")
-            return self.args.vocab_size, self.args.vocab_size
+        given = self.args.vocab_size
+        if given is not None and not 1 <= given <= min(rows):
+            raise ValueError(f"vocab_size={given}; accepted: 1 to {min(rows)}, the rows that both heads have")
         agreed: int | None = None
         theirs = teacher_processing_class
         if theirs is None:
             theirs = _tokenizer_of(self.teacher) if self.cache is None else _tokenizer_at(self.cache.folder / TOKENIZER)
-        if self.processing_class is None or theirs is None:
+        if self.processing_class is not None and theirs is not None:
+            agreed, notes = compare(self.processing_class, theirs, given)
+            ours = token_ids(self.processing_class, "processing_class")
+            last = max(*ours.values(), *token_ids(theirs, "teacher_processing_class").values())
+            if given is None:
+                without = real_tokens(self.processing_class, {token: at for token, at in ours.items() if min(rows) <= at < agreed})
+                if without:
+                    notes += (
+                        f"both tokenizers have {agreed:,} tokens, of which student and teacher have {rows[0]:,} and {rows[1]:,} "
+                        f"rows: the loss leaves out {len(without):,} tokens from {without[0][1]!r} ({without[0][0]}) on",
+                    )
+            for note in notes:
+                logger.warning(note)
+            # Rows behind all tokens, alike in both heads, stay: a student has to learn that they mean nothing.
+            if agreed <= last:
+                rows.append(agreed)
+        elif given is None:
             logger.warning(
                 "The vocabularies of teacher and student were not compared: pass processing_class and teacher_processing_class."
             )
-        else:
-            agreed = shared_vocabulary(self.processing_class, theirs)
-            # Rows behind all tokens, alike in both heads, stay: a student has to learn that they mean nothing.
-            if agreed <= max(max(tokenizer.get_vocab().values()) for tokenizer in (self.processing_class, theirs)):
-                rows.append(agreed)
         cut = min(rows) if len(set(rows)) > 1 else None
+        if given is not None:
+            cut = given
         return cut, min([size for size in (cut, agreed) if size is not None], default=None)
 
     def _place_teacher(self) -> None:
@@ -255,7 +274,8 @@ class KDTrainer(Trainer):
         if args.on_policy_fraction == 0.0 and args.on_policy_schedule == "constant":
             return None
         generation = getattr(unwrapped(self.model), "generation_config", None)
-        ids = [getattr(self.processing_class, "eos_token_id", None), getattr(generation, "eos_token_id", None)]
+        tokenizer = None if self.processing_class is None else tokenizer_of(self.processing_class, "processing_class")
+        ids = [getattr(tokenizer, "eos_token_id", None), getattr(generation, "eos_token_id", None)]
         ends = {end for one in ids if one is not None for end in (one if isinstance(one, list) else [one])}
         return OnPolicy(
             args.on_policy_fraction,
@@ -375,7 +395,7 @@ class KDTrainer(Trainer):
         if "labels" not in inputs:
             raise ValueError(f"the batch has no labels, which the loss needs; it has {', '.join(inputs)}")
         labels = next_tokens(inputs.pop("labels"))
-        targets = {name: inputs.pop(name) for name in ("topk_ids", "topk_logprobs") if name in inputs}
+        targets = {name: inputs.pop(name) for name in ("topk_ids", "topk_logprobs", "topk_rest") if name in inputs}
         args = self.args
         options: dict[str, Any] = {
             "divergence": args.resolved_divergence(),
@@ -406,7 +426,9 @@ class KDTrainer(Trainer):
             if self.taid is not None and training:
                 options["t"] = self.taid.t
             if self.cache is not None:
-                if self.vocab_size is not None:  # what the student has no row for belongs to the rest
+                if args.topk_tail == "renormalize":
+                    targets.pop("topk_rest", None)
+                if self.vocab_size is not None:  # what the student has no row for is no part of the target
                     unknown = targets["topk_ids"] >= self.vocab_size
                     targets["topk_logprobs"] = targets["topk_logprobs"].masked_fill(unknown, -torch.inf)
                 loss, means = linear_topk_kd_loss(hidden, head, **targets, labels=labels, tail=args.topk_tail, **options)
@@ -456,6 +478,8 @@ class KDTrainer(Trainer):
         if "loss" in logs:
             means = self._logged.drained()
             logs.update(_floats(means))
+            if means:
+                logs["tokens"] = float(means["tokens"])
             if self.taid is not None:
                 logs["t"] = float(self.taid.t)
             if self.on_policy is not None:
@@ -587,6 +611,18 @@ def _check_student(model: Any) -> None:
         )
 
 
+def _check_tokenizers(processing_class: Any, teacher_processing_class: Any) -> None:
+    """Before any model is loaded: both can be compared, and the student's can be saved with it."""
+    for name, given in (("processing_class", processing_class), ("teacher_processing_class", teacher_processing_class)):
+        if given is not None:
+            token_ids(given, name)
+    if processing_class is not None and not hasattr(processing_class, "save_pretrained"):
+        raise TypeError(
+            f"processing_class is saved with the student, and {type(processing_class).__name__} has no save_pretrained; accepted: "
+            "a tokenizer of transformers, for example PreTrainedTokenizerFast(tokenizer_object=...)"
+        )
+
+
 def _cache(teacher: Any) -> TopKCache | None:
     if isinstance(teacher, TopKCache):
         return teacher
@@ -602,9 +638,9 @@ def _model(teacher: Any) -> Any:
             f"{type(teacher).__name__}"
         )
     try:
-        return AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"teacher {str(teacher)!r} cannot be loaded: {' '.join(str(error).split())}") from error
+        return load_model(teacher)
+    except CommandError as error:
+        raise ValueError(f"teacher {error}") from error
 
 
 def _tokenizer_of(model: Any) -> Any:
@@ -629,7 +665,7 @@ def _check_cache(args: KDConfig, cache: TopKCache) -> None:
     if args.on_policy_fraction > 0.0 or args.on_policy_schedule != "constant":
         raise ValueError("on_policy_fraction needs a teacher that can judge new text; the teacher given is a cache")
     divergence = args.resolved_divergence().name
-    if args.topk_tail == "renormalize" and divergence in ("reverse_kl", "skew_reverse_kl"):  # weighed by the student
+    if args.topk_tail == "renormalize" and divergence in WEIGHED_BY_STUDENT:
         raise ValueError(
             f"with topk_tail='renormalize' {divergence} moves mass outside the top-k, free of cost; accepted: 'bucket'"
         )
