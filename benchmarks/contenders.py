@@ -18,6 +18,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,8 +151,9 @@ def products(given: Problem, block: int, dtype: torch.dtype | None = None) -> Ca
     return run
 
 
-def ours(loss: str, strategy: str, memory_budget: int | None = None) -> Loss:
-    divergence, t = ("forward_kl", TAID_T) if loss == "taid" else (loss, 1.0)
+def ours(loss: str, strategy: Any, memory_budget: int | None = None) -> Loss:
+    divergence: Any = "forward_kl" if loss == "taid" else loss
+    t = TAID_T if loss == "taid" else 1.0
 
     def run(given: Problem) -> Tensor:
         value: Tensor = kd.linear_kd_loss(

@@ -17,6 +17,8 @@ from benchmarks.gpu_checks import DTYPES, SkippedError, checked
 from benchmarks.gpu_parts import BACKEND, Result, device_of, told
 from benchmarks.gpu_times import milliseconds, spread
 from kdkernels import backends, products
+from kdkernels.divergences import DivergenceName
+from kdkernels.signatures import Strategy
 
 # Relative to the float64 result, in the norm: a few roundings of the returned gradients, and far below what a wrong formula gives.
 BOUND = {"bf16": 1e-2, "fp32": 1e-4}
@@ -110,7 +112,7 @@ def opened(size: str) -> Callable[[str], Iterator[Result]]:
     return run
 
 
-def small_loss(size: str, strategy: str, divergence: str, dtype_name: str) -> Result:
+def small_loss(size: str, strategy: Strategy, divergence: DivergenceName, dtype_name: str) -> Result:
     """The loss and its two gradients of inputs without anything optional, as the times take them: this compiles their kernels."""
     device, dtype = device_of(size), DTYPES[dtype_name]
     tokens, vocab = (5, 48) if size == "toy" else (300, 5008)
@@ -118,7 +120,7 @@ def small_loss(size: str, strategy: str, divergence: str, dtype_name: str) -> Re
     shapes = (tokens, DIMS[0]), (vocab, DIMS[0]), (tokens, DIMS[1]), (vocab, DIMS[1])
     inputs = [torch.randn(shape, generator=generator, device=device).mul_(shape[1] ** -0.25).to(dtype) for shape in shapes]
 
-    def results(inputs: list[Tensor], strategy: str) -> list[Tensor]:
+    def results(inputs: list[Tensor], strategy: Strategy) -> list[Tensor]:
         leaves = [leaf.detach().requires_grad_() for leaf in inputs[:2]]
         loss = kd.linear_kd_loss(*leaves, *inputs[2:], divergence=divergence, strategy=strategy)
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]

@@ -336,7 +336,7 @@ class Job:
     part: str
     strategy: str
     dtype: str
-    divergence: str
+    divergence: Any
     size: str
     setting: str | None = None
 
@@ -353,7 +353,8 @@ def both_learn(case: Case, **more: Any) -> None:
     assert case.labels is not None
     parts = (case.student_hidden, case.student_weight, case.teacher_hidden, case.teacher_weight)
     leaves = hidden, head, teacher_hidden, teacher_head = [part.detach().requires_grad_() for part in parts]
-    loss = kd.linear_okd_loss(hidden, head, teacher_hidden, teacher_head, case.labels, divergence=case.options.divergence, **more)
+    more["divergence"] = case.options.divergence
+    loss = kd.linear_okd_loss(hidden, head, teacher_hidden, teacher_head, case.labels, **more)
     torch.autograd.grad(loss.student + loss.teacher, leaves)
 
 

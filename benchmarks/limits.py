@@ -77,7 +77,7 @@ class Case:
     limit: int | None = None
     contender: str = ""
     sweep: str = ""
-    divergence: str = "forward_kl"
+    divergence: Any = "forward_kl"
     repeats: int = 3
 
     @property
@@ -173,7 +173,7 @@ class Inputs:
         return value.detach()
 
 
-def loss_of(case: Case, contender: str, budget: int) -> Callable[[Problem], Tensor]:
+def loss_of(case: Case, contender: Any, budget: int) -> Callable[[Problem], Tensor]:
     """The contender's mean loss; only the strategies have a budget."""
     if contender not in STRATEGIES:
         return CONTENDERS[contender](case.divergence)
@@ -228,9 +228,8 @@ def errors(inputs: Inputs, value: Tensor, block: int = 4096) -> dict[str, float]
 def planned(case: Case, returned: int) -> dict[str, Any]:
     """What ``kd.plan`` says of the case: peak above the inputs, and seconds."""
     ours = case.contender in STRATEGIES
-    plan = kd.plan(
-        *case.sizes, memory_budget=case.budgets[0], strategy=case.contender if ours else "auto", divergence=case.divergence
-    )
+    strategy: Any = case.contender if ours else "auto"
+    plan = kd.plan(*case.sizes, memory_budget=case.budgets[0], strategy=strategy, divergence=case.divergence)
     # Nothing is counted for torch.compile, which chooses by itself what it keeps, and for checkpointed chunks.
     if not ours and case.contender != "eager":
         return {}
@@ -277,10 +276,11 @@ def break_even(case: Case) -> dict[str, Any]:
         return lambda: inputs.step(loss)
 
     points = []
+    strategies: tuple[Any, ...] = (*STRATEGIES, "auto")
     for budget in case.budgets:
         plans = {
             strategy: kd.plan(*case.sizes, memory_budget=budget, strategy=strategy, divergence=case.divergence)
-            for strategy in (*STRATEGIES, "auto")
+            for strategy in strategies
         }
         tokens, vocab = (step(strategy, budget) for strategy in STRATEGIES)
         tokens()

@@ -50,6 +50,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kdkernels as kd
+from kdkernels.signatures import Strategy
 
 RESULTS = Path(__file__).parent / "results" / "traffic.json"
 
@@ -379,7 +380,7 @@ def eager_jsd(tokens: int, vocab: int, student_dim: int, teacher_dim: int, dtype
 PARTS = 4
 
 
-def ours(strategy: str, tokens: int, vocab: int, student_dim: int, teacher_dim: int, dtype: torch.dtype) -> Meter:
+def ours(strategy: Strategy, tokens: int, vocab: int, student_dim: int, teacher_dim: int, dtype: torch.dtype) -> Meter:
     """Bytes of the same loss by this library on the path of a GPU, in PARTS chunks or blocks, with the tiles of an H100.
 
     The vocabulary is split in two, as it is where tokens are many; with the few of these shapes there would be as many splits as

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import sys
-from dataclasses import dataclass
-from typing import Any
+import functools
+import logging
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdkernels.divergences import Divergence, resolve
 from kdkernels.plan import STRATEGIES
+from kdkernels.scalars import flag, one_of, positive, share, temperature_of, weight_of, whole
+from kdkernels.signatures import Reduction
 
-REDUCTIONS = ("mean", "sum", "none")
+logger = logging.getLogger(__name__)
+
+REDUCTIONS = get_args(Reduction)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 INTEGERS = (*_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -32,54 +36,42 @@ class LMHead:
     logit_scale: float = 1.0
     softcap: float | None = None
 
+    def detach(self) -> LMHead:
+        """The same head, held constant."""
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
-def number(
-    name: str, value: Any, accepted: str, low: float = -math.inf, high: float = sys.float_info.max, *, above: bool = False
-) -> float:
-    """A number from low (``above``: greater than that) to high; by default any that float64 holds."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {accepted}, got {type(value).__name__}")
-    # not math.isfinite: a compiled graph may hold the number as a symbol; written so that NaN is refused
-    if not (value >= low and -sys.float_info.max <= value <= high) or (above and value == low):
-        raise ValueError(f"{name} is {accepted}, got {value}")
-    return float(value)
+    def __repr__(self) -> str:
+        """Of the tensors what they are, not their values."""
+        parts = ", ".join(f"{name}={_described(value)}" for name, value in vars(self).items())
+        return f"LMHead({parts})"
 
 
-# Factors reach the backends as float32. Within these bounds they, and T² times a weight, are numbers there and not 0 or infinite.
-# The bounds are written out, as a compiled graph may hold a named number as a symbol, which no text can be made of.
-def positive(name: str, value: Any, otherwise: str = "") -> float:
-    """otherwise: what is accepted besides, as " or None"."""
-    return number(name, value, f"a positive number from 1e-18 to 1e18{otherwise}", 1e-18, 1e18)
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    learned = ", requires_grad" if value.requires_grad else ""
+    return f"<{tuple(value.shape)}, {value.dtype}, {value.device}{learned}>"
 
 
-def temperature_of(name: str, value: Any) -> float:
-    return number(name, value, "a positive number from 1e-9 to 1e9", 1e-9, 1e9)
+def _as_head(name: str, value: Any) -> LMHead:
+    if isinstance(value, LMHead):
+        return value
+    if isinstance(value, Tensor):
+        return LMHead(value)
+    raise TypeError(f"{name} is an LMHead or a (V, D) tensor, got {type(value).__name__}{_instead_of(value)}")
 
 
-def weight_of(name: str, value: Any) -> float:
-    return number(name, value, "a number of at least 0 and at most 1e18", 0.0, 1e18)
-
-
-def share(name: str, value: Any, otherwise: str = "") -> float:
-    return number(name, value, f"a number in [0, 1]{otherwise}", 0.0, 1.0)
-
-
-def whole(name: str, value: Any, accepted: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {accepted}, got {type(value).__name__}")
-    return value
-
-
-def flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} is True or False, got {type(value).__name__}")
-    return value
-
-
-def one_of(name: str, value: Any, accepted: tuple[str, ...]) -> str:
-    if not isinstance(value, str) or value not in accepted:
-        raise ValueError(f"{name} {value!r} is not known; accepted: {', '.join(accepted)}")
-    return value
+def _instead_of(value: Any) -> str:
+    """What to pass for something that holds a head."""
+    weight = getattr(value, "weight", value)
+    if callable(weight) and not isinstance(weight, nn.Module):
+        return "; of a quantised layer pass head.weight().dequantize()"
+    if isinstance(value, (nn.Linear, nn.Embedding)):
+        bias = getattr(value, "bias", None) is not None
+        return "; pass kd.LMHead(head.weight, head.bias)" if bias else "; pass head.weight"
+    if isinstance(value, nn.Module):
+        return "; of a model of transformers pass kdkernels.transformers.lm_head(model)"
+    return ""
 
 
 def tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor:
@@ -106,6 +98,11 @@ def integer_tensor(name: str, value: Any, device: torch.device | None = None) ->
     return found
 
 
+def constant(name: str, value: Tensor) -> None:
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, but is held constant; pass {name}.detach()")
+
+
 def scalar(name: str, value: Tensor, accepted: str, device: torch.device, dtypes: tuple[torch.dtype, ...] | None = None) -> Tensor:
     """A 0-dim tensor that can be brought to the device, cut from its graph. dtypes: what is accepted, None for any float."""
     fits = value.is_floating_point() if dtypes is None else value.dtype in dtypes
@@ -118,9 +115,7 @@ def scalar(name: str, value: Tensor, accepted: str, device: torch.device, dtypes
 
 def head_of(name: str, value: Any, hidden: Tensor, hidden_name: str) -> LMHead:
     """The head, checked against the hidden states that it multiplies."""
-    if not isinstance(value, (LMHead, Tensor)):
-        raise TypeError(f"{name} is an LMHead or a (V, D) tensor, got {type(value).__name__}")
-    head = value if isinstance(value, LMHead) else LMHead(value)
+    head = _as_head(name, value)
     weight = float_tensor(f"{name}.weight", head.weight, hidden.device)
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"{name}.weight is (V, D) with at least one row and column, got shape {tuple(weight.shape)}")
@@ -133,19 +128,22 @@ def head_of(name: str, value: Any, hidden: Tensor, hidden_name: str) -> LMHead:
         bias = float_tensor(f"{name}.bias", head.bias, hidden.device)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{name}.bias is ({weight.shape[0]},) like the rows of its weight, got {tuple(bias.shape)}")
-    positive(f"{name}.logit_scale", head.logit_scale)
-    if head.softcap is not None:
-        positive(f"{name}.softcap", head.softcap, " or None")
-    return head
+    scale = positive(f"{name}.logit_scale", head.logit_scale)
+    softcap = None if head.softcap is None else positive(f"{name}.softcap", head.softcap, " or None")
+    return LMHead(weight, head.bias, scale, softcap)
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor, names: str) -> torch.dtype:
     """The dtype of a model's products: autocast's where it is on (float64 it leaves alone), else the tensors' own."""
-    device_type = hidden.device.type
-    if hidden.dtype != torch.float64 and weight.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+    device_type, dtypes = hidden.device.type, (hidden.dtype, weight.dtype)
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    if autocast and torch.float64 not in dtypes:
         return torch.get_autocast_dtype(device_type)
     if hidden.dtype != weight.dtype:
-        raise TypeError(f"{names} are {hidden.dtype} and {weight.dtype}; outside torch.autocast they must have one dtype")
+        rule = "torch.autocast leaves float64 alone: both must be it, or neither" if autocast else (
+            "outside torch.autocast they must have one dtype"
+        )  # fmt: skip
+        raise TypeError(f"{names} are {hidden.dtype} and {weight.dtype}; {rule}")
     return hidden.dtype
 
 
@@ -175,25 +173,30 @@ def checked(
     divergence: Any,
     t: Any,
     temperature: Any,
-    square_temperature: bool,
+    square_temperature: Any,
     kd_weight: Any,
     ce_weight: Any,
     token_weight: Any,
     ignore_index: Any,
     reduction: Any,
     normalizer: Any,
-    return_metrics: bool,
+    return_metrics: Any,
 ) -> Loss:
     """``leading``: the student's tensor, whose dimensions before the last are those of the tokens; ``name``: its name."""
     shape, device = leading.shape[:-1], leading.device
     chosen = resolve(divergence)
     either = " or a 0-dim float tensor"
-    t = scalar("t", t, f"a number in [0, 1]{either}", device) if isinstance(t, Tensor) else share("t", t, either)
+    if isinstance(t, Tensor):
+        constant("t", t)
+        t = scalar("t", t, f"a number in [0, 1]{either}", device)
+    else:
+        t = share("t", t, either)
     temperature = temperature_of("temperature", temperature)
-    flag("square_temperature", square_temperature)
+    square_temperature = flag("square_temperature", square_temperature)
     kd_weight = weight_of("kd_weight", kd_weight)
     ce_weight = weight_of("ce_weight", ce_weight)
-    if not -(2**63) <= whole("ignore_index", ignore_index, "an integer") < 2**63:
+    ignore_index = whole("ignore_index", ignore_index, "an integer")
+    if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index is an integer that int64 holds, got {ignore_index}")
     if labels is not None:
         integer_tensor("labels", labels, device)
@@ -207,13 +210,13 @@ def checked(
             raise ValueError(
                 f"token_weight has shape {tuple(token_weight.shape)}; {name} {tuple(leading.shape)} needs {tuple(shape)}"
             )
-        if token_weight.requires_grad:
-            raise ValueError("token_weight is held constant, but requires grad; pass token_weight.detach()")
+        constant("token_weight", token_weight)
     one_of("reduction", reduction, REDUCTIONS)
     if normalizer is not None:
         if reduction != "mean":
             raise ValueError(f"normalizer divides the sum of reduction='mean'; reduction is {reduction!r}")
         if isinstance(normalizer, Tensor):
+            constant("normalizer", normalizer)
             scalar("normalizer", normalizer, "a positive number or a 0-dim tensor of one", device, (*FLOATS, *INTEGERS))
         else:
             normalizer = positive("normalizer", normalizer, " or a 0-dim tensor of one")
@@ -237,12 +240,18 @@ def checked(
 def kept_weight(loss: Loss, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Sum of the token weights over kept tokens."""
     if loss.labels is None:
-        kept = torch.full((), float(tokens), dtype=dtype, device=device)
+        kept = torch.full((), tokens, dtype=dtype, device=device)
         return kept if loss.token_weight is None else loss.token_weight.sum(dtype=dtype)
     counted = loss.labels != loss.ignore_index
     if loss.token_weight is None:
         return counted.sum().to(dtype)
     return loss.token_weight.to(dtype).where(counted, 0.0).sum()
+
+
+def any_kept(loss: Loss, tokens: int, device: torch.device) -> Tensor:
+    """Whether a token counts."""
+    kept = torch.ones(tokens, dtype=torch.bool, device=device) if loss.labels is None else loss.labels != loss.ignore_index
+    return (kept if loss.token_weight is None else kept & (loss.token_weight != 0)).any()
 
 
 def vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:
@@ -258,9 +267,10 @@ def cut_vocabulary(rows: int, vocab_size: int | None, what: str) -> int:
     """vocab_size, or all ``rows``; ``what`` these are."""
     if vocab_size is None:
         return rows
-    if not 1 <= whole("vocab_size", vocab_size, "an integer") <= rows:
-        raise ValueError(f"vocab_size={vocab_size}; accepted: 1 to {rows}, {what}")
-    return vocab_size
+    size = whole("vocab_size", vocab_size, "an integer")
+    if not 1 <= size <= rows:
+        raise ValueError(f"vocab_size={size}; accepted: 1 to {rows}, {what}")
+    return size
 
 
 def scratch_of(strategy: Any, memory_budget: Any) -> int:
@@ -303,6 +313,21 @@ def rows_of(hidden: Tensor) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1])
 
 
+def _warn_of_constant(teacher: LMHead, student: LMHead, loss: str) -> None:
+    """No error: a teacher that was loaded and never frozen has such a head. One that both models share learns as the student's."""
+    learns = any(part is not None and part.requires_grad for part in (teacher.weight, teacher.bias))
+    if learns and torch.is_grad_enabled() and not torch.compiler.is_compiling() and teacher.weight is not student.weight:
+        _warn_once(
+            f"teacher_head requires grad, but the target of {loss} is constant: the head gets no gradient. Freeze the teacher "
+            "(teacher.requires_grad_(False)) or pass LMHead.detach(); to train it use linear_okd_loss."
+        )
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
+
+
 def linear_of(
     student_hidden: Any,
     student_head: Any,
@@ -324,6 +349,8 @@ def linear_of(
         )
     student = head_of("student_head", student_head, student_hidden, "student_hidden")
     teacher = head_of("teacher_head", teacher_head, teacher_hidden, "teacher_hidden")
+    if constant_target is not None:
+        _warn_of_constant(teacher, student, constant_target)
     if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
         raise ValueError(
             f"student_hidden {tuple(student_hidden.shape)} and teacher_hidden {tuple(teacher_hidden.shape)} must agree in all "

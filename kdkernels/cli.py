@@ -137,6 +137,9 @@ def _add_plan(commands: Any) -> None:
         metavar="BYTES",
         help="for the scratch of both models' logits, such as 512MiB or 1GB (default: what the loss itself takes)",
     )
+    parser.add_argument(
+        "--vocab-size", type=count, metavar="V", help="cut both heads to their first V rows (default: to those that both have)"
+    )
     parser.add_argument("--frozen-head", action="store_true", help="the student's head takes no gradient")
     parser.add_argument("--okd", action="store_true", help="the teacher learns too, its head frozen (kd.linear_okd_loss)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: the inputs, and what is predicted of each way")
@@ -149,9 +152,12 @@ def _plan(arguments: argparse.Namespace) -> None:
     from kdkernels import compare, models, roofline
 
     student, teacher = arguments.student, arguments.teacher
-    vocab, dtype = min(student.vocab, teacher.vocab), getattr(torch, arguments.dtype)
+    both, dtype = min(student.vocab, teacher.vocab), getattr(torch, arguments.dtype)
+    vocab = arguments.vocab_size or both
+    if vocab > both:
+        raise CommandError(f"--vocab-size is {vocab:,}; accepted: up to {both:,}, the rows that both heads have")
     try:
-        compared = models.check_tokenizers(student, teacher)
+        compared = models.check_tokenizers(student, teacher, arguments.vocab_size)
     except ValueError as error:
         raise CommandError(
             f"--student {student.name} cannot learn from --teacher {teacher.name}: {error}. Distillation compares distributions "
@@ -178,7 +184,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     loss = f"OKD with {arguments.divergence}, losses" if arguments.okd else f"{arguments.divergence}, loss"
     print(f"{loss} and gradients of {arguments.tokens:,} tokens, {arguments.dtype}{head}")
     print(f"vocabulary {vocab:,}, hidden {student.dim:,} (student) and {teacher.dim:,} (teacher), on {on.name}")
-    if student.vocab != teacher.vocab:
+    if not student.vocab == teacher.vocab == vocab:
         print(f"heads of {student.vocab:,} and {teacher.vocab:,} rows: planned for vocab_size={vocab}")
     if not compared and not models.SIZES.fullmatch(student.name) and not models.SIZES.fullmatch(teacher.name):
         print("tokenizers: not compared, since what is here does not say that they are one")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kdkernels.divergences import resolve
 from kdkernels.plan import plan
 from kdkernels.roofline import VOCAB_KERNEL_EFFICIENCY, Device, row_instructions
 
@@ -63,7 +64,7 @@ def compare(
         plan,
         *(tokens, vocab, student_dim, teacher_dim, dtype),
         device=on.name,
-        divergence=divergence,
+        divergence=resolve(divergence),
         memory_budget=memory_budget,
         train_head=train_head,
         online_teacher=online_teacher,

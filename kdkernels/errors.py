@@ -1,4 +1,4 @@
-"""The error that the command line shows in one line."""
+"""The error that the command line shows in one line, and the way out of a library that is missing."""
 
 
 class CommandError(ValueError):
@@ -6,3 +6,8 @@ class CommandError(ValueError):
 
     For a program that calls the library it is a ValueError like the others.
     """
+
+
+def to_install(extra: str) -> str:
+    """How the libraries of an extra of pyproject.toml are installed: this package is on no index."""
+    return f"in a checkout of kdkernels, pip install --no-build-isolation '.[{extra}]'"

@@ -6,60 +6,74 @@ p = softmax(y / T); N tokens, V vocabulary, D hidden size. Losses are in nats.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from kdkernels import ops  # noqa: F401  (registers the operators)
-from kdkernels.autograd import LossPerToken, SummedLoss
+from kdkernels.autograd import OWNERS, SummedLoss, anchors_of, losses_of, refuse_transforms, total
 from kdkernels.backends.operators import accumulate_dtype
-from kdkernels.checks import Linear, LMHead, Loss, checked, float_tensor, kept_weight, linear_of, rows_of, whole
-from kdkernels.divergences import Divergence, resolve
+from kdkernels.checks import Linear, LMHead, Loss, any_kept, checked, float_tensor, kept_weight, linear_of, rows_of
+from kdkernels.divergences import Divergence, DivergenceName, resolve
 from kdkernels.ranks import group_name, told
+from kdkernels.scalars import whole
+from kdkernels.signatures import LinearOptions, LogitsOptions, Metrics, Reduction, Strategy
 from kdkernels.step import METRICS
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Returned = TypeVar("Returned")
 
 
 def reduced(
-    loss: Loss,
-    operator: Any,
-    differentiable: tuple[Tensor | None, ...],
-    owners: tuple[int, ...],
-    dtype: torch.dtype,
-    others: tuple[Any, ...],
+    loss: Loss, name: str, differentiable: tuple[Tensor | None, ...], dtype: torch.dtype, others: tuple[Any, ...]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Losses and metrics of the operator under the autograd function that fits the reduction.
-
-    owners: as in autograd.py. dtype: of the losses.
-    """
+    """Losses and metrics of the operator of that name, with the backward that fits the reduction. dtype: of the losses."""
+    refuse_transforms(differentiable)
     rows = differentiable[0]
     assert rows is not None
-    factor = torch.ones((), dtype=dtype, device=rows.device)
-    if loss.reduction == "mean":
-        if loss.normalizer is None:
-            normalizer = kept_weight(loss, rows.shape[0], dtype, rows.device)
-        elif isinstance(loss.normalizer, Tensor):
-            normalizer = loss.normalizer.detach().to(device=rows.device, dtype=dtype)
-        else:
-            normalizer = torch.full((), loss.normalizer, dtype=dtype, device=rows.device)
-        factor = torch.where(normalizer == 0, 0.0, 1.0 / normalizer)
-    # Divided by the token count, float16 gradients of single tokens would underflow before a gradient scaler sees them. Until the
-    # backward they are kept larger, by that count at most.
+    operator, owners, metrics = getattr(torch.ops.kdkernels, name), OWNERS[name], loss.return_metrics
+    factor = _factor(loss, rows, dtype)
     if not torch.is_grad_enabled():
-        # Inside the function this can no longer be seen: it would make gradients that nobody can ask for.
+        # Inside SummedLoss this can no longer be seen: it would make gradients that nobody can ask for.
         differentiable = tuple(None if argument is None else argument.detach() for argument in differentiable)
-    small = any(argument is not None and argument.dtype == torch.float16 for argument in differentiable)
-    lift = (1.0 / factor).clamp(1.0, 1024.0) if small and loss.reduction == "mean" else None
-    function = LossPerToken if loss.reduction == "none" else SummedLoss
-    *values, summary = function.apply(  # type: ignore[no-untyped-call]
-        *(operator, owners, loss.return_metrics, factor, lift), *differentiable, loss.token_weight, *others
-    )
+    # An exported program holds no SummedLoss: there the operator's own backward makes the gradients.
+    if loss.reduction == "none" or torch.compiler.is_exporting():
+        weights, one, needs = [loss.token_weight] * losses_of(owners), torch.ones_like(factor), [False] * len(owners)
+        *values, summary = operator(*differentiable, *weights, one, None, *others, needs, metrics)
+        values = values[: len(weights)]
+    else:
+        # Divided by the token count, float16 gradients of single tokens would underflow before a gradient scaler sees them. Until
+        # the backward they are kept larger, by that count at most.
+        small = any(argument is not None and argument.dtype == torch.float16 for argument in differentiable)
+        lift = (1.0 / factor).clamp(1.0, 1024.0) if small and loss.reduction == "mean" else None
+        *values, summary = SummedLoss.apply(  # type: ignore[no-untyped-call]
+            *(operator, owners, metrics, factor, lift, anchors_of(differentiable)), *differentiable, loss.token_weight, *others
+        )
     if loss.reduction == "none":
         values = [value.reshape(loss.shape) for value in values]
-    metrics = dict(zip(METRICS, summary.unbind(), strict=True)) if loss.return_metrics else {}
+    elif torch.compiler.is_exporting():
+        values = [total(value, factor) for value in values]
+    of = dict(zip(METRICS, summary.unbind(), strict=True)) if metrics else {}
     if loss.labels is None:
-        metrics.pop("ce", None)
-    return values, metrics
+        of.pop("ce", None)
+    return values, of
+
+
+def _factor(loss: Loss, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the sum of the losses is multiplied by."""
+    if loss.reduction != "mean":
+        return torch.ones((), dtype=dtype, device=rows.device)
+    if loss.normalizer is None:
+        normalizer = kept_weight(loss, rows.shape[0], dtype, rows.device)
+    elif isinstance(loss.normalizer, Tensor):
+        normalizer = loss.normalizer.detach().to(device=rows.device, dtype=dtype)
+    else:
+        normalizer = torch.full((), loss.normalizer, dtype=dtype, device=rows.device)
+    # The mean of no tokens is 0. Weights that cancel and a normalizer of 0 have no mean of tokens, and it shows: infinity or NaN.
+    return torch.where(any_kept(loss, rows.shape[0], rows.device), 1.0 / normalizer, 0.0)
 
 
 def models_of(
@@ -89,9 +103,10 @@ def models_of(
 
 
 def terms_of(loss: Loss, head: list[float]) -> tuple[Any, ...]:
-    return (loss.divergence.name, loss.divergence.a, loss.temperature, loss.kd_scale, loss.ce_weight, head)
+    return (loss.divergence.name, float(loss.divergence.a), loss.temperature, loss.kd_scale, loss.ce_weight, head)
 
 
+@overload
 def linear_kd_loss(
     student_hidden: Tensor,
     student_head: LMHead | Tensor,
@@ -99,7 +114,39 @@ def linear_kd_loss(
     teacher_head: LMHead | Tensor,
     labels: Tensor | None = None,
     *,
-    divergence: Divergence | str = "forward_kl",
+    return_metrics: Literal[False] = False,
+    **options: Unpack[LinearOptions],
+) -> Tensor: ...
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_head: LMHead | Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: LMHead | Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[LinearOptions],
+) -> tuple[Tensor, Metrics]: ...
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_head: LMHead | Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: LMHead | Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: bool,
+    **options: Unpack[LinearOptions],
+) -> Tensor | tuple[Tensor, Metrics]: ...
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_head: LMHead | Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: LMHead | Tensor,
+    labels: Tensor | None = None,
+    *,
+    divergence: Divergence | DivergenceName = "forward_kl",
     t: float | Tensor = 1.0,
     temperature: float = 1.0,
     square_temperature: bool = True,
@@ -107,10 +154,10 @@ def linear_kd_loss(
     ce_weight: float = 0.0,
     token_weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     vocab_size: int | None = None,
-    strategy: str = "auto",
+    strategy: Strategy = "auto",
     memory_budget: int | None = None,
     process_group: Any = None,
     return_metrics: bool = False,
@@ -181,16 +228,43 @@ def linear_kd_loss(
         *(loss.ignore_index, vocab, *models.dtypes, models.strategy, models.budget, group),
     )
     differentiable = (rows_of(student_hidden), student.weight, student.bias)
-    (value,), metrics = reduced(loss, torch.ops.kdkernels.linear_kd, differentiable, (0, 0, 0), sum_dtype, others)
+    (value,), metrics = reduced(loss, "linear_kd", differentiable, sum_dtype, others)
     return (value, metrics) if loss.return_metrics else value
 
 
+@overload
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = None,
     *,
-    divergence: Divergence | str = "forward_kl",
+    return_metrics: Literal[False] = False,
+    **options: Unpack[LogitsOptions],
+) -> Tensor: ...
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[LogitsOptions],
+) -> tuple[Tensor, Metrics]: ...
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: bool,
+    **options: Unpack[LogitsOptions],
+) -> Tensor | tuple[Tensor, Metrics]: ...
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    divergence: Divergence | DivergenceName = "forward_kl",
     t: float | Tensor = 1.0,
     temperature: float = 1.0,
     square_temperature: bool = True,
@@ -198,7 +272,7 @@ def kd_loss(
     ce_weight: float = 0.0,
     token_weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     return_metrics: bool = False,
 ) -> Any:
@@ -243,7 +317,7 @@ def kd_loss(
         loss.ignore_index,
     )
     dtype = accumulate_dtype(student_logits.dtype)
-    (value,), metrics = reduced(loss, torch.ops.kdkernels.logits_kd, (_rows(student_logits),), (0,), dtype, others)
+    (value,), metrics = reduced(loss, "logits_kd", (_rows(student_logits),), dtype, others)
     return (value, metrics) if loss.return_metrics else value
 
 
@@ -253,12 +327,24 @@ def _rows(logits: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-class LinearKDLoss(nn.Module):
+class LinearKDLoss(nn.Module, Generic[Returned]):
     """``linear_kd_loss`` with its options bound; call it with hidden states, heads and labels.
 
     Options given to a call (t, say) win over those given here. Takes the keyword arguments of ``linear_kd_loss``.
     """
 
+    @overload
+    def __init__(
+        self: LinearKDLoss[Tensor], *, return_metrics: Literal[False] = False, **options: Unpack[LinearOptions]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: LinearKDLoss[tuple[Tensor, Metrics]], *, return_metrics: Literal[True], **options: Unpack[LinearOptions]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: LinearKDLoss[Tensor | tuple[Tensor, Metrics]], *, return_metrics: bool, **options: Unpack[LinearOptions]
+    ) -> None: ...
     def __init__(self, **options: Any) -> None:
         super().__init__()
         known = set(linear_kd_loss.__kwdefaults__ or {})
@@ -268,6 +354,28 @@ class LinearKDLoss(nn.Module):
             resolve(options["divergence"])
         self.options = options
 
+    @overload
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_head: LMHead | Tensor,
+        teacher_hidden: Tensor,
+        teacher_head: LMHead | Tensor,
+        labels: Tensor | None = None,
+        **options: Unpack[LinearOptions],
+    ) -> Returned: ...
+    @overload
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_head: LMHead | Tensor,
+        teacher_hidden: Tensor,
+        teacher_head: LMHead | Tensor,
+        labels: Tensor | None = None,
+        *,
+        return_metrics: bool,
+        **options: Unpack[LinearOptions],
+    ) -> Tensor | tuple[Tensor, Metrics]: ...
     def forward(
         self,
         student_hidden: Tensor,
@@ -278,6 +386,9 @@ class LinearKDLoss(nn.Module):
         **options: Any,
     ) -> Any:
         return linear_kd_loss(student_hidden, student_head, teacher_hidden, teacher_head, labels, **{**self.options, **options})
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

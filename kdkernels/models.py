@@ -290,10 +290,12 @@ def _unknown(text: str, reason: str) -> str:
     return f"got {text!r}: {reason}{meant}; accepted: {ACCEPTED}, or {names}"
 
 
-def check_tokenizers(student: HeadShape, teacher: HeadShape) -> bool:
+def check_tokenizers(student: HeadShape, teacher: HeadShape, vocab_size: int | None = None) -> bool:
     """Whether both heads' rows were found to be the same tokens; False where that is not known of one of them.
 
-    Raises ValueError where they are not: distillation compares two distributions over one vocabulary, token by token.
+    vocab_size: look at the first so many rows, where both tokenizers are here, as ``distill`` does.
+
+    Raises ValueError where they are not the same: distillation compares two distributions over one vocabulary, token by token.
     """
     from kdkernels import configs
 
@@ -306,5 +308,5 @@ def check_tokenizers(student: HeadShape, teacher: HeadShape) -> bool:
         return False
     from kdkernels.transformers.vocabularies import shared_vocabulary
 
-    shared_vocabulary(*vocabularies)
+    shared_vocabulary(*vocabularies, vocab_size=vocab_size)
     return True

@@ -7,22 +7,34 @@ constant, so the teacher's is the student's with the roles swapped: there is no 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from kdkernels.backends.operators import accumulate_dtype
-from kdkernels.checks import LMHead, checked, rows_of, share
-from kdkernels.divergences import Divergence
+from kdkernels.checks import LMHead, checked, rows_of
+from kdkernels.divergences import Divergence, DivergenceName
 from kdkernels.losses import models_of, reduced, terms_of
 from kdkernels.ranks import group_name, told
+from kdkernels.scalars import share
+from kdkernels.signatures import Metrics, OKDOptions, Reduction, Strategy
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+MetricsOrNone = TypeVar("MetricsOrNone", bound="Metrics | None")
 
 
-class OKDLoss(tuple[Any, ...]):
+class OKDLoss(tuple[Any, ...], Generic[MetricsOrNone]):
     """(student, teacher) losses, with metrics as a third where they were asked for."""
 
-    def __new__(cls, student: Tensor, teacher: Tensor, metrics: dict[str, Tensor] | None = None) -> OKDLoss:
+    def __new__(
+        cls,
+        student: Tensor,
+        teacher: Tensor,
+        metrics: MetricsOrNone = None,  # type: ignore[assignment]
+    ) -> OKDLoss[MetricsOrNone]:
         return super().__new__(cls, (student, teacher) if metrics is None else (student, teacher, metrics))
 
     @property
@@ -36,11 +48,12 @@ class OKDLoss(tuple[Any, ...]):
         return self[1]  # type: ignore[no-any-return]
 
     @property
-    def metrics(self) -> dict[str, Tensor] | None:
+    def metrics(self) -> MetricsOrNone:
         """As ``linear_kd_loss`` returns them; None where they were not asked for."""
-        return self[2] if len(self) == 3 else None
+        return self[2] if len(self) == 3 else None  # type: ignore[return-value]
 
 
+@overload
 def linear_okd_loss(
     student_hidden: Tensor,
     student_head: LMHead | Tensor,
@@ -48,7 +61,39 @@ def linear_okd_loss(
     teacher_head: LMHead | Tensor,
     labels: Tensor | None,
     *,
-    divergence: Divergence | str = "forward_kl",
+    return_metrics: Literal[False] = False,
+    **options: Unpack[OKDOptions],
+) -> OKDLoss[None]: ...
+@overload
+def linear_okd_loss(
+    student_hidden: Tensor,
+    student_head: LMHead | Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: LMHead | Tensor,
+    labels: Tensor | None,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[OKDOptions],
+) -> OKDLoss[Metrics]: ...
+@overload
+def linear_okd_loss(
+    student_hidden: Tensor,
+    student_head: LMHead | Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: LMHead | Tensor,
+    labels: Tensor | None,
+    *,
+    return_metrics: bool,
+    **options: Unpack[OKDOptions],
+) -> OKDLoss[Metrics | None]: ...
+def linear_okd_loss(
+    student_hidden: Tensor,
+    student_head: LMHead | Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: LMHead | Tensor,
+    labels: Tensor | None,
+    *,
+    divergence: Divergence | DivergenceName = "forward_kl",
     teacher_alpha: float = 0.5,
     temperature: float = 1.0,
     square_temperature: bool = True,
@@ -56,14 +101,14 @@ def linear_okd_loss(
     ce_weight: float = 0.0,
     token_weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     vocab_size: int | None = None,
-    strategy: str = "auto",
+    strategy: Strategy = "auto",
     memory_budget: int | None = None,
     process_group: Any = None,
     return_metrics: bool = False,
-) -> OKDLoss:
+) -> OKDLoss[Any]:
     """Losses of a student and of the teacher that adapts to it (OKD, arXiv 2409.12512), from hidden states and heads.
 
     Per token, with p = softmax(z / T), q = softmax(x / T) and label c:
@@ -105,7 +150,7 @@ def linear_okd_loss(
             normalizer=normalizer,
             return_metrics=return_metrics,
         )
-    square = math.pow(temperature, 2) if square_temperature else 1.0
+    square = math.pow(loss.temperature, 2) if square_temperature else 1.0
     others = (
         loss.labels,
         *terms_of(loss, models.head),
@@ -118,6 +163,5 @@ def linear_okd_loss(
         for part in (rows_of(hidden), head.weight, head.bias)
     )
     sum_dtype = accumulate_dtype(torch.promote_types(*models.dtypes))
-    owners = (0, 0, 0, 1, 1, 1)
-    (student, teacher), metrics = reduced(loss, torch.ops.kdkernels.linear_okd, differentiable, owners, sum_dtype, others)
+    (student, teacher), metrics = reduced(loss, "linear_okd", differentiable, sum_dtype, others)
     return OKDLoss(student, teacher, metrics if loss.return_metrics else None)

@@ -1,6 +1,6 @@
 """The library operators behind the public functions, one opaque node each in a compiled graph.
 
-They take what the strategies take, flat, and return losses and gradients; autograd.py gives them their backward. ``group`` is the
+They take what the strategies take, flat, and return losses and gradients; autograd.py has their backward. ``group`` is the
 name of a torch.distributed group whose ranks share the vocabulary, "" for none; the collectives stay inside the node.
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import logits, outcomes, tokens, vocab
+from kdkernels.autograd import OWNERS, of_operator
 from kdkernels.backends.operators import accumulate_dtype, library
 from kdkernels.plan import choose, default_budget
 from kdkernels.products import product_dtype
@@ -159,4 +160,7 @@ _FAKES = {
 }
 for _operator, _fake in _FAKES.items():
     library.impl(_operator.__name__, _operator, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"kdkernels::{_operator.__name__}", _fake, lib=library)
+    _name = _operator.__name__
+    torch.library.register_fake(f"kdkernels::{_name}", _fake, lib=library)
+    _setup, _backward = of_operator(getattr(torch.ops.kdkernels, _name), OWNERS[_name])
+    torch.library.register_autograd(f"kdkernels::{_name}", _backward, setup_context=_setup, lib=library)

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from kdkernels import backends, roofline
 from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS, accumulate_dtype
 from kdkernels.backends.reference import LIVE_COPIES
-from kdkernels.divergences import Divergence, resolve
+from kdkernels.divergences import Divergence, DivergenceName, resolve
 from kdkernels.products import block_size, logits_dtype, product_dtype
+from kdkernels.scalars import flag, one_of, whole
 from kdkernels.scratch import ROW_ELEMENTS, row_stride
+from kdkernels.signatures import Strategy
 
-STRATEGIES = ("auto", "tokens", "vocab")
+STRATEGIES = get_args(Strategy)
 DEFAULT_BUDGET = {"cpu": 512 * 2**20}
 OTHER_BUDGET = 2**30
 GPU_SHARE = 16  # of a GPU's memory
@@ -68,6 +69,25 @@ class Plan:
     eager_peak_bytes: int
     eager_flops: int
     eager_seconds: float | None
+
+    def __repr__(self) -> str:
+        """What is chosen, and what it takes, in units that can be read."""
+        cut = f"{self.chunks:,} x {self.chunk_rows:,} tokens"
+        if self.strategy == "vocab":
+            cut = f"{self.blocks:,} x {self.block_columns:,} columns"
+        ours = _taken(self.scratch_bytes, self.peak_bytes, self.flops, self.seconds)
+        eager = _taken(self.eager_scratch_bytes, self.eager_peak_bytes, self.eager_flops, self.eager_seconds)
+        return f"Plan({self.strategy!r}, {cut}: {ours}; eager: {eager})"
+
+
+def _taken(scratch: int, peak: int, flops: int, seconds: float | None) -> str:
+    def short(number: float, unit: str) -> str:
+        return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"
+
+    time = [] if seconds is None else [short(seconds * 1e3, "ms")]
+    return ", ".join(
+        (f"peak {short(peak / 2**20, 'MiB')}", f"scratch {short(scratch / 2**20, 'MiB')}", short(flops / 1e9, "GFLOP"), *time)
+    )
 
 
 @dataclass(frozen=True)
@@ -212,11 +232,11 @@ def choose(strategy: str, size: Size, on: roofline.Device | None = None) -> str:
     return min(("tokens", "vocab"), key=lambda name: roofline.seconds(_passes(name, size, on), on))
 
 
-def _at_least_1(name: str, value: Any, accepted: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):  # NumPy's too
-        raise TypeError(f"{name} is {accepted}, got {type(value).__name__}")
-    if int(value) < 1:
+def _at_least_1(name: str, value: Any, accepted: str) -> int:
+    found = whole(name, value, accepted)
+    if found < 1:
         raise ValueError(f"{name} is {accepted}, at least 1, got {value}")
+    return found
 
 
 def plan(
@@ -230,8 +250,8 @@ def plan(
     memory_budget: int | None = None,
     train_head: bool = True,
     teacher_dtype: torch.dtype | None = None,
-    strategy: str = "auto",
-    divergence: Divergence | str = "forward_kl",
+    strategy: Strategy = "auto",
+    divergence: Divergence | DivergenceName = "forward_kl",
     online_teacher: bool = False,
     train_teacher_head: bool = False,
 ) -> Plan:
@@ -245,23 +265,17 @@ def plan(
     take a gradient too; train_teacher_head: and so does its head. Raises ValueError for sizes below 1, a budget below 1 byte, names
     that are not known, and a teacher's head that is trained alone, and TypeError for what is of another type.
     """
-    for name, value in {"tokens": tokens, "vocab": vocab, "student_dim": student_dim, "teacher_dim": teacher_dim}.items():
-        _at_least_1(name, value, "an integer")
+    sizes = {"tokens": tokens, "vocab": vocab, "student_dim": student_dim, "teacher_dim": teacher_dim}
+    tokens, vocab, student_dim, teacher_dim = (_at_least_1(name, value, "an integer") for name, value in sizes.items())
     if memory_budget is not None:
-        _at_least_1("memory_budget", memory_budget, "a number of bytes")
+        memory_budget = _at_least_1("memory_budget", memory_budget, "a number of bytes")
     for name, of in {"dtype": dtype, "teacher_dtype": dtype if teacher_dtype is None else teacher_dtype}.items():
         backends.check_dtype(name, of)
-    for name, chosen in {
-        "train_head": train_head,
-        "online_teacher": online_teacher,
-        "train_teacher_head": train_teacher_head,
-    }.items():
-        if not isinstance(chosen, bool):
-            raise TypeError(f"{name} is True or False, got {type(chosen).__name__}")
+    flags = {"train_head": train_head, "online_teacher": online_teacher, "train_teacher_head": train_teacher_head}
+    train_head, online_teacher, train_teacher_head = (flag(name, value) for name, value in flags.items())
     if not isinstance(device, (str, torch.device)):
         raise TypeError(f"device is a name or a torch.device, got {type(device).__name__}")
-    if not isinstance(strategy, str) or strategy not in STRATEGIES:
-        raise ValueError(f"strategy {strategy!r} is not known; accepted: {', '.join(STRATEGIES)}")
+    one_of("strategy", strategy, STRATEGIES)
     if train_teacher_head and not online_teacher:
         raise ValueError("train_teacher_head is True; accepted only with online_teacher=True")
     runs_on, on = roofline.resolve_device(device)
@@ -280,10 +294,10 @@ def plan(
         learners=2 if online_teacher else 1,
         train_teacher_head=train_teacher_head,
     )
-    strategy = choose(strategy, size, named)
-    rows, columns = _cut(strategy, size)
+    chosen = choose(strategy, size, named)
+    rows, columns = _cut(chosen, size)
     chunks, blocks = math.ceil(tokens / rows), math.ceil(vocab / columns)
-    logits, accumulator, rest = (_tokens_bytes if strategy == "tokens" else _vocab_bytes)(size, rows, columns)
+    logits, accumulator, rest = (_tokens_bytes if chosen == "tokens" else _vocab_bytes)(size, rows, columns)
     scratch = logits + accumulator + rest
 
     inputs = (tokens + vocab) * (student_dim * dtype.itemsize + teacher_dim * size.teacher_dtype.itemsize)
@@ -298,7 +312,7 @@ def plan(
     eager = max(EAGER_COPIES[size.learners] * copy, EAGER_COPIES_WITH_GRADIENTS * copy + gradients)
     predict = functools.partial(_predicted, size=size, on=on)
     return Plan(
-        strategy=strategy,
+        strategy=chosen,
         chunk_rows=rows,
         chunks=chunks,
         block_columns=columns,
@@ -307,8 +321,8 @@ def plan(
         accumulator_bytes=accumulator,
         scratch_bytes=scratch,
         peak_bytes=scratch + inputs + gradients,
-        flops=_products(strategy, size, blocks) * both + gradient_products,
-        seconds=predict(strategy),
+        flops=_products(chosen, size, blocks) * both + gradient_products,
+        seconds=predict(chosen),
         products_seconds=predict("products"),
         eager_scratch_bytes=eager - gradients,
         eager_peak_bytes=eager + inputs,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kdkernels.checks import FLOATS, INTEGERS, flag, number, scalar
+from kdkernels.checks import FLOATS, INTEGERS, scalar
+from kdkernels.scalars import flag, is_number, number
 
 
 class TAIDSchedule(nn.Module):
@@ -40,19 +40,19 @@ class TAIDSchedule(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in {"t_start": t_start, "t_end": t_end, "alpha": alpha, "beta": beta}.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if not is_number(value):
                 raise TypeError(f"{name} is a number, got {type(value).__name__}")
-        flag("adaptive", adaptive)
+        t_start, t_end, alpha, beta, adaptive = float(t_start), float(t_end), float(alpha), float(beta), flag("adaptive", adaptive)
         if not 0.0 <= t_start <= t_end <= 1.0:
             raise ValueError(f"accepted: 0 <= t_start <= t_end <= 1, got t_start={t_start}, t_end={t_end}")
         number("alpha", alpha, "at least 0", 0.0)
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"beta is in [0, 1), got {beta}")
         self.t_start, self.t_end, self.alpha, self.beta, self.adaptive = t_start, t_end, alpha, beta, adaptive
-        self.register_buffer("t", torch.tensor(float(t_start)))
-        self.register_buffer("momentum", torch.tensor(0.0))
+        self.register_buffer("t", torch.tensor(t_start, dtype=torch.float32))
+        self.register_buffer("momentum", torch.tensor(0.0, dtype=torch.float32))
         # NaN until the first loss has been seen.
-        self.register_buffer("previous", torch.tensor(math.nan))
+        self.register_buffer("previous", torch.tensor(math.nan, dtype=torch.float32))
 
     def _apply(self, fn: Any, recurse: bool = True) -> TAIDSchedule:
         """Moved with the model, but not cast with it: in bfloat16 the steps of ``t`` would be rounded away."""
@@ -64,6 +64,11 @@ class TAIDSchedule(nn.Module):
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        for name, buffer in self._buffers.items():  # assign=True takes tensors of any dtype as they are
+            self._buffers[name] = None if buffer is None else buffer.float()
+
     @torch.no_grad()
     def update(self, loss: Tensor | float, progress: float) -> Tensor:
         """Move ``t`` after an optimizer step, and return it.
@@ -73,16 +78,14 @@ class TAIDSchedule(nn.Module):
         progress: finished steps / total steps, in [0, 1]. Call it in training only: never on validation batches, and once per
         optimizer step, not per micro-batch.
         """
-        if isinstance(progress, bool) or not isinstance(progress, (int, float)) or not 0.0 <= progress <= 1.0:
+        if not is_number(progress) or not 0.0 <= progress <= 1.0:
             raise ValueError(f"progress is finished steps / total steps, in [0, 1], got {progress!r}")
         accepted = "a number or a 0-dim tensor"
         given: Any = loss
         if isinstance(given, Tensor):
             given = scalar("loss", given, accepted, self.t.device, (*FLOATS, *INTEGERS))
         else:
-            if not isinstance(given, int) and isinstance(given, numbers.Real):  # a number of NumPy
-                given = float(given)
-            if not (isinstance(given, float) and not math.isfinite(given)):  # those are passed over below
+            if not is_number(given) or math.isfinite(given):  # others are passed over below
                 given = number("loss", given, accepted)
         if isinstance(given, Tensor):
             current = given.to(torch.float32)
@@ -92,7 +95,7 @@ class TAIDSchedule(nn.Module):
             current = current.clone()
             dist.all_reduce(current)
             current /= dist.get_world_size()
-        linear = self.t_start + (self.t_end - self.t_start) * progress
+        linear = self.t_start + (self.t_end - self.t_start) * float(progress)
         if not self.adaptive:
             self.t.fill_(linear)
             return self.t

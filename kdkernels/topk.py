@@ -6,7 +6,7 @@ mathematics is in outcomes.py.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -20,15 +20,20 @@ from kdkernels.checks import (
     float_tensor,
     head_of,
     integer_tensor,
-    one_of,
     rows_of,
     scratch_of,
 )
-from kdkernels.divergences import Divergence
+from kdkernels.divergences import Divergence, DivergenceName
 from kdkernels.losses import reduced, terms_of
 from kdkernels.outcomes import TAILS, WEIGHED_BY_STUDENT
+from kdkernels.scalars import one_of
+from kdkernels.signatures import Metrics, Reduction, Strategy, Tail, TopKOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@overload
 def linear_topk_kd_loss(
     student_hidden: Tensor,
     student_head: LMHead | Tensor,
@@ -36,9 +41,41 @@ def linear_topk_kd_loss(
     topk_logprobs: Tensor,
     labels: Tensor | None = None,
     *,
-    tail: str | None = None,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[TopKOptions],
+) -> Tensor: ...
+@overload
+def linear_topk_kd_loss(
+    student_hidden: Tensor,
+    student_head: LMHead | Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[TopKOptions],
+) -> tuple[Tensor, Metrics]: ...
+@overload
+def linear_topk_kd_loss(
+    student_hidden: Tensor,
+    student_head: LMHead | Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: bool,
+    **options: Unpack[TopKOptions],
+) -> Tensor | tuple[Tensor, Metrics]: ...
+def linear_topk_kd_loss(
+    student_hidden: Tensor,
+    student_head: LMHead | Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    labels: Tensor | None = None,
+    *,
+    tail: Tail | None = None,
     topk_rest: Tensor | None = None,
-    divergence: Divergence | str = "forward_kl",
+    divergence: Divergence | DivergenceName = "forward_kl",
     t: float | Tensor = 1.0,
     temperature: float = 1.0,
     square_temperature: bool = True,
@@ -46,10 +83,10 @@ def linear_topk_kd_loss(
     ce_weight: float = 0.0,
     token_weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     vocab_size: int | None = None,
-    strategy: str = "auto",
+    strategy: Strategy = "auto",
     memory_budget: int | None = None,
     return_metrics: bool = False,
 ) -> Any:
@@ -143,5 +180,5 @@ def linear_topk_kd_loss(
         *(loss.ignore_index, vocab, dtype, tail, strategy, budget),
     )
     differentiable = (rows_of(student_hidden), head.weight, head.bias)
-    (value,), metrics = reduced(loss, torch.ops.kdkernels.linear_topk_kd, differentiable, (0, 0, 0), sum_dtype, others)
+    (value,), metrics = reduced(loss, "linear_topk_kd", differentiable, sum_dtype, others)
     return (value, metrics) if loss.return_metrics else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels import files
 from kdkernels.cli import main
-from kdkernels.errors import CommandError
+from kdkernels.errors import CommandError, to_install
 from tests.cases import InsideOperators
 
 pytest.importorskip("transformers")
@@ -808,9 +809,38 @@ def test_other_settings_in_the_folder_are_one_line(capsys: pytest.CaptureFixture
     assert line.startswith(f"error: --out {saved} holds other files")
 
 
+@pytest.mark.parametrize("what", ["a shard", "the tokenizer"])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
+    capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """tokenizers raises no OSError, but a class of its own with the system's words."""
+    from transformers import PreTrainedTokenizerFast
+
+    def no_space(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def no_space_in_rust(*_: Any, **__: Any) -> None:
+        raise Exception("No space left on device (os error 28)")
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        if what == "a shard":
+            patched.setattr(files, "save", no_space)
+        else:
+            patched.setattr(PreTrainedTokenizerFast, "save_pretrained", no_space_in_rust)
+        status, line = last_error(capsys, command(saved, out))
+    assert (status, line) == (
+        2,
+        f"error: --out {out} cannot be written: No space left on device; with room the same command again goes on after the last "
+        "whole shard",
+    )
+    assert main(command(saved, out)) == 0
+    assert (out / "tokenizer" / "tokenizer.json").exists()
+
+
 def test_a_missing_library_is_one_line(
     capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "rich", None)
     status, line = last_error(capsys, command(saved, tmp_path / "out"))
-    assert (status, line) == (2, "error: the cache needs rich, not installed here: pip install kdkernels[transformers]")
+    assert (status, line) == (2, f"error: the cache needs rich, not installed here: {to_install('transformers')}")

@@ -16,7 +16,7 @@ from kdkernels import files, info, roofline
 from kdkernels.arguments import Parser, memory
 from kdkernels.backends import native
 from kdkernels.cli import main
-from kdkernels.errors import CommandError
+from kdkernels.errors import CommandError, to_install
 from kdkernels.models import HEADS, HeadShape, head_shape
 from kdkernels.transformers import distill_command
 
@@ -272,7 +272,7 @@ def test_a_missing_library_is_one_line_that_says_what_to_install(
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     status, line = error_of(capsys, ["demo", "--out", str(tmp_path / "new")])
     assert status == 2
-    assert line == "error: the demo needs tokenizers, not installed here: pip install kdkernels[demo]"
+    assert line == f"error: the demo needs tokenizers, not installed here: {to_install('demo')}"
     assert not (tmp_path / "new").exists()
 
 

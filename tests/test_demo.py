@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import shutil
@@ -170,6 +171,32 @@ def test_resuming_a_finished_run_trains_nothing(
     monkeypatch.setattr(train, "take_step", None)
     results, _ = run(folder, resume=True)
     assert learned(results) == learned(finished[1])
+
+
+def test_resuming_a_demo_that_is_not_there_is_an_error_and_makes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match=r"--resume: .*gone holds no demo; accepted: the --out of an earlier one"):
+        run(tmp_path / "gone", resume=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_line_and_resuming_goes_on(
+    finished: tuple[Path, dict[str, Any], str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "results.json").unlink()
+
+    write = files.write
+
+    def no_space(path: Path, content: bytes) -> None:
+        if path.name == "results.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "write", no_space)
+        with pytest.raises(CommandError, match=r"--out .* cannot be written: No space left on device; with room the same command"):
+            run(folder, resume=True)
+    assert not list(folder.glob("*.tmp"))
+    assert learned(run(folder, resume=True)[0]) == learned(finished[1])
 
 
 def test_resuming_with_other_settings_is_an_error_that_names_them(folder: Path) -> None:

@@ -24,7 +24,7 @@ import pytest
 import kdkernels as kd
 from benchmarks.readme import README
 from kdkernels import cli
-from kdkernels.errors import CommandError
+from kdkernels.errors import CommandError, to_install
 from kdkernels.transformers import distill_command
 
 ROOT = README.parent
@@ -146,6 +146,18 @@ def test_the_commands_in_its_text_exist(page: Path) -> None:
                     parsed([name, "--help"])
             case words:
                 check(words)
+
+
+def test_what_the_code_says_to_install_can_be_installed() -> None:
+    """The package is on no index: its extras come from a checkout, by names that pyproject.toml has."""
+    sources = sorted((ROOT / "kdkernels").rglob("*.py"))
+    assert [source for source in (*sources, *PAGES) if re.search(r"pip install [^\n`]*\bkdkernels\b", source.read_text())] == []
+    named = {extra for source in sources for extra in re.findall(r"to_install\(['\"](\w+)['\"]\)", source.read_text())}
+    assert {"demo", "transformers", "trl"} <= named
+    for extra in named:
+        command = re.search("pip install .*", to_install(extra))
+        assert command is not None
+        check(shlex.split(command[0]))
 
 
 @every_page

@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 from kdkernels.cli import main  # noqa: E402
 from kdkernels.transformers import KDConfig, KDTrainer, verify_lm_head, write_cache  # noqa: E402
 from kdkernels.transformers.finite import NotFinite, Watch, check_weights  # noqa: E402
+from kdkernels.transformers.load import load_model  # noqa: E402
 from kdkernels.transformers.online import OnlineTeacher  # noqa: E402
 from tests.test_data import put, tokenizer  # noqa: E402
 from tests.test_trainer import ACCUMULATED, BATCH, STEPS, examples, logs, settings, weights  # noqa: E402
@@ -76,6 +77,18 @@ def test_a_trainer_says_whose_weights_are_no_numbers(role: str, name: str, tmp_p
     spoiled(pair[role], name)
     with pytest.raises(ValueError, match=rf"^the {role}'s {name} is NaN or infinite"):
         KDTrainer(pair["student"], settings(tmp_path), train_dataset=examples(), teacher=pair["teacher"])
+
+
+def test_a_model_that_is_tried_out_for_being_causal_is_not_called_otherwise(tmp_path: Path) -> None:
+    """NaN equals nothing, a token's own logits neither."""
+    student = build("gpt_neox")
+    student.config.is_decoder = False
+    with torch.no_grad():
+        student.gpt_neox.embed_in.weight[0] = NAN
+    with pytest.raises(ValueError, match=r"^the student's gpt_neox.embed_in.weight is NaN or infinite"):
+        KDTrainer(student, settings(tmp_path), train_dataset=examples(), teacher=build("llama", seed=1))
+    student.save_pretrained(tmp_path / "saved")
+    load_model(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("name", SPOTS)

@@ -60,8 +60,8 @@ class NoHostCopies(TorchFunctionMode):
                 if isinstance(part, list) or (isinstance(part, Tensor) and part.dtype == torch.bool):
                     raise AssertionError(f"{name} with {part}: a list is copied to the device, and a mask counted on it")
         elif isinstance(func, torch._ops.OpOverloadPacket) and hasattr(ops, name):
-            with self:
-                return getattr(ops, name)(*args)
+            with self, torch.no_grad():  # what it does inside; its result comes from the dispatcher, which has its backward
+                getattr(ops, name)(*args)
         return func(*args, **(kwargs or {}))
 
 

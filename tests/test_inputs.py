@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
+import warnings
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import backends
+from kdkernels import backends, checks
 from kdkernels.products import HeadProducts
 from tests.cases import draw
 
@@ -83,6 +86,15 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"temperature": math.nan}, ValueError, ("temperature", "positive", "nan")),
     ({"temperature": "2"}, TypeError, ("temperature", "positive", "str")),
     ({"temperature": torch.tensor(2.0)}, TypeError, ("temperature", "Tensor")),
+    ({"t": torch.tensor(0.5, requires_grad=True)}, ValueError, ("t requires grad", "constant", "t.detach()")),
+    ({"t": np.float32(1.5)}, ValueError, ("t is", "[0, 1]", "1.5")),
+    ({"temperature": np.bool_(True)}, TypeError, ("temperature", "positive", "bool")),
+    ({"kd_weight": np.ones(1)}, TypeError, ("kd_weight", "number", "ndarray")),
+    ({"ignore_index": np.float64(1)}, TypeError, ("ignore_index", "integer", "float64")),
+    ({"return_metrics": 1}, TypeError, ("return_metrics", "True or False", "int")),
+    ({"square_temperature": np.int64(1)}, TypeError, ("square_temperature", "True or False", "int64")),
+    ({"labels": "jsd"}, TypeError, ("labels", "tensor", "str")),
+    ({"divergence": kd.Divergence("jsd", kd.jsd().pair, "0.5")}, ValueError, ("'jsd'", "parameter 0.5", "(0, 1)")),  # type: ignore[arg-type]
     ({"kd_weight": -1.0}, ValueError, ("kd_weight", "at least 0", "-1.0")),
     ({"kd_weight": None}, TypeError, ("kd_weight", "NoneType")),
     ({"ce_weight": -1.0, "labels": LABELS}, ValueError, ("ce_weight", "at least 0", "-1.0")),
@@ -109,6 +121,7 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"normalizer": -3.0}, ValueError, ("normalizer", "positive", "-3.0")),
     ({"normalizer": "all"}, TypeError, ("normalizer", "positive", "str")),
     ({"normalizer": torch.ones(2)}, ValueError, ("normalizer", "0-dim", "(2,)")),
+    ({"normalizer": torch.tensor(2.0, requires_grad=True)}, ValueError, ("normalizer requires grad", "normalizer.detach()")),
     ({"normalizer": 3, "reduction": "sum"}, ValueError, ("normalizer", "'mean'", "'sum'")),
     ({"normalizer": 3, "reduction": "none"}, ValueError, ("normalizer", "'mean'", "'none'")),
 ]
@@ -126,6 +139,15 @@ def head(model: str, **parts: Any) -> dict[str, Any]:
     return {f"{model}_head": kd.LMHead(**{"weight": weight, **parts})}
 
 
+def quantised() -> Any:
+    with warnings.catch_warnings():  # torch.ao is deprecated, and still what people have
+        warnings.simplefilter("ignore")
+        model = torch.nn.Sequential(torch.nn.Linear(8, 37))
+        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)[0]
+
+
+QUANTISED = quantised()
+
 LINEAR: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"student_hidden": [1.0]}, TypeError, ("student_hidden", "tensor", "list")),
     ({"student_hidden": CASE.student_hidden.long()}, TypeError, ("student_hidden", "int64", "float32", "bfloat16")),
@@ -137,7 +159,17 @@ LINEAR: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"teacher_hidden": CASE.teacher_hidden[None]}, ValueError, ("student_hidden (6, 8)", "teacher_hidden (1, 6, 12)")),
     ({"teacher_hidden": CASE.teacher_hidden.clone().requires_grad_()}, ValueError, ("teacher_hidden", "linear_okd_loss")),
     ({"student_head": "lm_head"}, TypeError, ("student_head", "LMHead", "str")),
-    ({"student_head": torch.nn.Linear(8, 37)}, TypeError, ("student_head", "LMHead", "Linear")),
+    ({"student_head": torch.nn.Linear(8, 37)}, TypeError, ("student_head", "got Linear", "kd.LMHead(head.weight, head.bias)")),
+    ({"teacher_head": torch.nn.Linear(8, 37, bias=False)}, TypeError, ("teacher_head", "got Linear", "pass head.weight")),
+    ({"teacher_head": torch.nn.Embedding(8, 37)}, TypeError, ("teacher_head", "got Embedding", "pass head.weight")),
+    (
+        {"student_head": torch.nn.Sequential(torch.nn.Linear(8, 37))},
+        TypeError,
+        ("student_head", "got Sequential", "kdkernels.transformers.lm_head(model)"),
+    ),
+    ({"student_head": QUANTISED}, TypeError, ("student_head", "got Linear", "quantised", "head.weight().dequantize()")),
+    ({"student_head": QUANTISED.weight}, TypeError, ("student_head", "got method", "head.weight().dequantize()")),
+    ({"student_head": QUANTISED.weight()}, TypeError, ("student_head.weight", "qint8", "float32")),
     ({"teacher_head": None}, TypeError, ("teacher_head", "LMHead", "NoneType")),
     ({"student_head": CASE.student_weight[0]}, ValueError, ("student_head.weight", "(V, D)", "(8,)")),
     ({"student_head": CASE.student_weight[:0]}, ValueError, ("student_head.weight", "(V, D)", "(0, 8)")),
@@ -254,9 +286,33 @@ class TestGoodInput:
         with torch.no_grad():
             assert linear(teacher_hidden=CASE.teacher_hidden.clone().requires_grad_()) == linear()
 
-    def test_a_teachers_head_is_held_constant(self) -> None:
-        weight: Tensor = CASE.teacher_weight.clone().requires_grad_()
-        assert not linear(teacher_head=weight).requires_grad
+    @pytest.mark.parametrize("part", ["weight", "bias"])
+    def test_a_teachers_head_that_would_learn_is_held_constant_with_one_warning(
+        self, part: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Every model that is loaded has such a head until it is frozen."""
+        parts = {"weight": CASE.teacher_weight.clone(), "bias": torch.zeros(VOCAB)}
+        parts[part].requires_grad_()
+        head = kd.LMHead(**parts)
+        checks._warn_once.cache_clear()
+        losses = [linear(teacher_head=head) for _ in range(3)]
+        (warned,) = caplog.records
+        assert re.match("teacher_head requires grad.*linear_kd_loss is constant.*linear_okd_loss", warned.message)
+        caplog.clear()
+        checks._warn_once.cache_clear()
+        with torch.no_grad():
+            losses.append(linear(teacher_head=head))
+        losses.append(linear(teacher_head=head.detach()))
+        assert not caplog.records
+        assert all(loss == losses[0] and not loss.requires_grad for loss in losses)
+
+    def test_a_head_that_both_models_share_learns_as_the_students(self) -> None:
+        shared = CASE.student_weight.clone().requires_grad_()
+        apart = shared.detach().clone().requires_grad_()
+        hidden = CASE.student_hidden.flip(0)
+        found = linear(student_head=shared, teacher_hidden=hidden, teacher_head=shared)
+        expected = linear(student_head=apart, teacher_hidden=hidden, teacher_head=apart.detach().clone())
+        assert torch.equal(*(torch.autograd.grad(loss, leaf)[0] for loss, leaf in ((found, shared), (expected, apart))))
 
     def test_options_of_a_call_win_over_those_of_the_module(self) -> None:
         module = kd.LinearKDLoss(divergence="jsd", temperature=2.0, reduction="sum")
@@ -269,3 +325,119 @@ class TestGoodInput:
     def test_a_head_can_be_replaced_in_part(self) -> None:
         head = kd.LMHead(CASE.student_weight, softcap=5.0)
         assert replace(head, logit_scale=2.0).softcap == 5.0
+
+    def test_a_head_is_shown_without_its_values(self) -> None:
+        head = kd.LMHead(torch.nn.Parameter(torch.randn(37, 8)), torch.zeros(37, dtype=torch.bfloat16), 2.0, 30.0)
+        assert repr(head) == (
+            "LMHead(weight=<(37, 8), torch.float32, cpu, requires_grad>, bias=<(37,), torch.bfloat16, cpu>, "
+            "logit_scale=2.0, softcap=30.0)"
+        )
+        assert "bias=None" in repr(kd.LMHead(head.weight))
+        assert "meta" in repr(kd.LMHead(torch.empty(3, 2, device="meta")))
+
+    @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int64, np.uint8])
+    def test_numbers_of_numpy_are_numbers(self, kind: Any) -> None:
+        for call in (linear, from_logits):
+            options = {"t": kind(1), "temperature": kind(2), "kd_weight": kind(3), "ce_weight": kind(1), "normalizer": kind(4)}
+            plain = {name: float(value) for name, value in options.items()}
+            assert call(labels=LABELS, **options) == call(labels=LABELS, **plain)
+        head = {"logit_scale": 2, "softcap": 3}
+        numpys = kd.LMHead(CASE.student_weight, **{name: kind(value) for name, value in head.items()})
+        assert linear(student_head=numpys) == linear(student_head=kd.LMHead(CASE.student_weight, **head))
+
+    @pytest.mark.parametrize("kind", [np.int8, np.int32, np.int64, np.uint16])
+    def test_whole_numbers_of_numpy_are_whole_numbers(self, kind: Any) -> None:
+        numpys = linear(labels=LABELS, ignore_index=kind(3), vocab_size=kind(30), memory_budget=kind(100))
+        assert numpys == linear(labels=LABELS, ignore_index=3, vocab_size=30, memory_budget=100)
+
+    def test_sizes_of_numpy_do_not_overflow_in_a_plan(self) -> None:
+        sizes = (8192, 151_936, 896, 3584)
+        assert kd.plan(*(np.int32(size) for size in sizes), memory_budget=np.int32(2**30)) == kd.plan(*sizes, memory_budget=2**30)
+
+    def test_flags_of_numpy_are_flags(self) -> None:
+        loss, metrics = linear(return_metrics=np.bool_(True), square_temperature=np.bool_(False), temperature=2.0)
+        assert loss == linear(square_temperature=False, temperature=2.0)
+        assert metrics["tokens"] == TOKENS
+        assert kd.plan(8, 9, 4, 4, train_head=np.bool_(False)) == kd.plan(8, 9, 4, 4, train_head=False)
+
+    def test_parameters_of_numpy_are_parameters(self) -> None:
+        third = np.float32(1 / 3)
+        assert kd.jsd(third) == kd.jsd(float(third))
+        assert from_logits(divergence=replace(kd.jsd(), a=third)) == from_logits(divergence=kd.jsd(float(third)))
+
+    def test_what_is_held_constant_may_require_grad_where_nothing_is_learned(self) -> None:
+        with torch.no_grad():
+            options = {name: torch.tensor(0.5, requires_grad=True) for name in ("t", "normalizer")}
+            weight = torch.ones(TOKENS, requires_grad=True)
+            assert linear(**options, token_weight=weight) == linear(t=0.5, normalizer=0.5)
+
+    @pytest.mark.parametrize("call", [linear, from_logits])
+    def test_a_mean_that_is_none_is_no_number(self, call: Any) -> None:
+        """0 would say that nothing is left to learn."""
+        signs = torch.tensor([1.0, -1.0] * (TOKENS // 2))
+        assert not call(token_weight=signs).isfinite()
+        assert not call(normalizer=torch.tensor(0.0)).isfinite()
+        for options in ({"token_weight": 0 * signs}, {"labels": torch.full((TOKENS,), -100)}):
+            assert call(**options) == 0
+            assert call(**options, normalizer=torch.tensor(0.0)) == 0
+
+    @pytest.mark.parametrize("weight", [-2.0, math.nan])
+    def test_token_weights_are_taken_as_they_are(self, weight: float) -> None:
+        weights = torch.ones(TOKENS)
+        weights[1] = weight
+        losses = linear(reduction="none")
+        expected = losses * weights
+        torch.testing.assert_close(linear(reduction="none", token_weight=weights), expected, equal_nan=True)
+        torch.testing.assert_close(linear(token_weight=weights), expected.sum() / weights.sum(), equal_nan=True)
+
+    def test_ignore_index_may_be_a_token(self) -> None:
+        losses = linear(labels=LABELS, ce_weight=1.0, reduction="none")
+        found = linear(labels=LABELS, ce_weight=1.0, ignore_index=3, reduction="none")
+        torch.testing.assert_close(found, losses.where(LABELS != 3, 0.0))
+
+    @pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0)])
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    def test_a_batch_without_tokens_has_loss_0_and_gradients_0(self, reduction: str, shape: tuple[int, ...]) -> None:
+        hidden, weight = torch.zeros(*shape, STUDENT, requires_grad=True), CASE.student_weight.clone().requires_grad_()
+        empty = {"student_hidden": hidden, "teacher_hidden": torch.zeros(*shape, TEACHER)}
+        loss = linear(**empty, student_head=weight, labels=torch.zeros(shape, dtype=torch.int64), reduction=reduction)
+        assert loss.shape == (shape if reduction == "none" else ())
+        assert loss.sum() == 0
+        of_hidden, of_weight = torch.autograd.grad(loss.sum(), [hidden, weight])
+        assert of_hidden.shape == hidden.shape
+        assert not of_weight.any()
+
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    def test_meta_tensors_give_shapes_and_dtypes(self, reduction: str) -> None:
+        case = {name: part.to("meta") for name, part in vars(CASE).items() if isinstance(part, Tensor)}
+        hidden, weight = case["student_hidden"].requires_grad_(), case["student_weight"].requires_grad_()
+        loss, metrics = kd.linear_kd_loss(
+            hidden,
+            weight,
+            case["teacher_hidden"],
+            case["teacher_weight"],
+            LABELS.to("meta"),
+            reduction=reduction,
+            return_metrics=True,
+        )
+        assert (loss.device.type, loss.dtype, metrics["kd"].device.type) == ("meta", torch.float32, "meta")
+        assert loss.shape == ((TOKENS,) if reduction == "none" else ())
+        loss.sum().backward()
+        assert (hidden.grad.shape, weight.grad.shape) == (hidden.shape, weight.shape)
+        with refused(ValueError, "teacher_head.weight", "cpu", "meta"):
+            kd.linear_kd_loss(hidden, weight, case["teacher_hidden"], CASE.teacher_weight)
+
+    @pytest.mark.parametrize("wide", ["student_hidden", "student_head"])
+    def test_float64_under_autocast_is_named(self, wide: str) -> None:
+        """As torch's own linear refuses it: autocast does not touch float64."""
+        given = {"student_hidden": CASE.student_hidden, "student_head": CASE.student_weight}
+        given[wide] = given[wide].double()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with refused(TypeError, "student_hidden and student_head", "float64", "autocast leaves float64 alone"):
+                linear(**given)
+            with pytest.raises(RuntimeError, match="dtype"):
+                torch.nn.functional.linear(given["student_hidden"], given["student_head"])
+
+    @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+    def test_a_copy_of_a_divergence_is_it(self, copied: Any) -> None:
+        assert from_logits(divergence=copied(kd.jsd(0.3))) == from_logits(divergence=kd.jsd(0.3))

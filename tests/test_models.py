@@ -281,6 +281,21 @@ class TestTokenizers:
         assert self.plan(student, other) == 2
         assert "disagree on 1,000 of their tokens" in capsys.readouterr().err
 
+    def test_tokens_of_other_names_are_planned_with_a_vocab_size_as_they_are_distilled(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = [f"w{number}" for number in range(1000)]
+        student = folder(tmp_path / "student", LLAMA, words)
+        renamed = folder(tmp_path / "renamed", LLAMA, [*words[:998], "<think>", "</think>"])
+        assert self.plan(student, renamed) == 2
+        assert "vocab_size" in capsys.readouterr().err
+        assert self.plan(student, renamed, "--vocab-size=1000") == 0
+        capsys.readouterr()
+        assert self.plan(student, renamed, "--vocab-size=998", "--json") == 0
+        assert json.loads(capsys.readouterr().out)["inputs"]["vocab_size"] == 998
+        assert self.plan(student, renamed, "--vocab-size=1001") == 2
+        assert "--vocab-size is 1,001; accepted: up to 1,000" in capsys.readouterr().err
+
     def test_a_tokenizer_of_transformers_is_read_as_it_reads_itself(self, tmp_path: Path) -> None:
         transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
         for model in (tokenizers.models.WordLevel({"a": 0, "b": 1}), tokenizers.models.Unigram([("a", 0.0), ("b", -1.0)])):

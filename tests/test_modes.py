@@ -15,7 +15,7 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 
 from kdkernels.transformers import KDTrainer, verify_lm_head, write_cache  # noqa: E402
-from kdkernels.transformers.load import _causal  # noqa: E402
+from kdkernels.transformers.load import is_causal  # noqa: E402
 from tests.test_trainer import BATCH, examples, logs, settings, weights  # noqa: E402
 from tests.tiny_models import batch, build  # noqa: E402
 
@@ -103,7 +103,7 @@ def everything(model: Any) -> dict[str, Any]:
 QUESTIONS: dict[str, Callable[[Any, Path], Any]] = {
     "verify_lm_head": lambda model, _: verify_lm_head(model),
     "write_cache": lambda model, folder: write_cache(model, examples(3), folder / "cache", top_k=4),
-    "whether it is causal": lambda model, _: _causal(model),
+    "whether it is causal": lambda model, _: is_causal(model),
 }
 
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+import transformers
 
 import kdkernels as kd
 from benchmarks import readme, roofline
 from kdkernels.roofline import device_names
+from kdkernels.transformers import KDConfig, KDTrainer
 from tests.test_docs import blocks
+from tests.tiny_models import build
 
 TEXT = readme.README.read_text()
 CODE = [content for language, content in blocks(readme.README) if language == "python"]
-# What each block is known by. Three take models of the reader's or another library: tests/test_trainer.py,
-# tests/test_transformers.py and tests/test_compat_trl.py run those.
+# What each block is known by. Two take models of the reader's or another library: tests/test_trainer.py and
+# tests/test_compat_trl.py run those.
 HAD, STEP, TRAINER, LOOP, SWAP = "# You had", "TAIDSchedule(", "KDTrainer(", "hidden_states(student, batch)", "kdkernels.compat"
 
 
@@ -59,6 +64,36 @@ def test_the_complete_step_runs_and_arrives_at_the_teacher() -> None:
     exec(block(STEP), scope)
     assert scope["schedule"].t.item() == pytest.approx(1.0)
     assert scope["loss"].isfinite()
+
+
+@pytest.mark.parametrize("rows", [(61, 64), (72, 64), (61, 61)])
+def test_the_loop_runs_with_heads_that_are_padded_differently_and_has_the_trainers_loss(
+    rows: tuple[int, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{number}": number for number in range(61)}))
+    )
+    student, teacher = (build("qwen2", vocab_size=vocab, seed=seed) for seed, vocab in enumerate(rows))
+    for name, model in (("student", student), ("teacher", teacher)):  # as from_pretrained leaves them
+        tokenizer.save_pretrained(tmp_path / name)
+        model.config._name_or_path = str(tmp_path / name)
+    ids = torch.arange(3, 19).view(2, 8)
+    scope: dict[str, Any] = {"student": student, "teacher": teacher, "batch": {"input_ids": ids, "labels": ids}}
+    exec(block(LOOP), scope)
+    assert not caplog.records
+    log_q, log_p = (model(ids).logits[:, :-1, : min(rows)].double().log_softmax(-1) for model in (student, teacher))
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    torch.testing.assert_close(scope["loss"].double(), expected, rtol=1e-5, atol=0)
+    assert student.lm_head.weight.grad[: min(rows)].any(1).all()
+    assert not student.lm_head.weight.grad[min(rows) :].any()
+
+    trainer = KDTrainer(
+        student,
+        KDConfig(str(tmp_path), report_to=[], use_cpu=True, save_strategy="no"),
+        eval_dataset=[{"input_ids": row.tolist()} for row in ids],
+        teacher=teacher,
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(scope["loss"].item(), rel=1e-6)
 
 
 def test_every_divergence_is_in_its_table() -> None:

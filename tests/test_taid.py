@@ -236,6 +236,28 @@ def test_a_plan_takes_counts_of_numpy() -> None:
     assert kd.plan(np.int64(8), 100, 4, 4) == kd.plan(8, 100, 4, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_dtype_that_models_are_made_in_is_not_the_schedules(dtype: torch.dtype) -> None:
+    """Lightning makes the modules of a bf16-true run under such a default; a cast state dict may be assigned instead of copied."""
+    torch.set_default_dtype(dtype)
+    try:
+        made = kd.TAIDSchedule()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assigned = kd.TAIDSchedule()
+    assigned.load_state_dict({name: state.to(dtype) for name, state in kd.TAIDSchedule().state_dict().items()}, assign=True)
+    for schedule in (made, assigned):
+        schedule.update(3.0, 0.0)
+        schedule.update(2.0, 0.0)
+        assert {state.dtype for state in schedule.state_dict().values()} == {torch.float32}
+
+
+def test_arguments_of_numpy_are_numbers() -> None:
+    numpys = kd.TAIDSchedule(np.float32(0.5), np.int64(1), np.float64(1e-3), np.float16(0.5), np.bool_(False))
+    assert repr(numpys) == repr(kd.TAIDSchedule(0.5, 1.0, 1e-3, 0.5, False))
+    assert numpys.update(np.float32(1), np.float32(0.5)) == 0.75
+
+
 @pytest.mark.parametrize("cast", [torch.nn.Module.bfloat16, torch.nn.Module.half, torch.nn.Module.double])
 def test_a_cast_of_the_model_leaves_the_schedule_its_digits(cast: Any) -> None:
     """As Lightning does to a module that holds it; in bfloat16 t would stand still."""

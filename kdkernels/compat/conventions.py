@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kdkernels.checks import number
 from kdkernels.divergences import Divergence, forward_kl, jsd, reverse_kl
+from kdkernels.scalars import number
 
 BETA = "a number in [0, 1]: 0 is KL(teacher, student), 1 is KL(student, teacher), in between the Jensen-Shannon divergence"
 

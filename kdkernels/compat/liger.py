@@ -27,9 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdkernels.checks import LMHead, float_tensor, integer_tensor, number
+from kdkernels.checks import LMHead, float_tensor, integer_tensor
 from kdkernels.compat.conventions import divergence_of_beta
 from kdkernels.losses import linear_kd_loss
+from kdkernels.scalars import number, whole
 
 
 class LigerFusedLinearJSDLoss(nn.Module):
@@ -74,8 +75,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         for name in ("weight_hard_loss", "weight_soft_loss"):
             number(name, getattr(self, name), "a number of at least 0", 0.0)
         number("temperature", self.temperature, "a positive number", 0.0, above=True)
-        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
-            raise TypeError(f"ignore_index is an integer, got {type(self.ignore_index).__name__}")
+        whole("ignore_index", self.ignore_index, "an integer")
         return {
             "divergence": divergence_of_beta(self.beta),
             "temperature": self.temperature,
@@ -128,7 +128,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
             student_input,
             LMHead(student_weight, student_bias),
             teacher_input.detach(),
-            LMHead(teacher_weight, teacher_bias),
+            LMHead(teacher_weight, teacher_bias).detach(),
             true_labels,
             vocab_size=rows,
             return_metrics=self.return_soft_hard_loss,

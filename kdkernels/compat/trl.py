@@ -43,6 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels.compat.conventions import divergence_of_beta
+from kdkernels.errors import to_install
 from kdkernels.losses import linear_kd_loss
 from kdkernels.transformers.heads import lm_head
 from kdkernels.transformers.hidden import hidden_states
@@ -120,7 +121,7 @@ def _fused_loss(
     student_hidden = hidden_states(model, batch)
     with torch.no_grad():
         teacher_hidden = hidden_states(teacher, batch)
-    student_head, teacher_head = lm_head(model), lm_head(teacher)
+    student_head, teacher_head = lm_head(model), lm_head(teacher).detach()
     # A model split over devices may end on another one than its head is on.
     device, width = student_head.weight.device, targets.shape[1]
     return linear_kd_loss(
@@ -248,7 +249,7 @@ class _Patch:
         try:
             installed = importlib.metadata.version("trl")
         except importlib.metadata.PackageNotFoundError as error:
-            raise ImportError(f"patching {self.name} needs TRL, which is not installed: pip install 'kdkernels[trl]'") from error
+            raise ImportError(f"patching {self.name} needs TRL, not installed here: {to_install('trl')}") from error
         supported = f"supported: {', '.join(RELEASES)}"
         if installed not in RELEASES:
             raise RuntimeError(f"{self.name} of TRL {installed} cannot be patched, its loss may be another; {supported}")

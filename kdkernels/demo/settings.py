@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdkernels.errors import CommandError
+from kdkernels.errors import CommandError, to_install
 
 LIBRARIES = ("matplotlib", "numpy", "rich", "safetensors", "tokenizers", "transformers")
 DEFAULT_MINUTES = 5.0
@@ -74,4 +74,4 @@ def require_libraries() -> None:
     """Raise the one line that says what to install, before anything heavy is imported."""
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
-        raise CommandError(f"the demo needs {', '.join(missing)}, not installed here: pip install kdkernels[demo]")
+        raise CommandError(f"the demo needs {', '.join(missing)}, not installed here: {to_install('demo')}")

@@ -168,7 +168,7 @@ def take_step(phase: Phase, batch: tuple[Tensor, Tensor], peak_rate: float) -> N
     target = None
     if phase.teacher is not None:
         with torch.no_grad():
-            target = hidden_states(phase.teacher, inputs), phase.teacher.lm_head.weight
+            target = hidden_states(phase.teacher, inputs), phase.teacher.lm_head.weight.detach()
     rate = peak_rate * learning_rate_at(phase.step / phase.steps)
     for learner in phase.learners:
         begun = time.monotonic()

@@ -1,8 +1,7 @@
 """Distillation of causal language models from transformers.
 
-``KDTrainer`` with ``KDConfig`` is transformers' Trainer with a teacher. For a training loop of one's own:
-
-loss = kd.linear_kd_loss(hidden_states(student, batch), lm_head(student), hidden_states(teacher, batch), lm_head(teacher), labels)
+``KDTrainer`` with ``KDConfig`` is transformers' Trainer with a teacher. A training loop of one's own takes ``hidden_states`` and
+``lm_head`` of both models for ``kd.linear_kd_loss``, and ``shared_rows`` for its vocab_size; the README writes it out.
 """
 
 import importlib
@@ -10,12 +9,17 @@ from typing import Any
 
 from kdkernels.transformers.heads import lm_head
 from kdkernels.transformers.hidden import hidden_states
+from kdkernels.transformers.padding import shared_rows
 from kdkernels.transformers.verify import verify_lm_head
 
 # What needs transformers, accelerate or safetensors to be imported.
 _LAZY = {"KDConfig": "config", "KDTrainer": "trainer", "TopKCache": "cache", "write_cache": "cache"}
 
-__all__ = ["KDConfig", "KDTrainer", "TopKCache", "hidden_states", "lm_head", "verify_lm_head", "write_cache"]
+__all__ = ["KDConfig", "KDTrainer", "TopKCache", "hidden_states", "lm_head", "shared_rows", "verify_lm_head", "write_cache"]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
 
 
 def __getattr__(name: str) -> Any:

@@ -28,10 +28,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from kdkernels import files
-from kdkernels.checks import LMHead, number
+from kdkernels.checks import LMHead
 from kdkernels.errors import CommandError
 from kdkernels.outcomes import LEAST_REST, log_of_rest
 from kdkernels.plan import default_budget
+from kdkernels.scalars import number
 from kdkernels.transformers.data import IGNORED
 from kdkernels.transformers.finite import check_weights
 from kdkernels.transformers.heads import lm_head, unwrapped

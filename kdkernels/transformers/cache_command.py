@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kdkernels.arguments import number
-from kdkernels.errors import CommandError
+from kdkernels.errors import CommandError, to_install
 
 LIBRARIES = ("rich", "safetensors", "transformers")
 
@@ -78,7 +78,7 @@ def add(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
-        raise CommandError(f"the cache needs {', '.join(missing)}, not installed here: pip install kdkernels[transformers]")
+        raise CommandError(f"the cache needs {', '.join(missing)}, not installed here: {to_install('transformers')}")
     from kdkernels import files, terminal
     from kdkernels.transformers.cache import TOKENIZER, write_cache
     from kdkernels.transformers.data import prepare

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from kdkernels.checks import number
 from kdkernels.divergences import Divergence, divergences, resolve
 from kdkernels.outcomes import TAILS
 from kdkernels.plan import STRATEGIES
+from kdkernels.scalars import number
 from kdkernels.taid import TAIDSchedule
 from kdkernels.transformers.on_policy import SCHEDULES
 

@@ -262,7 +262,8 @@ class Collator:
     pad_token_id: stands in input_ids at padding, where attention_mask is 0 and labels are -100; what it is does not matter then,
         and None is 0.
     An example has "input_ids", and may have "labels" (else they are the ids, where the mask is 1) and "attention_mask" (else all
-    1), of the same length. Other keys are left out. Raises ValueError where lengths differ and for an empty batch.
+    1), of the same length. Other keys are left out. Where no example has a token, one of padding stands for each. Raises ValueError
+    where lengths differ and for an empty batch.
     """
 
     def __init__(self, pad_token_id: int | None) -> None:
@@ -273,10 +274,7 @@ class Collator:
             raise ValueError("a batch has at least one example, got none")
         rows = [self._row(example) for example in batch]
         padding = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
-        return {
-            name: torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
-            for name, value in padding.items()
-        }
+        return {name: _padded([row[name] for row in rows], value) for name, value in padding.items()}
 
     def _row(self, example: Mapping[str, Any]) -> dict[str, Tensor]:
         if example.get("input_ids") is None:
@@ -289,6 +287,11 @@ class Collator:
             shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("attention_mask", mask), ("labels", labels)))
             raise ValueError(f"an example's lists have one length: input_ids {tuple(ids.shape)}, {shapes}")
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _padded(values: list[Tensor], value: float) -> Tensor:
+    made = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=value)
+    return made if made.shape[1] else made.new_full((len(values), 1), value)  # models take no sequence of no tokens
 
 
 def _tokenized(

@@ -60,9 +60,9 @@ def distill(settings: argparse.Namespace, *, resume: bool = False, console: Cons
     say: Callable[[str], None] = partial(terminal.say, console) if first else lambda text: None
     out = Path(settings.out).expanduser()
     settings = argparse.Namespace(**{**vars(settings), "teacher": os.path.expanduser(settings.teacher)})
+    earlier = _earlier(out, settings, resume)
     with _refused():
         config = _config(settings, out)
-    earlier = _earlier(out, settings, resume)
     if earlier is not None and (out / RESULTS).exists():
         results: dict[str, Any] = _json(out / RESULTS)
         say(f"finished before: {out / RESULTS}")
@@ -426,7 +426,7 @@ def _for(option: str, load: Callable[..., Any], name: str | Path, *arguments: An
 
 def _unreadable(error: Exception) -> bool:
     """Whether it is of a reader of a checkpoint's files: of safetensors, pickles, torch's archives or JSON."""
-    kinds = (SafetensorError, pickle.UnpicklingError, EOFError, json.JSONDecodeError)
+    kinds = (SafetensorError, pickle.UnpicklingError, EOFError, OSError, json.JSONDecodeError)
     return isinstance(error, kinds) or "PytorchStreamReader" in str(error)
 
 

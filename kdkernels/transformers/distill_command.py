@@ -18,7 +18,7 @@ from typing import Any
 
 from kdkernels.arguments import MEMORY, how_to_go_on, memory, number
 from kdkernels.divergences import divergences
-from kdkernels.errors import CommandError
+from kdkernels.errors import CommandError, to_install
 
 LIBRARIES = ("accelerate", "rich", "safetensors", "transformers")
 TAID, OKD = "taid", "okd"
@@ -202,7 +202,7 @@ def add(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
-        raise CommandError(f"distill needs {', '.join(missing)}, not installed here: pip install kdkernels[transformers]")
+        raise CommandError(f"distill needs {', '.join(missing)}, not installed here: {to_install('transformers')}")
     given = {name: value for name, value in vars(arguments).items() if name in BY_NAME}
     configured = {} if arguments.config is None else read_config(arguments.config)
     out = given.get("out", configured.get("out"))

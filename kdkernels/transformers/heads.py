@@ -161,7 +161,11 @@ def read_head(model: Any, *, own_forward: bool = False) -> OutputHead:
         module, updates = module.get_base_layer(), _updates(module)
     name = type(module).__name__
     if not isinstance(module, nn.Linear):
-        raise ValueError(f"the output head is a {name}; accepted: torch.nn.Linear, also with LoRA of PEFT")
+        if name == nn.Linear.__name__:  # torch.ao's have that name too
+            name = f"{type(module).__module__}.{name}"
+        quantised = callable(getattr(module, "weight", None))  # a method that unpacks it
+        hint = " (quantised: leave the head out of the quantisation)" if quantised else ""
+        raise ValueError(f"the output head is a {name}{hint}; accepted: torch.nn.Linear, also with LoRA of PEFT")
     if type(module).forward is not nn.Linear.forward and not own_forward:
         raise ValueError(
             f"the output head is a {name}, which computes its output in its own way; if that is H Wᵀ + b all the same, make a "

@@ -75,6 +75,16 @@ def model_inputs(model: Any, batch: Any) -> dict[str, Any]:
     if not isinstance(batch, Mapping):
         raise TypeError(f"batch is a mapping of the model's arguments or a tensor of token ids, got {type(batch).__name__}")
     inputs = {name: value for name, value in batch.items() if name not in LABELS}
+    ids = inputs.get("input_ids")
+    if isinstance(ids, Tensor) and ids.numel() == 0:
+        raise ValueError(f"batch has no tokens: its input_ids have shape {tuple(ids.shape)}")
+    decoded = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_hidden_states")
+    if getattr(getattr(unwrapped(model), "config", None), "is_encoder_decoder", False) and not inputs.keys() & set(decoded):
+        # Some would make them of input_ids, and so predict tokens that their encoder has seen.
+        raise ValueError(
+            f"{type(unwrapped(model)).__name__} is an encoder-decoder, and batch has no decoder_input_ids; it has "
+            f"{', '.join(inputs)}. accepted: a batch with them, or a causal language model, such as LlamaForCausalLM"
+        )
     if "use_cache" in inspect.signature(unwrapped(model).forward).parameters:
         inputs.setdefault("use_cache", False)  # else keys and values of a whole batch are kept for nobody
     return inputs

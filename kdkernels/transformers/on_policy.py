@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from kdkernels.checks import number
+from kdkernels.scalars import number
 from kdkernels.transformers.data import IGNORED
 from kdkernels.transformers.heads import unwrapped
 from kdkernels.transformers.modes import evaluating

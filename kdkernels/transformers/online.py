@@ -26,7 +26,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kdkernels.checks import number
+from kdkernels.errors import to_install
+from kdkernels.scalars import number
 from kdkernels.transformers.finite import NotFinite
 from kdkernels.transformers.heads import unwrapped
 from kdkernels.transformers.modes import evaluate
@@ -135,7 +136,7 @@ class OnlineTeacher:
             from peft.tuners.lora import LoraLayer
             from peft.tuners.tuners_utils import BaseTunerLayer
         except ImportError as error:
-            raise ImportError("OnlineTeacher needs peft: pip install 'kdkernels[transformers]'") from error
+            raise ImportError(f"OnlineTeacher needs peft, not installed here: {to_install('transformers')}") from error
         base = unwrapped(model)
         if hasattr(model, "get_base_model") or any(isinstance(module, BaseTunerLayer) for module in base.modules()):
             raise ValueError(

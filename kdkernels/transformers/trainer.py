@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoTokenizer, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from kdkernels.errors import CommandError
@@ -31,12 +31,14 @@ from kdkernels.transformers.cache import TOKENIZER, TopKCache, is_cache
 from kdkernels.transformers.config import OKD, TAID, KDConfig
 from kdkernels.transformers.data import IGNORED, Collator
 from kdkernels.transformers.finite import Losses, NotFinite, Watch, check_weights, wrong_weights
-from kdkernels.transformers.heads import lm_head, unwrapped
+from kdkernels.transformers.heads import lm_head, output_module, unwrapped
 from kdkernels.transformers.hidden import hidden_states
-from kdkernels.transformers.load import load_model
+from kdkernels.transformers.load import is_causal, load_model
 from kdkernels.transformers.modes import evaluate, evaluating
 from kdkernels.transformers.on_policy import OnPolicy
 from kdkernels.transformers.online import OnlineTeacher, shard
+from kdkernels.transformers.padding import tokenizer_at as _tokenizer_at
+from kdkernels.transformers.padding import tokenizer_of as _tokenizer_of
 from kdkernels.transformers.verify import verify_lm_head
 from kdkernels.transformers.vocabularies import compare, real_tokens, token_ids, tokenizer_of
 
@@ -174,6 +176,7 @@ class KDTrainer(Trainer):
             )
         _check_student(model)
         _check_tokenizers(processing_class, teacher_processing_class)
+        _check_model(model, "model")
         self.cache = _cache(teacher)
         self.teacher: Any = None
         if self.cache is not None:
@@ -182,6 +185,7 @@ class KDTrainer(Trainer):
                 train_dataset = self.cache.examples()
         else:
             self.teacher = _model(teacher)
+            _check_model(self.teacher, "teacher")
             if unwrapped(self.teacher) is unwrapped(model):
                 raise ValueError("teacher and model are one and the same model; load it twice")
         if processing_class is None:
@@ -431,9 +435,10 @@ class KDTrainer(Trainer):
                 if self.vocab_size is not None:  # what the student has no row for is no part of the target
                     unknown = targets["topk_ids"] >= self.vocab_size
                     targets["topk_logprobs"] = targets["topk_logprobs"].masked_fill(unknown, -torch.inf)
-                loss, means = linear_topk_kd_loss(hidden, head, **targets, labels=labels, tail=args.topk_tail, **options)
+                options["tail"] = args.topk_tail
+                loss, means = linear_topk_kd_loss(hidden, head, **targets, labels=labels, **options)
             else:
-                loss, means = linear_kd_loss(hidden, head, target, lm_head(self.teacher), labels, **options)
+                loss, means = linear_kd_loss(hidden, head, target, lm_head(self.teacher).detach(), labels, **options)
         return loss, self._per_token(means, loss, normalizer)
 
     @staticmethod
@@ -623,6 +628,23 @@ def _check_tokenizers(processing_class: Any, teacher_processing_class: Any) -> N
         )
 
 
+def _check_model(model: Any, role: str) -> None:
+    """It has its weights, and predicts a token without having seen it."""
+    base = unwrapped(model)
+    output_module(base)
+    config = getattr(base, "config", None)
+    empty = [name for name, parameter in base.named_parameters() if parameter.is_meta]
+    if empty and getattr(base, "hf_device_map", None) is None:  # accelerate keeps what it offloads elsewhere
+        wrong = f"has weights on the meta device, {empty[0]} for one: load them first"
+    elif getattr(config, "is_encoder_decoder", False):
+        wrong = "is an encoder-decoder"
+    elif config is None or getattr(config, "is_decoder", True) or is_causal(base):
+        return
+    else:
+        wrong = "lets a token see the tokens after it"
+    raise ValueError(f"{role} ({type(base).__name__}) {wrong}; accepted: a causal language model, such as LlamaForCausalLM")
+
+
 def _cache(teacher: Any) -> TopKCache | None:
     if isinstance(teacher, TopKCache):
         return teacher
@@ -641,21 +663,6 @@ def _model(teacher: Any) -> Any:
         return load_model(teacher)
     except CommandError as error:
         raise ValueError(f"teacher {error}") from error
-
-
-def _tokenizer_of(model: Any) -> Any:
-    """The tokenizer that lies beside the model's weights, or None."""
-    return _tokenizer_at(getattr(getattr(unwrapped(model), "config", None), "_name_or_path", ""))
-
-
-def _tokenizer_at(place: str | Path) -> Any:
-    """A folder, or the name of what was downloaded before; None where there is no tokenizer."""
-    if not str(place):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(place, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None
 
 
 def _check_cache(args: KDConfig, cache: TopKCache) -> None:

@@ -46,7 +46,9 @@ def _probe(base: Any) -> dict[str, Tensor]:
     weight = base.get_input_embeddings().weight
     sequences, tokens = PROBE
     ids = torch.arange(sequences * tokens, device=weight.device) * max(1, weight.shape[0] // (sequences * tokens) - 1)
-    return {"input_ids": (ids % weight.shape[0]).view(sequences, tokens)}
+    ids = (ids % weight.shape[0]).view(sequences, tokens)
+    seq2seq = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    return {"input_ids": ids, **({"decoder_input_ids": ids} if seq2seq else {})}
 
 
 def _logits(output: Any) -> Tensor:

@@ -1,0 +1,67 @@
+"""Checks of numbers, flags and names, of Python or NumPy: an error names the argument, what came and what is accepted."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import sys
+from typing import Any
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number, of Python or NumPy; True and False are none."""
+    # Python's by name: what a compiled graph holds is a number only by that.
+    return isinstance(value, (int, float, numbers.Real)) and not isinstance(value, bool)
+
+
+def number(
+    name: str, value: Any, accepted: str, low: float = -math.inf, high: float = sys.float_info.max, *, above: bool = False
+) -> float:
+    """A number from low (``above``: greater than that) to high; by default any that float64 holds."""
+    if not is_number(value):
+        raise TypeError(f"{name} is {accepted}, got {type(value).__name__}")
+    value = value if isinstance(value, (int, float)) else float(value)  # NumPy would compare in a dtype of its own
+    # not math.isfinite: a compiled graph may hold the number as a symbol; written so that NaN is refused
+    if not (value >= low and -sys.float_info.max <= value <= high) or (above and value == low):
+        raise ValueError(f"{name} is {accepted}, got {value}")
+    return float(value)
+
+
+# Factors reach the backends as float32. Within these bounds they, and T² times a weight, are numbers there and not 0 or infinite.
+# The bounds are written out, as a compiled graph may hold a named number as a symbol, which no text can be made of.
+def positive(name: str, value: Any, otherwise: str = "") -> float:
+    """otherwise: what is accepted besides, as " or None"."""
+    return number(name, value, f"a positive number from 1e-18 to 1e18{otherwise}", 1e-18, 1e18)
+
+
+def temperature_of(name: str, value: Any) -> float:
+    return number(name, value, "a positive number from 1e-9 to 1e9", 1e-9, 1e9)
+
+
+def weight_of(name: str, value: Any) -> float:
+    return number(name, value, "a number of at least 0 and at most 1e18", 0.0, 1e18)
+
+
+def share(name: str, value: Any, otherwise: str = "") -> float:
+    return number(name, value, f"a number in [0, 1]{otherwise}", 0.0, 1.0)
+
+
+def whole(name: str, value: Any, accepted: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
+        raise TypeError(f"{name} is {accepted}, got {type(value).__name__}")
+    return int(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    numpy = sys.modules.get("numpy")
+    if numpy is None or not isinstance(value, numpy.bool_):
+        raise TypeError(f"{name} is True or False, got {type(value).__name__}")
+    return bool(value)
+
+
+def one_of(name: str, value: Any, accepted: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in accepted:
+        raise ValueError(f"{name} {value!r} is not known; accepted: {', '.join(accepted)}")
+    return value
