@@ -591,6 +591,56 @@ def test_verification_names_how_a_head_given_by_hand_is_wrong(llama: Any, change
         verify_lm_head(llama, kd.LMHead(weight, bias))
 
 
+LORA = {"target_modules": ["lm_head"]}
+KINDS: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "tied": ("llama_tied", None),
+    "bias": ("phi", None),
+    "scale": ("granite", None),
+    "softcap": ("gemma2", None),
+    "lora": ("llama", LORA),
+    "lora and scale": ("granite", {**LORA, "r": 8, "lora_alpha": 64}),
+    "lora, tied": ("llama_tied", LORA),
+    "rslora and softcap": ("gemma2", {**LORA, "use_rslora": True}),
+    "lora with bias": ("phi", {**LORA, "lora_bias": True}),
+}
+
+
+def model_of(kind: str, dtype: torch.dtype, seed: int) -> Any:
+    name, lora = KINDS[kind]
+    model = build(name, seed=seed)
+    return (model if lora is None else adapted(model, seed=seed, **lora)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_verification_takes_a_right_model_whatever_its_rounding(kind: str, dtype: torch.dtype) -> None:
+    """In float64 too, where what it is held against rounds as much as the model does."""
+    for seed in range(8):
+        verify_lm_head(model_of(kind, dtype, seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_verification_refuses_what_is_wrong_by_some_roundings(kind: str, dtype: torch.dtype) -> None:
+    """64 of them; in bfloat16, whose one rounding is 0.8 %, by 8."""
+    wrong = (8 if dtype == torch.bfloat16 else 64) * torch.finfo(dtype).eps
+    for seed in range(8):
+        model = model_of(kind, dtype, seed)
+        head = lm_head(model)
+        scaled = {"logit_scale": head.logit_scale, "softcap": head.softcap}
+        with torch.no_grad():
+            heavier = kd.LMHead(head.weight * (1 + wrong), head.bias, **scaled)
+            one_row = head.weight.clone()
+            one_row[5] *= 1 + 8 * wrong
+        with pytest.raises(ValueError, match="the head differs"):
+            verify_lm_head(model, heavier)
+        with pytest.raises(ValueError, match="the head differs"):
+            verify_lm_head(model, kd.LMHead(one_row, head.bias, **scaled))
+        scaled["logit_scale"] *= 1 + 2 * wrong
+        with pytest.raises(ValueError, match="what comes after the head differs"):
+            verify_lm_head(model, kd.LMHead(head.weight, head.bias, **scaled))
+
+
 def test_verification_names_input_embeddings_in_place_of_the_head() -> None:
     model = build("llama_tied")
     weight = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(0))

@@ -34,8 +34,10 @@ from kdkernels.outcomes import LEAST_REST, log_of_rest
 from kdkernels.plan import default_budget
 from kdkernels.scalars import number
 from kdkernels.transformers.data import IGNORED
+from kdkernels.transformers.finite import check_weights
 from kdkernels.transformers.heads import lm_head, unwrapped
-from kdkernels.transformers.most_likely import MostLikely, evaluating
+from kdkernels.transformers.modes import evaluating, restored
+from kdkernels.transformers.most_likely import MostLikely
 from kdkernels.transformers.verify import verify_lm_head
 
 COMMAND = "cache"
@@ -82,14 +84,15 @@ def write_cache(
     entries do not tell where the teacher is confident. float16 would save a quarter of that and put up to 0.4 % into a probability
     of e^-10.
 
-    Raises ValueError or TypeError that names the argument, before any work, ValueError as ``verify_lm_head`` does, and where the
-    teacher's log-probabilities are NaN; CommandError where the folder holds other files, another cache (it says what differs), or a
-    damaged file.
+    Raises ValueError or TypeError that names the argument, before any work; ValueError where a weight is NaN or infinite, as
+    ``verify_lm_head`` does, and where the teacher's log-probabilities are NaN; CommandError where the folder holds other files,
+    another cache (it says what differs), or a damaged file.
     """
     head = lm_head(model)
     _check(head, top_k=top_k, temperature=temperature, vocab_size=vocab_size, batch_size=batch_size, shard_examples=shard_examples)
     if memory_budget is not None:
         _count("memory_budget", memory_budget)
+    check_weights(model, "teacher")
     embeddings: Any = unwrapped(model).get_input_embeddings()
     reader = _Reader(examples, embeddings.weight.shape[0])
     survey = _survey(reader)
@@ -123,7 +126,7 @@ def write_cache(
 
     report(0)
     if missing:
-        verify_lm_head(model)
+        verify_lm_head(model, role="teacher")
         _write_manifest(folder, {**identity, "index": None, "shards": None})
         teacher = MostLikely(
             model,
@@ -134,7 +137,7 @@ def write_cache(
             vocab=identity["vocab_size"],
             budget=default_budget(head.weight.device) if memory_budget is None else memory_budget,
         )
-        with evaluating(model):
+        with restored(model), evaluating(model):
             for shard in missing:
                 numbers = range(len(examples))[shard * shard_examples : (shard + 1) * shard_examples]
                 tensors = _shard(teacher, reader, numbers, batch_size, report)

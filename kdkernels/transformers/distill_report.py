@@ -15,7 +15,6 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from kdkernels import files, terminal
-from kdkernels.errors import CommandError
 
 SHOWN = ("loss", "kd", "ce", "agreement")  # of an evaluation, in the final table
 LOGGED = ("loss", "kd", "ce", "t", "teacher_loss", "on_policy_fraction", "agreement")  # in a line of progress, where they are
@@ -83,10 +82,6 @@ class Watch:
             left = f", {since / done * (steps - step):.0f} s left" if done and not evaluation else ""
             of = f"step {step} of {steps}{', held out' if evaluation else ''}"
             terminal.say(self.console, f"{of}: {', '.join(parts.values())}{left}")
-        if not evaluation and not math.isfinite(logs["loss"]):
-            raise CommandError(
-                f"the loss is {logs['loss']} at step {step}; a smaller --learning-rate or a longer --warmup may help"
-            )
 
     def callback(self) -> TrainerCallback:
         watch = self

@@ -6,9 +6,6 @@ scratch that a byte budget bounds, and of each row only the largest entries are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
@@ -85,15 +82,3 @@ class MostLikely:
         whole = torch.logaddexp(chosen, rest)
         logprobs = values.double() - whole[:, None]
         return ids.to("cpu", torch.int32), logprobs.to("cpu", torch.float32), (rest - whole).to("cpu", torch.float32)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode; afterwards each module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True

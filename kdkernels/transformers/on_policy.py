@@ -28,6 +28,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from kdkernels.scalars import number
 from kdkernels.transformers.data import IGNORED
 from kdkernels.transformers.heads import unwrapped
+from kdkernels.transformers.modes import evaluating
 
 SCHEDULES = ("constant", "adaptive")
 DATA, GENERATED, REPLAYED = "data", "generated", "replayed"
@@ -378,19 +379,15 @@ def _configuration(**options: Any) -> Any:
 @contextmanager
 def _as_writer(model: nn.Module, base: Any) -> Iterator[None]:
     """Inside, the model is in evaluation mode and has a generation_config that says nothing; afterwards it is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
     configured = base.generation_config
     # What is None in a configuration given to generate() is taken from this one: penalties, forced tokens, lengths.
     base.generation_config = _configuration()
     try:
-        model.eval()
         # a graph for each length would be compiled
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         base.generation_config = configured
-        for module, was in modes:
-            module.training = was
 
 
 @contextmanager

@@ -14,6 +14,7 @@ of its own to clip, a state to save. ``kd.linear_okd_loss`` makes the loss.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -27,7 +28,9 @@ from torch.utils.checkpoint import checkpoint
 
 from kdkernels.errors import to_install
 from kdkernels.scalars import number
+from kdkernels.transformers.finite import NotFinite
 from kdkernels.transformers.heads import unwrapped
+from kdkernels.transformers.modes import evaluate
 
 # Names of the linear modules directly in an attention layer, in lower case. Read in transformers 5.23 and, for wqkv (InternLM2) and
 # w_pack (Baichuan), known from the models' own code on the hub.
@@ -174,7 +177,7 @@ class OnlineTeacher:
 
     def train(self, mode: bool = True) -> None:
         """Turn the LoRA's dropout on or off. The model's own stays off: it is a fixed function, however its LoRA trains."""
-        self.model.eval()
+        evaluate(self.model)
         for layer in self._layers:
             layer.lora_dropout.train(mode)
 
@@ -230,7 +233,8 @@ class OnlineTeacher:
         all-reduce here, or by FSDP itself after ``shard``. A parameter that took no part in the loss has gradient 0.
 
         Returns the norm of the gradients before clipping: 0-dim, inf or NaN if a scaled loss overflowed, in which case the scaler
-        leaves the step out. Raises RuntimeError before ``optimize_with``, and where no parameter has a gradient.
+        leaves the step out. Raises RuntimeError before ``optimize_with``, and where no parameter has a gradient; NotFinite, a
+        ValueError, where the norm is NaN or infinite without a scaler. No parameter has moved then.
         """
         rate = number("rate", rate, "a number of at least 0", 0.0)
         if max_grad_norm is not None:
@@ -244,6 +248,8 @@ class OnlineTeacher:
         if scaler is not None:
             scaler.unscale_(optimizer)
         norm: Any = nn.utils.get_total_norm(gradients)
+        if scaler is None and not math.isfinite(size := float(norm.full_tensor() if _is_sharded(norm) else norm)):
+            raise NotFinite(f"the norm of the teacher's gradients is {size}")
         if max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
         for group in optimizer.param_groups:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ from kdkernels.topk import linear_topk_kd_loss
 from kdkernels.transformers.cache import TOKENIZER, TopKCache, is_cache
 from kdkernels.transformers.config import OKD, TAID, KDConfig
 from kdkernels.transformers.data import IGNORED, Collator
+from kdkernels.transformers.finite import Losses, NotFinite, Watch, check_weights, wrong_weights
 from kdkernels.transformers.heads import lm_head, output_module, unwrapped
 from kdkernels.transformers.hidden import hidden_states
 from kdkernels.transformers.load import is_causal, load_model
+from kdkernels.transformers.modes import evaluate, evaluating
 from kdkernels.transformers.on_policy import OnPolicy
 from kdkernels.transformers.online import OnlineTeacher, shard
 from kdkernels.transformers.padding import tokenizer_at as _tokenizer_at
@@ -98,6 +101,9 @@ class _Steps(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.trainer.move_target()
 
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        check_weights(self.trainer.model, "student")
+
 
 class _WithTargets:
     """A collator whose batches carry the cached teacher's log-probabilities."""
@@ -132,6 +138,11 @@ class KDTrainer(Trainer):
     over the whole data set and against the teacher itself (t = 1, without LoRA). A checkpoint holds all that a run needs to go on
     as if it had not been interrupted. With "okd" the LoRA stays on the teacher after training; ``trainer.online.unload()`` gives it
     back without.
+
+    A loss or gradients that are NaN or infinite end training before the optimizer's step, with no option to go on: that step would
+    leave NaN in every weight. (A GradScaler may leave steps out while a smaller scale can help.) An evaluation whose loss is no
+    number ends it too, and so does a student that no gradient reaches; gradients that are all 0 are warned of. Weights that are no
+    numbers are not saved.
 
     Raises ValueError or TypeError that names the argument, what came and what is accepted.
     """
@@ -191,16 +202,18 @@ class KDTrainer(Trainer):
         self.online: OnlineTeacher | None = None
         self._teacher_prepared = False
         if not self.is_fsdp_enabled:  # there it waits until the weights are where they belong
-            verify_lm_head(model)
+            verify_lm_head(model, role="student")
         if self.teacher is not None:
             self._place_teacher()
-            verify_lm_head(self.teacher)
+            verify_lm_head(self.teacher, role="teacher")
         self.vocab_size, self._known_tokens = self._shared_vocabulary(teacher_processing_class)
         if args.method == OKD:
             self._let_teacher_learn()
         self.taid = args.taid_schedule().to(args.device) if args.method == TAID else None
         self.on_policy = self._student_writes()
         self._logged, self._stepped, self._evaluated = TokenMeans(), TokenMeans(), TokenMeans()
+        steps_within_backward = any(kind in str(args.optim) for kind in ("lomo", "layerwise"))
+        self._watch, self._evaluated_losses = Watch(model, keeps_gradients=not steps_within_backward), Losses("batch")
         self.add_callback(_Steps(self))
 
     # ---- what is set up once ----
@@ -242,7 +255,7 @@ class KDTrainer(Trainer):
         return cut, min([size for size in (cut, agreed) if size is not None], default=None)
 
     def _place_teacher(self) -> None:
-        self.teacher.eval()
+        evaluate(self.teacher)
         placed = (getattr(self.teacher, name, None) is not None for name in ("hf_device_map", "quantization_method"))
         if not self.is_fsdp_enabled and not any(placed):  # FSDP2 moves each shard, where the whole may not fit
             self.teacher.to(self.args.device)
@@ -285,6 +298,7 @@ class KDTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         # A second run starts where the first did, however that ended; a checkpoint's state comes after this.
         self._logged, self._stepped = TokenMeans(), TokenMeans()
+        self._watch.begin_run()
         self.on_policy = self._student_writes()
         if self.taid is not None:
             self.taid.load_state_dict(self.args.taid_schedule().state_dict())
@@ -299,7 +313,7 @@ class KDTrainer(Trainer):
             vars(self.model).pop("_is_accelerate_prepared", None)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.is_fsdp_enabled:
-            verify_lm_head(self.model)
+            verify_lm_head(self.model, role="student")
         return prepared
 
     def _prepare_teacher(self) -> None:
@@ -325,11 +339,12 @@ class KDTrainer(Trainer):
             # Resumed from its last step: the Trainer looks whether it is done only after one more.
             self.control.should_training_stop = True
             return [], None
+        self._watch.begin_step()
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.on_policy is None or not batches:
             return batches, count
         step, steps = self.state.global_step, max(1, self.state.max_steps)
-        with self.compute_loss_context_manager():
+        with self._writing(), self.compute_loss_context_manager():
             batches = [
                 self.on_policy.batch(
                     self.model,
@@ -343,6 +358,16 @@ class KDTrainer(Trainer):
                 for micro, batch in enumerate(batches)
             ]
         return batches, self._get_num_items_in_batch(batches, device)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        check_weights(self.model, "student")  # sampling by NaN leaves a GPU unusable
+        try:
+            yield
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise self._watch.ended(self.state.global_step + 1, "the student writes by probabilities that are nan") from error
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Autocast also around the heads' products and the teacher, which the model's own forward does not cover."""
@@ -359,8 +384,10 @@ class KDTrainer(Trainer):
             self._logged.add(means)
             if self.taid is not None:
                 self._stepped.add(means)
+            self._watch.add(loss, inputs.get("input_ids"), num_items_in_batch)
         else:
             self._evaluated.add(means)
+            self._evaluated_losses.add(loss, inputs.get("input_ids"))
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over the ranks, the count is of all of them
         return (loss, {}) if return_outputs else loss
@@ -422,6 +449,13 @@ class KDTrainer(Trainer):
         means = {name: value * scale if name == "teacher_loss" else value for name, value in means.items()}
         return {**means, "loss": loss.detach() * scale}
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The Trainer's; a step whose losses or gradients are no numbers ends the run here, before a weight has moved."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.is_deepspeed_enabled:  # which holds the gradients, scales them, and leaves steps out by itself
+            self._watch.check(self.state.global_step + 1, norm, self.accelerator.scaler)
+        return norm
+
     def step_teacher(self) -> None:
         """Before the student's optimizer steps: OKD's teacher takes its own step, at the same point of the schedule."""
         if self.online is None:
@@ -429,7 +463,10 @@ class KDTrainer(Trainer):
         group = self.optimizer.param_groups[0]
         start = group.get("initial_lr", self.args.learning_rate)
         rate = group["lr"] / start if start else 1.0
-        self.online.step(rate, self.args.max_grad_norm or None, self.accelerator.scaler)
+        try:
+            self.online.step(rate, self.args.max_grad_norm or None, self.accelerator.scaler)
+        except NotFinite as error:
+            raise self._watch.ended(self.state.global_step + 1, str(error)) from error
 
     def move_target(self) -> None:
         """After a step: TAID's share moves by the cross-entropy between target and student, the mean over the whole step."""
@@ -463,7 +500,7 @@ class KDTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         if "labels" in inputs:
             inputs["labels"] = self._counted_once(inputs["labels"])
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with evaluating(model), torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 
@@ -487,11 +524,18 @@ class KDTrainer(Trainer):
 
         The loss is against the teacher itself, which does not move: losses against two targets would not compare.
         """
-        self._evaluated = TokenMeans()
+        self._evaluated, self._evaluated_losses = TokenMeans(), Losses("batch")
         with contextlib.nullcontext() if self.online is None else self.online.model.disable_adapter():
             output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self._evaluated.drained()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in _floats(means).items()}
+        loss = metrics.get(f"{metric_key_prefix}_loss", 0.0)
+        if not math.isfinite(loss):
+            wrong = self._evaluated_losses.wrong(torch.stack(self._evaluated_losses.values).tolist())
+            where = "a batch of another process" if wrong is None else self._evaluated_losses.where(wrong)
+            weights = wrong_weights(self.model)
+            cause = "" if weights is None else f"; the student's {weights}"
+            raise NotFinite(f"{metric_key_prefix}_loss is {loss} after {self.state.global_step} steps{cause}; {where}")
         return output._replace(metrics={**(output.metrics or {}), **metrics})
 
     def _evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
@@ -504,7 +548,13 @@ class KDTrainer(Trainer):
     # ---- checkpoints ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The student, as the Trainer saves it; with save_teacher also OKD's LoRA, in the folder "teacher" beside it."""
+        """The student, as the Trainer saves it; with save_teacher also OKD's LoRA, in the folder "teacher" beside it.
+
+        Raises ValueError where a weight is NaN or infinite, and leaves what was saved before.
+        """
+        check_weights(self.model, "student")
+        if self.online is not None:
+            check_weights(self.online.model, "teacher")
         super().save_model(output_dir, _internal_call)
         if self.online is not None and self.args.save_teacher:
             self.online.save(Path(output_dir or self.args.output_dir or ".") / "teacher")

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels.checks import LMHead
+from kdkernels.transformers.finite import NotFinite, check_weights, is_finite
 from kdkernels.transformers.heads import OutputHead, after_head, output_module, read_head, unwrapped
 from kdkernels.transformers.hidden import hidden_states, model_inputs
+from kdkernels.transformers.modes import evaluating, restored
 
 PROBE = (2, 12)  # sequences, tokens
 SMALLEST, LARGEST = 1e-2, 1e3  # of the numbers that replace the head's output; the largest fits float16
@@ -28,29 +30,16 @@ SMALLEST, LARGEST = 1e-2, 1e3  # of the numbers that replace the head's output; 
 
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode; afterwards modes, buffers, and the generators of random numbers are as before."""
-    modules = list(model.modules())
-    training = [module.training for module in modules]
-    # RoPE that grows with the sequence keeps its length in an attribute beside the buffer: both go back together.
-    owners = [(module, dict(vars(module)), dict(module._buffers)) for module in modules if module._buffers]
-    contents = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    """Inside, the model is in evaluation mode; afterwards it and the generators of random numbers are as before."""
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None})
-    try:
-        # a probe is not worth a compilation
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            model.eval()
-            yield
-    finally:
-        for module, attributes, buffers in owners:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-        with torch.no_grad():
-            for buffer, content in contents:
-                buffer.copy_(content)
-        for module, was in zip(modules, training, strict=True):
-            module.training = was
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),  # a probe is not worth a compilation
+        restored(model),
+        evaluating(model),
+    ):
+        yield
 
 
 def _probe(base: Any) -> dict[str, Tensor]:
@@ -81,7 +70,8 @@ def _capped(g: Tensor, scale: float, softcap: float | None) -> Tensor:
 
 
 def _fits(found: Tensor, expected: Tensor, allowed: Tensor) -> bool:
-    return bool(((found - expected).abs() <= allowed).all())
+    """Of logits that are -inf, for banned tokens, the others have to be too."""
+    return bool((((found - expected).abs() <= allowed) | (found == expected)).all())
 
 
 def _ratio(found: Tensor, g: Tensor) -> float:
@@ -143,6 +133,10 @@ def _head_cause(output: Tensor, product: Tensor, hidden: Tensor, base: Any, weig
     """Why the head's output (tokens, V) is not the product H Wᵀ + b, both in float64; hidden: (tokens, D) as it enters."""
     if output.shape != product.shape:
         return f"another height: the head makes {output.shape[-1]} logits, the weight has {product.shape[-1]} rows"
+    if not torch.equal(output.isinf(), product.isinf()):
+        return "banned tokens: others have the logit -inf in the head than in its product with the hidden states"
+    heard = product.isfinite().all(0)
+    output, product, allowed = output[:, heard], product[:, heard], allowed[:, heard]
     allowed = allowed.amax().expand_as(allowed)  # an explanation may leave what the worst token leaves
     ratio = _ratio(output, product)
     if _fits(output, ratio * product, allowed):
@@ -168,15 +162,19 @@ def _head_cause(output: Tensor, product: Tensor, hidden: Tensor, base: Any, weig
     return "unknown: another weight, or hidden states that are changed inside the head"
 
 
-def _allowed(exact: Tensor, eager: Tensor, size: Tensor, eps: float) -> Tensor:
+def _allowed(exact: Tensor, eager: Tensor, size: Tensor, eps: float, terms: int) -> Tensor:
     """How far a computation in the model's dtype may be from the exact one, (tokens, V): from how far the eager one is.
 
-    size: (tokens, V), what the rounding of each logit is proportional to. Eight root mean squares, in units of it, are beyond what
-    rounding does in 10^9 entries.
+    size: (tokens, V), what the rounding of each logit is proportional to. terms: how many products each logit sums up.
+
+    Eight root mean squares, in units of size, are beyond what one rounding does in 10^9 entries. The eager computation need not
+    show them: it may round as the exact one does (in float64), where the model adds up in another order, as with a LoRA on a head.
+    So they are taken to be at least those of a running sum, sqrt(terms) roundings of the dtype that sums are in.
     """
     unit = size.clamp(min=torch.finfo().tiny)
-    typical = ((eager.double() - exact) / unit).square().mean().sqrt()
-    return 8 * typical * unit + 4 * eps * exact.abs() + torch.finfo().tiny
+    measured = ((eager.double() - exact) / unit).masked_fill(exact.isinf(), 0.0).square().mean().sqrt()
+    summed = terms**0.5 * min(eps, torch.finfo(torch.float32).eps)
+    return 8 * measured.clamp(min=summed) * unit + 4 * eps * exact.abs().masked_fill(exact.isinf(), 0.0) + torch.finfo().tiny
 
 
 def _size(hidden: Tensor, head: LMHead) -> Tensor:
@@ -191,29 +189,35 @@ def _refuse(base: Any, where: str, cause: str, found: Tensor, expected: Tensor) 
     )
 
 
-def verify_lm_head(model: Any, head: LMHead | None = None, batch: Any = None) -> None:
+def verify_lm_head(model: Any, head: LMHead | None = None, batch: Any = None, *, role: str = "model") -> None:
     """Hold head(hidden_states) against the model's own logits, on a few tokens; for the start of a training run.
 
     model: as for ``lm_head``, whose result is tested. head: an LMHead made by hand instead, for its hidden states (..., D) as
         ``hidden_states`` returns them. batch: the model's keyword arguments, where 24 token ids are not enough (images, encoder
-        inputs). Three forwards without gradients, in evaluation mode, not compiled.
+        inputs). role: what errors call the model. Three forwards without gradients, in evaluation mode, not compiled.
 
-    The model is left as it was: modes, buffers, gradients, random numbers. What is allowed is the error of the same computation in
-    the model's dtype against float64.
+    The model is left as it was: modes, weights, buffers, gradients, random numbers. Layers that keep weights in a form of their own
+    (quantised ones) run in training mode, as some change that form for good in evaluation mode. What is allowed is the error of the
+    same computation in the model's dtype against float64.
 
     Raises ValueError that names the likely cause: the logit scale, a softcap, a bias, another order of the vocabulary, tied
-    weights, an adapter on the head; and ValueError as ``lm_head`` does.
+    weights, an adapter on the head; where a weight, or what the probe makes of finite ones, is NaN or infinite; and as ``lm_head``
+    does.
     """
     base = unwrapped(model)
     read = read_head(model, own_forward=True)
     if head is None:
         scale, softcap = after_head(model)
         head = LMHead(read.weight(), read.bias(), logit_scale=scale, softcap=softcap)
+    check_weights(model, role)
+    for name in ("weight", "bias"):
+        if (given := getattr(head, name)) is not None and not is_finite(given, low=name == "weight"):
+            raise NotFinite(f"the head given has a {name} that is NaN or infinite; accepted: finite numbers")
     with _as_it_was(model):
-        _verify(model, base, read, head, model_inputs(model, _probe(base) if batch is None else batch))
+        _verify(model, base, read, head, model_inputs(model, _probe(base) if batch is None else batch), role)
 
 
-def _verify(model: Any, base: Any, read: OutputHead, head: LMHead, inputs: dict[str, Any]) -> None:
+def _verify(model: Any, base: Any, read: OutputHead, head: LMHead, inputs: dict[str, Any], role: str) -> None:
     module = output_module(model)
     seen: dict[str, Tensor] = {}
 
@@ -234,6 +238,11 @@ def _verify(model: Any, base: Any, read: OutputHead, head: LMHead, inputs: dict[
     logits = run(observe)
     if "output" not in seen:
         raise ValueError(f"the forward of {type(base).__name__} did not call its output head ({type(module).__name__})")
+    for what, made in (("hidden states", seen["hidden"]), ("logits", seen["output"])):
+        if not is_finite(made, low=made is seen["hidden"]):
+            raise NotFinite(
+                f"the {role}'s {what} are NaN or infinite, though its weights are not: {made.dtype} may be too narrow for it"
+            )
     eps = max(torch.finfo(tensor.dtype).eps for tensor in (seen["hidden"], seen["output"], head.weight, logits))
 
     hidden = _rows(read.extend(seen["hidden"]))
@@ -242,7 +251,7 @@ def _verify(model: Any, base: Any, read: OutputHead, head: LMHead, inputs: dict[
             f"the head given has D = {head.weight.shape[1]}, hidden states that enter the model's have {hidden.shape[-1]}"
         )
     product, eager = _product(hidden, head), _eager(hidden, head)
-    output, allowed = _rows(seen["output"]).double(), _allowed(product, eager, _size(hidden, head), eps)
+    output, allowed = _rows(seen["output"]).double(), _allowed(product, eager, _size(hidden, head), eps, hidden.shape[-1])
     if output.shape != product.shape or not _fits(output, product, allowed):
         cause = _head_cause(output, product, _rows(seen["hidden"]), base, head.weight, allowed)
         _refuse(base, "the head differs", cause, output, product)
@@ -265,7 +274,7 @@ def _verify(model: Any, base: Any, read: OutputHead, head: LMHead, inputs: dict[
     size = head.logit_scale * _size(hidden, head)[:, : logits.shape[-1]]
     if head.softcap is not None:
         size *= 1 - (exact / head.softcap).square()  # the cap presses errors together as it does logits
-    if not _fits(logits.double(), exact, _allowed(exact, eager, size, eps)):
+    if not _fits(logits.double(), exact, _allowed(exact, eager, size, eps, hidden.shape[-1])):
         cause = "unknown: two forwards on the same tokens give different hidden states"
         _refuse(base, "the whole differs", cause, logits.double(), exact)
 
