@@ -717,7 +717,9 @@ def test_a_loss_that_is_no_number_ends_the_run(given: Path, tmp_path: Path, caps
 
 def test_a_missing_library_is_named(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    assert f"distill needs accelerate, not installed here: {to_install('transformers')}" in refusal(capsys, arguments(given, tmp_path / "run"))
+    assert f"distill needs accelerate, not installed here: {to_install('transformers')}" in refusal(
+        capsys, arguments(given, tmp_path / "run")
+    )
 
 
 def test_help_has_examples_and_every_option_and_needs_no_optional_library(tmp_path: Path) -> None:
