@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels.checks import LMHead
+from kdkernels.transformers.batches import most_positions
 from kdkernels.transformers.heads import OutputHead, after_head, output_module, read_head, unwrapped
 from kdkernels.transformers.hidden import hidden_states, model_inputs
 
@@ -55,7 +56,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 
 def _probe(base: Any) -> dict[str, Tensor]:
     weight = base.get_input_embeddings().weight
-    sequences, tokens = PROBE
+    sequences, tokens = PROBE[0], min(PROBE[1], most_positions(base) or PROBE[1])
     ids = torch.arange(sequences * tokens, device=weight.device) * max(1, weight.shape[0] // (sequences * tokens) - 1)
     return {"input_ids": (ids % weight.shape[0]).view(sequences, tokens)}
 
@@ -266,6 +267,18 @@ def _verify(model: Any, base: Any, read: OutputHead, head: LMHead, inputs: dict[
     if not _fits(logits.double(), exact, _allowed(exact, eager, size, eps)):
         cause = "unknown: two forwards on the same tokens give different hidden states"
         _refuse(base, "the whole differs", cause, logits.double(), exact)
+
+
+def mixes_documents(model: Any, rows: int = 1) -> bool:
+    """Whether the model lets documents that follow each other in a row, and whose position_ids restart, see each other: two forwards
+    of a few tokens in evaluation mode, whose first document alone differs. rows: of a batch; some kernels know one only."""
+    weight = unwrapped(model).get_input_embeddings().weight
+    ids = torch.arange(8, device=weight.device).expand(rows, -1) % weight.shape[0]
+    batch = {"input_ids": ids, "position_ids": torch.arange(4, device=weight.device).repeat(2).expand(rows, -1)}
+    with _as_it_was(model):
+        one = hidden_states(model, batch)[:, 4:].double()
+        other = hidden_states(model, {**batch, "input_ids": torch.cat([ids[:, :4].flip(1), ids[:, 4:]], 1)})[:, 4:].double()
+    return bool((one - other).abs().max() > 8 * torch.finfo(weight.dtype).eps * one.abs().max())
 
 
 def _by_parts(hidden: Tensor, weight: Tensor, of_weight: Callable[[Tensor], Tensor] = lambda rows: rows) -> Tensor:
