@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 # The mask of a batch whose documents position_ids tell apart: not for the models, who would then see one document.
 PADDING = "padding_mask"
+TARGETS = ("topk_ids", "topk_logprobs", "topk_rest")  # of a cached teacher
 LAYOUT = ("input_ids", "attention_mask", PADDING, "labels", "shift_labels", "position_ids", *BOUNDARIES)
 LOOKED_AT = 10_000  # examples of a data set that are looked at before training; the others are when they come
 GROUP = 64  # of them in a batch
@@ -156,9 +157,8 @@ def _check_mask(mask: Any, shape: torch.Size) -> None:
     if mask.shape != shape and not (mask.dim() == 4 and mask.shape[0] in (1, shape[0]) and mask.shape[2:] == (shape[1],) * 2):
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; accepted: {accepted}")
     if mask.dim() == 2 and (bool((mask < 0).any()) or bool((mask != mask.long()).any())):
-        raise ValueError(
-            f"attention_mask holds {float(mask.min()):g} to {float(mask.max()):g}; accepted: {accepted}, or documents numbered from 1"
-        )
+        held = f"{float(mask.min()):g} to {float(mask.max()):g}"
+        raise ValueError(f"attention_mask holds {held}; accepted: {accepted}, or numbers of documents from 1")
 
 
 def _told_otherwise(batch: Mapping[str, Any]) -> Tensor | None:
@@ -173,7 +173,9 @@ def _told_otherwise(batch: Mapping[str, Any]) -> Tensor | None:
     if ends is None:
         return None
     if len(tokens) != 1 or int(ends[-1]) != tokens.shape[1]:
-        raise ValueError(f"cu_seq_lens_q ends at {int(ends[-1])}, input_ids has shape {tuple(tokens.shape)}; accepted: one row of all")
+        raise ValueError(
+            f"cu_seq_lens_q ends at {int(ends[-1])}, input_ids has shape {tuple(tokens.shape)}; accepted: one row of all"
+        )
     begins = torch.zeros_like(tokens, dtype=torch.bool)
     begins[0, ends[:-1].long()] = True
     return begins
@@ -222,6 +224,12 @@ def document_numbers(batch: Mapping[str, Any]) -> Tensor:
     return begins.flatten().cumsum(0).view(begins.shape) - 1
 
 
+def plain(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch without position_ids that count 0, 1, 2, ... over its real tokens, and without the mask of one that has others."""
+    dropped = [PADDING] + ["position_ids"] * _says_nothing("position_ids", batch.get("position_ids"), batch)
+    return {name: value for name, value in batch.items() if name not in dropped}
+
+
 def _inner_beginnings(batch: Mapping[str, Any]) -> Tensor:
     """(B, S) bool: where a document begins right behind another."""
     real = real_tokens(batch)
@@ -234,7 +242,8 @@ def _inner_beginnings(batch: Mapping[str, Any]) -> Tensor:
 def takes(model: Any) -> frozenset[str]:
     """Names of what the model's forward reads. What it only swallows as further keyword arguments is not among them."""
     base = unwrapped(model)
-    return _parameters(type(base), type(getattr(base, "base_model", base)))
+    classes: tuple[Any, ...] = type(base), type(getattr(base, "base_model", base))
+    return _parameters(*classes)
 
 
 @lru_cache(maxsize=64)
@@ -300,8 +309,8 @@ class Limits:
 
     @classmethod
     def of(cls, models: Mapping[str, Any], shared: int | None = None) -> Limits:
-        """models: by the name of the argument. shared: how many ids mean the same to both of their tokenizers, where that is known."""
-        tokens = [(shared, "the tokens that both tokenizers have")] if shared is not None else []
+        """models: by the name of the argument. shared: how many ids mean the same to both tokenizers, if known."""
+        tokens = [(shared, "the tokens that both models know")] if shared is not None else []
         positions = []
         for name, model in models.items():
             base = unwrapped(model)
@@ -336,8 +345,8 @@ class Inputs:
     readers: by the name of the argument, the class of a model and what its forward takes. limits: of tokens and positions.
 
     A column that both take is passed on. One that neither takes is left out and named once where it is about whole examples (a
-    text, a number), and where it says nothing (token_type_ids of 0, position_ids that count from 0); any other is refused, and so is
-    one that only one of the two takes. Raises ValueError with the column, the models, and what is accepted.
+    text, a number), and where it says nothing (token_type_ids of 0, position_ids that count from 0); any other is refused, and so
+    is one that only one of the two takes. Raises ValueError with the column, the models, and what is accepted.
     """
 
     readers: Mapping[str, tuple[str, frozenset[str]]]
@@ -378,10 +387,12 @@ class Inputs:
         kept, dropped = {}, []
         for name, value in batch.items():
             taking = [reader for reader, (_, taken) in self.readers.items() if name in taken]
-            if name in ("input_ids", "labels", "shift_labels", "attention_mask", PADDING, *BOUNDARIES) or name.startswith("topk_"):
+            if name in (*LAYOUT, *TARGETS) and name != "position_ids":
                 kept[name] = value
-            elif name == "position_ids" and len(taking) < len(self.readers) and not told_apart and _says_nothing(name, value, batch):
-                kept[name] = value
+            elif (
+                name == "position_ids" and len(taking) < len(self.readers) and not told_apart and _says_nothing(name, value, batch)
+            ):
+                kept[name] = value  # for the model that takes it
             elif value is None:
                 continue
             elif len(taking) == len(self.readers):
@@ -402,8 +413,8 @@ class Inputs:
         accepted = [one for one in ("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids") if one in common]
         also = f", though {' and '.join(classes[reader] for reader in taking)} does" if taking else ""
         return (
-            f"the column {name} ({given}) would be ignored: {' and '.join(lacking)} {does} not take it{also}; accepted: what both take "
-            f"({', '.join(accepted)}, ...), or data without it"
+            f"the column {name} ({given}) would be ignored: {' and '.join(lacking)} {does} not take it{also}; accepted: what both "
+            f"take ({', '.join(accepted)}, ...), or data without it"
         )
 
     def _say(self, dropped: Iterable[str]) -> None:
@@ -420,8 +431,8 @@ class Inputs:
 def _about_examples(value: Any) -> bool:
     """A text, a number, and other things that are no input of a model."""
     if isinstance(value, Tensor):
-        return value.dim() < 2
-    return not (isinstance(value, Sequence) and any(isinstance(one, Tensor) and one.dim() for one in value))
+        return value.dim() < 2 or not value.numel()
+    return not (isinstance(value, Sequence) and any(isinstance(one, Tensor) and one.dim() and one.numel() for one in value))
 
 
 def _says_nothing(name: str, value: Any, batch: Mapping[str, Any]) -> bool:
@@ -437,8 +448,8 @@ def _tensors(name: str, value: Any) -> Any:
     if isinstance(value, list) and any(isinstance(one, Tensor) or one is None for one in value):
         shapes = ", ".join("none" if one is None else str(tuple(one.shape)) for one in value[:4])
         raise ValueError(
-            f"the column {name} has entries of several shapes ({shapes}{', ...' if len(value) > 4 else ''}); accepted: one shape in all "
-            "of a batch, a number for each token, or a data_collator of your own"
+            f"the column {name} has entries of several shapes ({shapes}{', ...' if len(value) > 4 else ''}); accepted: one shape "
+            "in all of a batch, a number for each token, or a data_collator of your own"
         )
     return value
 
@@ -446,37 +457,29 @@ def _tensors(name: str, value: Any) -> Any:
 # ---- a data set, before anything is done with it ----
 
 
-def looked_at(dataset: Any) -> Sequence[Mapping[str, Any]]:
-    """The first LOOKED_AT examples of a data set that is a list in memory or a Dataset of datasets; of another one none, as reading
-    may cost much or draw random numbers."""
-    formatted = getattr(dataset, "format", None)
-    known = type(dataset).__module__.startswith("datasets.") and hasattr(dataset, "__getitem__") and isinstance(formatted, Mapping)
-    if not isinstance(dataset, (list, tuple)) and not (known and formatted["type"] != "custom"):
-        return []
-    return _First(dataset, min(len(dataset), LOOKED_AT))
-
-
-class _First(Sequence[Any]):
-    def __init__(self, dataset: Any, count: int) -> None:
-        self.dataset, self.count = dataset, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, number: Any) -> Any:
-        return self.dataset[range(self.count)[number]]
+def looked_at(dataset: Any) -> Sequence[int]:
+    """Numbers of the first LOOKED_AT examples of a data set that is a list in memory or a Dataset of datasets; of another one none,
+    as reading may cost much or draw random numbers."""
+    if not isinstance(dataset, (list, tuple)):
+        formatted: Any = getattr(dataset, "format", None)
+        if (
+            not (type(dataset).__module__.startswith("datasets.") and isinstance(formatted, Mapping))
+            or formatted["type"] == "custom"
+        ):
+            return []
+    return range(min(len(dataset), LOOKED_AT))
 
 
 def check_examples(
-    name: str, examples: Sequence[Mapping[str, Any]], collate: Callable[[list[Any]], Mapping[str, Any]], inputs: Inputs
+    name: str, dataset: Any, numbers: Sequence[int], collate: Callable[[list[Any]], Mapping[str, Any]], inputs: Inputs
 ) -> bool:
-    """Hold the examples, collated, against what the models read; whether one of them has a token to learn.
+    """Hold examples of a data set, collated, against what the models read; whether one of them has a token to learn.
 
     Raises ValueError as ``inputs`` does, with the name of the data set and the number of the example.
     """
     learns = False
-    for first in range(0, len(examples), GROUP):
-        group = [examples[number] for number in range(first, min(first + GROUP, len(examples)))]
+    for first in range(0, len(numbers), GROUP):
+        group = [dataset[number] for number in numbers[first : first + GROUP]]
         try:
             batches = [inputs(collate(group))]
         except ValueError:

@@ -72,8 +72,8 @@ def write_cache(
         gradients, on the device where its embeddings are, and is left as it was.
     examples: each {"input_ids": (L,) integers}, with "labels" (L,) where some do not count: a label is the token itself, or -100.
         Tokens at which an "attention_mask" (L,) is 0 are padding, and left out. Further columns that the teacher's forward takes go
-        along as ``kdkernels.transformers.data.Collator`` batches them; what it does not take is refused, or, where it is a text or a
-        number, named and left out. An example whose "position_ids" restart holds several documents, each of which becomes an
+        along as ``kdkernels.transformers.data.Collator`` batches them; what it does not take is refused, or, where it is a text or
+        a number, named and left out. An example whose "position_ids" restart holds several documents, each of which becomes an
         example of the cache. Read twice, one at a time.
     folder: a new one, an empty one, or one of an earlier call. A call with the same arguments goes on where that one stopped; only
         whole shards of it are taken up. One call writes at a time.
@@ -165,8 +165,9 @@ class TopKCache:
     """A folder made by ``write_cache``, read.
 
     top_k, temperature, vocab_size: as given to ``write_cache``. columns: of the examples, besides ids, labels and mask, that the
-    teacher read: an example is found only with the same ones, and they are not kept. tokens: in all examples. tail_mass: the probability that the top_k
-    leave to other tokens, mean over the tokens. about: what ``write_cache`` was given under that name. len(): examples.
+    teacher read: an example is found only with the same ones, and they are not kept. tokens: in all examples. tail_mass: the
+    probability that the top_k leave to other tokens, mean over the tokens. about: what ``write_cache`` was given under that name.
+    len(): examples.
 
     An example costs 24 bytes of memory; its entries are read from its shard when they are asked for. A shard's digest is verified
     when it is first read. It can be pickled, for the workers of a DataLoader.
@@ -399,17 +400,17 @@ class _Reader:
 
     def survey(self) -> Iterator[_Document]:
         """All documents, in the order in which ``read`` then numbers them."""
-        for number in range(len(self.examples)):
-            found = self._documents(number)
-            self.places += [(number, one) for one in range(len(found))]
+        for example in range(len(self.examples)):
+            found = self._documents(example)
+            self.places += [(example, one) for one in range(len(found))]
             yield from found
 
-    def read(self, number: int) -> _Document:
-        example, one = self.places[number]
+    def read(self, document: int) -> _Document:
+        example, one = self.places[document]
         return self._documents(example)[one]
 
-    def _documents(self, number: int) -> list[_Document]:
-        example, name = self.examples[number], f"examples[{number}]"
+    def _documents(self, place: int) -> list[_Document]:
+        example, name = self.examples[place], f"examples[{place}]"
         if not isinstance(example, Mapping) or "input_ids" not in example:
             raise TypeError(f'{name} is {{"input_ids": ..., "labels": ...}}, got {type(example).__name__} without input_ids')
         ids = _token_ids(example["input_ids"], f"{name} input_ids")
@@ -451,7 +452,8 @@ class _Survey(NamedTuple):
 
 def _survey(reader: _Reader) -> _Survey:
     everything = hashlib.blake2b(digest_size=16)
-    keys, lengths, columns, learned = [], [], set(), False
+    keys, lengths, learned = [], [], False
+    columns: set[str] = set()
     for ids, counts, further in reader.survey():
         keys.append(_key(ids, further))
         lengths.append(len(ids))

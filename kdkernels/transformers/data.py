@@ -136,10 +136,10 @@ class Collator:
 
     pad_token_id: stands in input_ids at padding, where attention_mask is 0 and labels are -100; what it is does not matter then,
         and None is 0.
-    An example has "input_ids", and may have "labels" (else they are the ids, where the mask is not 0) and "attention_mask" (else all
-    1), of the same length. Further columns go along: numbers of the length of input_ids padded with 0, others stacked where they
-    have one shape (as transformers' default_data_collator does), and as a list where they have not, or are no numbers. Raises
-    ValueError where lengths differ and for an empty batch.
+    An example has "input_ids", and may have "labels" (else they are the ids, where the mask is not 0) and "attention_mask" (else
+    all 1), of the same length. Further columns go along: numbers of the length of input_ids padded with 0, others stacked where
+    they have one shape (as transformers' default_data_collator does), and as a list where they have not, or are no numbers.
+    Raises ValueError where lengths differ and for an empty batch.
     """
 
     def __init__(self, pad_token_id: int | None) -> None:

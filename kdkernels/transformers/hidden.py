@@ -8,7 +8,6 @@ DistributedDataParallel looks for unused ones.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -17,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from kdkernels.transformers.batches import numbers_positions, positions_of
+from kdkernels.transformers.batches import numbers_positions, positions_of, takes
 from kdkernels.transformers.heads import output_module, read_head, unwrapped
 
 # With these a model would compute a loss of its own from the logits that it does not get.
@@ -80,7 +79,7 @@ def model_inputs(model: Any, batch: Any) -> dict[str, Any]:
     if not isinstance(batch, Mapping):
         raise TypeError(f"batch is a mapping of the model's arguments or a tensor of token ids, got {type(batch).__name__}")
     inputs = {name: value for name, value in batch.items() if name not in LABELS}
-    if "use_cache" in inspect.signature(unwrapped(model).forward).parameters:
+    if "use_cache" in takes(model):
         inputs.setdefault("use_cache", False)  # else keys and values of a whole batch are kept for nobody
     if inputs.get("position_ids") is None and _misplaced(model, inputs):
         inputs["position_ids"] = positions_of(inputs["attention_mask"])

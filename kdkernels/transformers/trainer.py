@@ -25,8 +25,17 @@ from kdkernels.losses import linear_kd_loss
 from kdkernels.okd import linear_okd_loss
 from kdkernels.outcomes import WEIGHED_BY_STUDENT
 from kdkernels.topk import linear_topk_kd_loss
+from kdkernels.transformers.batches import (
+    PADDING,
+    Inputs,
+    Prepared,
+    check_examples,
+    document_numbers,
+    looked_at,
+    next_tokens,
+    plain,
+)
 from kdkernels.transformers.cache import TOKENIZER, TopKCache, is_cache
-from kdkernels.transformers.batches import PADDING, Inputs, Prepared, check_examples, document_numbers, looked_at, next_tokens
 from kdkernels.transformers.config import OKD, TAID, KDConfig
 from kdkernels.transformers.data import IGNORED, Collator
 from kdkernels.transformers.heads import lm_head, unwrapped
@@ -122,8 +131,8 @@ class KDTrainer(Trainer):
         Dataset the first 10,000 examples are looked at now (without a data_collator), the others when they come.
     data_collator: makes {"input_ids", "attention_mask", "labels"} of them (default: pads on the right; further columns go along).
         Further ones go to both models, and are refused where one does not take them; texts and numbers about examples are left out
-        with a word. Padding may stand on either side. Documents in one row (DataCollatorWithFlattening) are told by position_ids that
-        restart, by cu_seq_lens_q or seq_idx, or by an attention_mask that numbers them.
+        with a word. Padding may stand on either side. Documents in one row (DataCollatorWithFlattening) are told by position_ids
+        that restart, by cu_seq_lens_q or seq_idx, or by an attention_mask that numbers them.
     The rest is the Trainer's. No logits are made, so compute_metrics and preprocess_logits_for_metrics are refused.
 
     Both heads are verified (``verify_lm_head``) before anything else. What is logged besides the loss, as means over the tokens
@@ -169,8 +178,8 @@ class KDTrainer(Trainer):
             _check_cache(args, self.cache)
             if train_dataset is None and self.cache.columns:
                 raise ValueError(
-                    f"train_dataset is None, and the cache holds its examples without {', '.join(self.cache.columns)}, with which the "
-                    "teacher read them; accepted: the data that it was made from"
+                    f"train_dataset is None, and the cache holds its examples without {', '.join(self.cache.columns)}, with which "
+                    "the teacher read them; accepted: the data that it was made from"
                 )
             if train_dataset is None:
                 train_dataset = self.cache.examples()
@@ -180,8 +189,8 @@ class KDTrainer(Trainer):
                 raise ValueError("teacher and model are one and the same model; load it twice")
         if processing_class is None:
             processing_class = _tokenizer_of(model)
-        plain = data_collator is None
-        if plain:
+        own_collator = data_collator is not None
+        if not own_collator:
             # The student's own padding may be a token that the teacher has no row for; what stands at padding does not matter.
             data_collator = Collator(None)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **options)
@@ -195,10 +204,10 @@ class KDTrainer(Trainer):
         if self.teacher is not None:
             self._place_teacher()
             verify_lm_head(self.teacher)
-        self.vocab_size, self._known_tokens, shared = self._shared_vocabulary(teacher_processing_class)
+        self.vocab_size, self._known_tokens = self._shared_vocabulary(teacher_processing_class)
         models = {"model": self.model} if self.teacher is None else {"model": self.model, "teacher": self.teacher}
-        self.inputs = Inputs.of(models, shared)
-        if plain:
+        self.inputs = Inputs.of(models, None if args.vocab_size is not None else self._known_tokens)
+        if not own_collator:
             self._look_at(train_dataset=self.train_dataset, eval_dataset=self.eval_dataset)
         self._collate = _Batches(self.data_collator, self.inputs, self.cache)
         self.data_collator = self._collate
@@ -214,15 +223,14 @@ class KDTrainer(Trainer):
 
     # ---- what is set up once ----
 
-    def _shared_vocabulary(self, teacher_processing_class: Any) -> tuple[int | None, int | None, int | None]:
-        """How many rows of both heads are compared, how many of them are tokens that both know, and how many leading ids mean the
-        same to both tokenizers; None for all."""
+    def _shared_vocabulary(self, teacher_processing_class: Any) -> tuple[int | None, int | None]:
+        """How many rows of both heads are compared, and how many of them are tokens that both know; None for all."""
         rows = [lm_head(self.model).weight.shape[0]]
         rows.append(lm_head(self.teacher).weight.shape[0] if self.cache is None else self.cache.vocab_size)
         if self.args.vocab_size is not None:
             if not 1 <= self.args.vocab_size <= min(rows):
                 raise ValueError(f"vocab_size={self.args.vocab_size}; accepted: 1 to {min(rows)}, the rows that both heads have")
-            return self.args.vocab_size, self.args.vocab_size, None
+            return self.args.vocab_size, self.args.vocab_size
         agreed: int | None = None
         theirs = teacher_processing_class
         if theirs is None:
@@ -237,15 +245,15 @@ class KDTrainer(Trainer):
             if agreed <= max(max(tokenizer.get_vocab().values()) for tokenizer in (self.processing_class, theirs)):
                 rows.append(agreed)
         cut = min(rows) if len(set(rows)) > 1 else None
-        return cut, min([size for size in (cut, agreed) if size is not None], default=None), agreed
+        return cut, min([size for size in (cut, agreed) if size is not None], default=None)
 
     def _look_at(self, **datasets: Any) -> None:
         """What can be known of the data before any work: that the models read it, and that there is something to learn."""
         parts = {name: part for name, dataset in datasets.items() for name, part in _parts(name, dataset)}
         for name, dataset in parts.items():
-            examples = looked_at(dataset)
-            learns = check_examples(name, examples, self.data_collator, self.inputs)
-            if learns or not 0 < len(examples) == len(dataset):
+            numbers = looked_at(dataset)
+            learns = check_examples(name, dataset, numbers, self.data_collator, self.inputs)
+            if learns or not 0 < len(numbers) == len(dataset):
                 continue
             text = f"{name} has {len(dataset):,} examples and not one token to learn: no label but {IGNORED} behind a real token"
             if name == "train_dataset":
@@ -359,7 +367,7 @@ class KDTrainer(Trainer):
             batches = [
                 self.on_policy.batch(
                     self.model,
-                    self._prepare_inputs(batch),
+                    plain(self._prepare_inputs(batch)),
                     step=step,
                     micro=micro,
                     progress=min(1.0, step / steps),
@@ -403,9 +411,7 @@ class KDTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over the ranks, the count is of all of them
         return (loss, {}) if return_outputs else loss
 
-    def _losses(
-        self, model: nn.Module, batch: Prepared, normalizer: Tensor | int | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _losses(self, model: nn.Module, batch: Prepared, normalizer: Tensor | int | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch, and its means over tokens."""
         if "labels" not in batch and "shift_labels" not in batch:
             raise ValueError(f"the batch has no labels, which the loss needs; it has {', '.join(batch)}")
@@ -460,10 +466,12 @@ class KDTrainer(Trainer):
             return
         for name, model in {"model": self.model, "teacher": self.teacher}.items():
             if model is not None and mixes_documents(model, min(rows, 2)):
+                base = unwrapped(model)
+                attention = getattr(base.config, "_attn_implementation", None)
                 raise ValueError(
-                    f"the batch has rows of several documents (position_ids restart), which the {name} ({type(unwrapped(model)).__name__}, "
-                    f"attention {getattr(model.config, '_attn_implementation', None)}) mixes, in a batch of {rows}; accepted: a document "
-                    "a row, or a model and attention of transformers that tells them apart"
+                    f"the batch has several documents in a row (position_ids restart), and in {rows} rows the {name} "
+                    f"({type(base).__name__}, attention {attention}) mixes them; accepted: a document a row, or a model and "
+                    "attention that keep them apart"
                 )
         self._apart = True
 
