@@ -141,8 +141,11 @@ def _draw_loss(rng: random.Random) -> Call:
     if function == "linear_topk_kd_loss":
         del arguments["teacher_hidden"], arguments["teacher_head"]
         count = rng.randint(1, min(4, vocab))
-        of = torch.log_softmax(normal(rng, *lead, vocab, scale=spread), -1).topk(count)
+        whole = torch.log_softmax(normal(rng, *lead, vocab, scale=spread), -1)
+        of = whole.topk(count)
         arguments["topk_ids"], arguments["topk_logprobs"] = of.indices, of.values.to(rng.choice((torch.float32, torch.float64)))
+        if rng.random() < 0.3:
+            arguments["topk_rest"] = whole.scatter(-1, of.indices, -INF).logsumexp(-1)
         if count > 1 and rng.random() < 0.3:
             arguments["topk_logprobs"][..., 0] = -INF
             arguments["topk_ids"][..., 0] = rng.choice((-7, 10**9))
@@ -181,7 +184,7 @@ def _draw_options(call: Call, spread: float) -> None:
         del choices["t"]
         choices["teacher_alpha"] = lambda: rng.choice((0.0, 0.3, 1, 1.0))
     if call.function == "linear_topk_kd_loss":
-        choices["tail"] = lambda: rng.choice(("bucket", "renormalize"))
+        choices["tail"] = lambda: rng.choice(("bucket",) if "topk_rest" in arguments else ("bucket", "renormalize"))
     if call.function != "kd_loss":
         choices["strategy"] = lambda: rng.choice(("auto", "tokens", "vocab"))
         choices["memory_budget"] = lambda: rng.choice((1, 100, 1000, 10**5, 2**40, 2**62, 2**63, 2**80))
@@ -414,7 +417,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "return_metrics": FLAGS,
     "reduction": NAMES,
     "strategy": NAMES,
-    "tail": NAMES,
+    "tail": NAMES[1:],
     "divergence": (*NAMES, kd.jsd, 0.5, kd.Divergence("kl", max), kd.Divergence("jsd", max, NAN)),
     "ignore_index": (1.0, None, "0", True, 2**63, -(2**63) - 1, 10**30, torch.tensor(1), np.float64(1)),
     "memory_budget": COUNTS,
@@ -701,23 +704,28 @@ def expect(call: Call, upstream: list[Tensor]) -> Expected:
             given[name].detach().clone().reshape(-1, given[name].shape[-1])[keep] for name in ("topk_ids", "topk_logprobs")
         )
         log_probs = log_probs.double()
-        tail = given.get("tail", "renormalize")
-
+        rest = given.get("topk_rest")
+        proper = "bucket" if rest is not None or "reverse" in options.divergence else "renormalize"
+        tail = given.get("tail", proper)
+        rests = [None] * len(log_probs) if rest is None else list(rest.detach().reshape(-1)[keep].double())
         rows, nothing = list(zip(x.logits, ids.to(torch.int64), log_probs, strict=True)), x.logits.new_full((1,), -INF)
 
         def of_outcomes() -> Tensor:
             values = [
-                test_topk.divergence(*row, tail, options)
+                test_topk.divergence(*row, tail, options, left)
                 if _usual(row[2])
                 else torch.where(row[2].isnan().any(), NAN, 0.0)  # without a slot it is 0
-                for row in rows
+                for row, left in zip(rows, rests, strict=True)
             ]
             return torch.stack([*values, x.logits.sum() * 0])[:-1]
 
         learned.append(
             learn(
                 x, None, of_outcomes,
-                lambda: [test_topk.of_one_row(*row, tail, options) if _usual(row[2]) else (nothing, nothing) for row in rows],
+                lambda: [
+                    test_topk.of_one_row(*row, tail, options, left) if _usual(row[2]) else (nothing, nothing)
+                    for row, left in zip(rows, rests, strict=True)
+                ],
                 log_probs, kept_labels, options, options.kd_weight * square, options.ce_weight, always=tail == "bucket",
             )
         )  # fmt: skip

@@ -515,7 +515,110 @@ def test_tokens_of_the_student_alone_are_cut_off_and_refused_in_the_data(
     assert not torch.equal(before[:shared], after[:shared])
     (tmp_path / "new.txt").write_text(TEXT + "<new>")
     said = refusal(capsys, arguments(given, tmp_path / "other", student=tmp_path / "student", data=tmp_path / "new.txt"))
-    assert f"has the token '<new>' ({shared + 1}), which the teacher does not know" in said
+    assert f"--data has the token '<new>' ({shared + 1}) in 1 of " in said
+    assert f"examples, which the teacher does not know: both know the first {shared}; accepted: examples without such tok" in said
+
+
+def test_conversations_that_are_not_learned_whole_are_told_with_the_first_of_them(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By distill and by cache; what can be learned is."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    source = put(tmp_path / "a.jsonl", *[{"messages": CHAT}] * 4, {"messages": [*CHAT[:2], call]})
+    for argv in (
+        arguments(given, tmp_path / "run", data=source, eval_fraction=0.25, max_length=200),
+        ["cache", f"--teacher={given / 'teacher'}", f"--data={source}", f"--out={tmp_path / 'cache'}", "--top-k=4"],
+    ):
+        assert main(argv) == 0
+        said = capsys.readouterr().out
+        assert f"conversations left out: 1, the first: {source}, record 5: the chat template does not write tool_calls (m" in said
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["train_examples"], results["eval_examples"]) == (3, 1)
+    bad = put(tmp_path / "b.jsonl", {"messages": [*CHAT[:2], call]})
+    said = refusal(capsys, arguments(given, tmp_path / "other", data=bad))
+    assert "--data: " in said
+    assert f"conversations left out: 1, the first: {bad}, record 1: the chat template does not write tool_calls (message 3)" in said
+
+
+def test_tokens_that_the_student_lacks_are_said_to_be_lacking_there(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The examples of a cache are the teacher's, with or without its tokenizer beside them."""
+    made = tokenizer()
+    shared = len(made)
+    made.add_tokens([f"<new{number}>" for number in range(3)])
+    build("llama", vocab_size=len(made)).save_pretrained(tmp_path / "teacher")
+    made.save_pretrained(tmp_path / "teacher")
+    source = put(tmp_path / "a.jsonl", {"text": "ab<new2>"}, *[{"text": "abc"}] * 3)
+    cached = ["cache", f"--teacher={tmp_path / 'teacher'}", f"--data={source}", "--top-k=8", f"--out={tmp_path / 'cache'}"]
+    assert main(cached) == 0
+    argv = arguments(given, tmp_path / "run", teacher=tmp_path / "cache", data=None, eval_fraction=0)
+    expected = f"error: the cache {tmp_path / 'cache'} has the token "
+    said = refusal(capsys, argv)
+    assert said.startswith(
+        f"{expected}'<new2>' ({shared + 2}) in 1 of 4 examples, which the student does not know: both know the f"
+    )
+    shutil.rmtree(tmp_path / "cache" / "tokenizer")
+    assert refusal(capsys, argv).startswith(
+        f"{expected}without a name ({shared + 2}) in 1 of 4 examples, which no tokenizer here k"
+    )
+
+
+def rename_token(folder: Path, before: str, after: str) -> None:
+    """Another name for a special token at its id."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text((folder / name).read_text().replace(json.dumps(before)[1:-1], after))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_renamed_tokens_are_refused_naming_the_option_with_which_they_are_trained(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], cached: bool
+) -> None:
+    shutil.copytree(given / "teacher", tmp_path / "teacher")
+    rename_token(tmp_path / "teacher", "<|user|>", "<|User|>")
+    size, renamed = len(tokenizer()), tokenizer().convert_tokens_to_ids("<|user|>")
+    teacher = tmp_path / "teacher"
+    if cached:
+        (tmp_path / "text.txt").write_text(TEXT)
+        argv = ["cache", f"--teacher={teacher}", f"--data={tmp_path / 'text.txt'}", "--max-length=16", "--top-k=8"]
+        teacher = tmp_path / "cache"
+        assert main([*argv, f"--out={teacher}"]) == 0
+    said = refusal(capsys, arguments(given, tmp_path / "run", teacher=teacher, data=None if cached else given / "text.txt"))
+    assert f"--vocab-size): {size} takes the tokens at one id for one another and {renamed} leaves them out" in said
+    argv = arguments(given, tmp_path / "run", teacher=teacher, data=None if cached else given / "text.txt", vocab_size=size)
+    assert main(argv) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["settings"]["vocab_size"] == size
+    same = arguments(given, tmp_path / "same", data=given / "text.txt")
+    assert main(same) == 0
+    other = json.loads((tmp_path / "same" / "results.json").read_text())
+    if not cached:  # to the same numbers as between tokenizers of the same names
+        assert results["before"] == other["before"]
+        assert results["after"] == other["after"]
+
+
+def test_a_token_to_learn_that_vocab_size_cuts_off_is_refused_and_one_to_read_is_not(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tokenizer()
+    size, user = len(made), made.convert_tokens_to_ids("<|user|>")
+    pairs = [{"prompt": "<|user|>hi", "completion": "a" * 5}] * 4
+    made.eos_token = "e"  # one of the first
+    for role in ("student", "teacher"):
+        shutil.copytree(given / role, tmp_path / role)
+        made.save_pretrained(tmp_path / role)
+    both = {"student": tmp_path / "student", "teacher": tmp_path / "teacher", "vocab_size": user, "eval_fraction": 0.25}
+    source = put(tmp_path / "a.jsonl", *pairs)
+    assert main(arguments(given, tmp_path / "run", data=source, **both)) == 0
+    source = put(tmp_path / "b.jsonl", *pairs, {"prompt": "hi", "completion": "<|user|>"})
+    said = refusal(capsys, arguments(given, tmp_path / "other", data=source, **both))
+    assert (
+        f"--data has the token '<|user|>' ({user}) in 1 of 2 examples, which vocab_size cuts off: both know the first {user}"
+        in said
+    )
+    assert f"accepted: 1 to {size}" in refusal(
+        capsys, arguments(given, tmp_path / "third", data=source, **{**both, "vocab_size": size + 1})
+    )
 
 
 def test_examples_longer_than_a_model_takes_are_refused(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

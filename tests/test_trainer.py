@@ -746,6 +746,101 @@ def test_a_token_that_only_the_student_has_is_cut_and_padding_alike_in_both_is_n
         assert trainer.vocab_size == expected
 
 
+def test_renamed_tokens_are_trained_with_a_vocab_size_over_both_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With a live teacher and with a cached one; the loss is that of the same tokenizer on both sides."""
+    words = [f"w{number}" for number in range(VOCAB)]
+    ours, theirs = tokenizer(words), tokenizer([*words[:-2], "<|User|>", "<|Bot|>"])
+    student, teacher = models(torch.float32)
+    cache = write_cache(teacher, examples(4), tmp_path / "cache", top_k=4).folder
+    theirs.save_pretrained(cache / "tokenizer")
+    for one, given in ((teacher, theirs), (cache, None)):
+        tokenizers = {"processing_class": ours, "teacher_processing_class": given}
+        with pytest.raises(ValueError, match=r"disagree on 4 .*; or vocab_size \(--vocab-size\): 61 takes .* and 59 leaves"):
+            KDTrainer(student, settings(tmp_path), teacher=one, **tokenizers)
+        caplog.clear()
+        args = settings(tmp_path, vocab_size=VOCAB)
+        trainer = KDTrainer(student, args, eval_dataset=examples(4), teacher=one, **tokenizers)
+        assert [record.message for record in caplog.records] == [
+            "vocab_size=61 takes 2 tokens of student and teacher for one another that have other names: 59 is 'w59' in the "
+            "student's and '<|User|>' in the teacher's, 60 is 'w60' in the student's and '<|Bot|>' in the teacher's"
+        ]
+        (tmp_path / "cache" / "tokenizer").rename(tmp_path / "away")
+        same = KDTrainer(student, settings(tmp_path), eval_dataset=examples(4), teacher=one, processing_class=ours)
+        (tmp_path / "away").rename(tmp_path / "cache" / "tokenizer")
+        assert trainer.evaluate()["eval_loss"] == same.evaluate()["eval_loss"]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_words_that_the_teacher_has_more_are_named_when_the_heads_are_cut(
+    cached: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = [f"w{number}" for number in range(VOCAB + 500)]
+    student, teacher = build("llama").float(), build("llama", seed=1, vocab_size=len(words)).float()
+    one: Any = write_cache(teacher, examples(4), tmp_path / "cache", top_k=4) if cached else teacher
+    for count, said in (
+        (VOCAB, "the teacher's tokenizer has 500 more tokens than the student's, behind the 61 of both: 'w61' (61), "),
+        (
+            len(words),
+            "both tokenizers have 561 tokens, of which student and teacher have 61 and 561 rows: the loss leaves out 500 ",
+        ),
+    ):
+        caplog.clear()
+        tokenizers = {"processing_class": tokenizer(words[:count]), "teacher_processing_class": tokenizer(words)}
+        assert KDTrainer(student, settings(tmp_path), teacher=one, **tokenizers).vocab_size == VOCAB
+        (record,) = caplog.records
+        assert record.message.startswith(said)
+        caplog.clear()
+        assert KDTrainer(student, settings(tmp_path, vocab_size=VOCAB), teacher=one, **tokenizers).vocab_size == VOCAB
+        assert not caplog.records
+
+
+def test_a_processor_stands_for_its_tokenizer(tmp_path: Path) -> None:
+    class Processor(transformers.ProcessorMixin):  # type: ignore[misc]
+        def __init__(self, tokenizer: Any) -> None:
+            self.tokenizer = tokenizer
+
+        def save_pretrained(self, folder: str, **_: Any) -> None:
+            self.tokenizer.save_pretrained(folder)
+
+    words = [f"w{number}" for number in range(VOCAB)]
+    student, teacher = models(torch.float32)
+    ours = tokenizer(words[:-4])
+    ours.eos_token = words[9]
+    trainer = KDTrainer(
+        student,
+        settings(tmp_path, on_policy_fraction=1.0, on_policy_max_new_tokens=4),
+        train_dataset=examples(),
+        teacher=teacher,
+        processing_class=Processor(ours),
+        teacher_processing_class=Processor(tokenizer(words)),
+    )
+    assert trainer.vocab_size == VOCAB - 4
+    assert trainer.on_policy is not None
+    assert 9 in trainer.on_policy.ends
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "saved").get_vocab() == ours.get_vocab()
+
+
+@pytest.mark.parametrize("place", ["processing_class", "teacher_processing_class"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("x", "got the text 'x'"), (3, "got a int"), (transformers.AutoTokenizer, "got the class AutoTokenizer")],
+)
+def test_what_is_no_tokenizer_is_refused_before_the_teacher_is_loaded(tmp_path: Path, place: str, given: Any, message: str) -> None:
+    student, _ = models(torch.float32)
+    with pytest.raises(TypeError, match=rf"^{place} is a tokenizer of transformers .*, or a processor that has one .*, {message}$"):
+        KDTrainer(student, settings(tmp_path), teacher="no/such/teacher", **{place: given})
+
+
+def test_a_tokenizer_that_cannot_be_saved_with_the_student_is_refused(tmp_path: Path) -> None:
+    student, teacher = models(torch.float32)
+    raw = tokenizer([f"w{number}" for number in range(VOCAB)]).backend_tokenizer
+    with pytest.raises(TypeError, match=r"^processing_class is saved with the student, and Tokenizer has no save_pretrained; acc"):
+        KDTrainer(student, settings(tmp_path), teacher=teacher, processing_class=raw)
+    KDTrainer(student, settings(tmp_path), teacher=teacher, teacher_processing_class=raw)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

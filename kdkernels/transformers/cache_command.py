@@ -102,6 +102,8 @@ def _run(arguments: argparse.Namespace) -> None:
     data = prepare(arguments.data, tokenizer, max_length=arguments.max_length, split=arguments.split, limit=arguments.limit)
     if data.cut or data.dropped:
         say(f"{data.cut:,} examples cut at {arguments.max_length} tokens, {data.dropped:,} dropped that have no token to learn")
+    for note in data.notes:
+        say(note)
     files.claim(arguments.out, "cache")  # before the teacher is loaded, which can take long
     model = load_model(arguments.teacher, dtype=arguments.dtype)
     _check_length(model, max(len(example["input_ids"]) for example in data.examples))

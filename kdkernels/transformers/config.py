@@ -44,7 +44,8 @@ class KDConfig(TrainingArguments):
         does not find a lower cross-entropy, and batches are used again from a buffer of replay_buffer_size sequences (DistiLLM,
         arXiv 2402.03898). on_policy_max_new_tokens, on_policy_temperature, on_policy_top_k (0: all), on_policy_top_p: of sampling.
     topk_tail: with a cached teacher, what stands for the tokens that it does not list (``kd.linear_topk_kd_loss``).
-    vocab_size: cut both heads to their first rows (None: to what the two have in common). strategy, memory_budget: as for the loss.
+    vocab_size: cut both heads to their first rows (None: to what the two have in common); tokens below that have other names in the
+        other tokenizer are taken for one another, with a warning. strategy, memory_budget: as for the loss.
 
     Raises ValueError or TypeError that names the setting, what came and what is accepted.
     """

@@ -1,7 +1,8 @@
 """Training data: from files, folders and names of the ``datasets`` library to token ids with labels.
 
-A record is a text, a conversation, or a prompt with its completion. Only what the model is to write counts as a label: all of a
-text, the assistant's turns of a conversation, the completion and the end-of-sequence token after it. Labels stand at their own
+A record is a text, a conversation, or a prompt with its completion, which may be conversations too. Only what the model is to write
+counts as a label: all of a text, the assistant's turns of a conversation or of its completion, the completion of a text and the
+end-of-sequence token after it. Labels stand at their own
 token's position, as transformers has them; the trainer shifts.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,15 @@ import torch
 from torch import Tensor
 
 from kdkernels.errors import CommandError
+from kdkernels.transformers.conversations import Unusable, Written, tools_of, turns, without_nulls, written
+from kdkernels.transformers.conversations import what as _what
 
 IGNORED = -100
-KINDS = '"text" (a string), "messages" (a list of {"role", "content"}), or "prompt" and "completion" (strings)'
+KINDS = (
+    '"text" (a string), "messages" (a list of {"role", "content"}), or "prompt" and "completion" (two strings, or two such lists)'
+)
+# of a record, what is conversations or belongs to them
+CONVERSED = ("messages", "prompt", "completion", "tools", "chat_template_kwargs")
 TABLES = (".csv", ".tsv", ".parquet", ".arrow")
 # a missing file of these names is not looked for on the hub
 FILES = (".txt", ".md", ".json", ".jsonl", ".ndjson", *TABLES)
@@ -71,11 +78,16 @@ def read(source: str | Path, *, split: str = "train") -> Sequence[Mapping[str, A
 @dataclass(frozen=True)
 class Prepared:
     """examples: what is learned from. cut: conversations and completions of which only the first max_length tokens are kept.
-    dropped: records and windows left out because no label counts in them."""
+    dropped: records and windows left out because no label counts in them. unusable: conversations left out because the chat
+    template cannot write them. partial: those of which not all answers are learned. notes: sentences on these and on what the
+    template leaves out, with how many and which first."""
 
     examples: list[Example]
     cut: int
     dropped: int
+    unusable: int = 0
+    partial: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def examples(
@@ -91,30 +103,48 @@ def prepare(source: str | Path, tokenizer: Any, *, max_length: int, split: str =
     - text: every token counts, and an EOS after each text where the tokenizer has one. A text of more than max_length tokens
       becomes several windows. Each begins with the last token of the one before it, since the first token of a sequence is
       never predicted: so each token after a text's first is predicted exactly once. Empty texts are dropped.
-    - messages: through the tokenizer's chat template; the assistant's tokens count, with what the template closes a turn with,
-      and without what it opens one with (its generation prompt). What follows the last assistant's turn is left out.
-    - prompt and completion: tokenized as one text; the completion and EOS count. A token that has characters of both counts.
+    - messages: through the tokenizer's chat template; the assistant's tokens count, as it marks them ({% generation %}) or else
+      with what it closes a turn with, and without what it opens one with (its generation prompt). What follows the last
+      assistant's turn is left out, and a turn of "weight" 0 does not count. The template is given the record's "tools" and
+      "chat_template_kwargs" too. Of a template that writes earlier turns anew when later ones come (as those do that leave out the
+      thinking), only turns count that stand as they would when a model wrote them: the last, in most cases.
+    - prompt and completion: tokenized as one text; the completion and EOS count. A token that has characters of both counts. Two
+      lists of messages are one conversation, of which the assistant's turns in the completion count.
 
     Conversations and completions are cut at max_length. An example in which no label counts is dropped; the first's never does.
 
-    tokenizer: of transformers, one of the ``tokenizers`` library ("fast").
+    tokenizer: of transformers, one of the ``tokenizers`` library ("fast"), or a processor that has one.
     max_length: tokens of an example, at least 2. limit: the most examples; reading stops there.
 
-    Raises CommandError for a source that ``read`` refuses, a record of no known kind, a conversation that the tokenizer has no
-    template for or whose template changes earlier turns, and where no example is left; ValueError for a wrong argument.
+    A conversation that the template refuses, or whose tool calls it does not write, is left out, counted and told in the notes.
+
+    Raises CommandError for a source that ``read`` refuses, a record of no known kind or with content other than text, messages
+    without a template for them, and where no example is left; ValueError for a wrong argument.
     """
     if max_length < 2:
         raise ValueError(f"max_length is at least 2 (the first token is never predicted), got {max_length}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is at least 1, or None, got {limit}")
+    template = getattr(tokenizer, "chat_template", None)
+    if not hasattr(tokenizer, "get_vocab"):
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        template = getattr(tokenizer, "chat_template", None) or template
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer is one of the tokenizers library (is_fast), got {type(tokenizer).__name__}")
     records = read(source, split=split)
     count = {"cut": 0, "dropped": 0}
+    notes = _Notes()
 
     def kept() -> Iterator[Example]:
         for number, record in enumerate(records, 1):
-            parts = list(_tokenized(record, tokenizer, max_length, f"{source}, record {number}"))
+            where = f"{source}, record {number}"
+            if not isinstance(records, list):
+                record = {name: without_nulls(value) if name in CONVERSED else value for name, value in record.items()}
+            try:
+                parts = list(_tokenized(record, tokenizer, template, max_length, where, notes))
+            except Unusable as error:
+                notes.unusable(where, str(error))
+                continue
             count["dropped"] += not parts  # an empty text
             for example in parts:
                 if len(example["input_ids"]) > max_length:  # never a window of a text
@@ -126,9 +156,51 @@ def prepare(source: str | Path, tokenizer: Any, *, max_length: int, split: str =
                     count["dropped"] += 1
 
     found = list(islice(kept(), limit))
+    said = notes.sentences()
     if not found:
-        raise CommandError(f"{source} (split {split!r}): no example is left in {len(records):,} records that has a token to learn")
-    return Prepared(found, **count)
+        raise CommandError(
+            f"{source} (split {split!r}): no example is left in {len(records):,} records that has a token to learn"
+            + "".join(f"; {sentence}" for sentence in said)
+        )
+    return Prepared(found, **count, unusable=notes.left_out, partial=notes.partial, notes=said)
+
+
+@dataclass
+class _Notes:
+    """What became of conversations, told once for all of them: how many, and the first."""
+
+    left_out: int = 0
+    partial: int = 0
+    answers: list[int] = field(default_factory=lambda: [0, 0])  # of the partial ones: learned, and all
+    first: dict[str, str] = field(default_factory=dict)
+    others: dict[str, int] = field(default_factory=dict)
+
+    def unusable(self, where: str, reason: str) -> None:
+        self.left_out += 1
+        self.first.setdefault("left_out", f"{where}: {reason}")
+
+    def add(self, where: str, conversation: Written) -> None:
+        for note in conversation.notes:
+            self.first.setdefault(note, where)
+            self.others[note] = self.others.get(note, 0) + 1
+        if conversation.learned < conversation.answers:
+            self.partial += 1
+            self.first.setdefault("partial", where)
+            self.answers = [self.answers[0] + conversation.learned, self.answers[1] + conversation.answers]
+
+    def sentences(self) -> tuple[str, ...]:
+        found = []
+        if self.left_out:
+            found.append(f"conversations left out: {self.left_out:,}, the first: {self.first['left_out']}")
+        if self.partial:
+            found.append(
+                f"conversations learned in part: {self.partial:,}, {self.answers[0]:,} of their {self.answers[1]:,} answers, since "
+                "the chat template writes earlier turns anew when later ones come, or does not mark them (a record for each answer "
+                "keeps all), the first: "
+                f"{self.first['partial']}"
+            )
+        found += [f"conversations {note}: {count:,}, the first: {self.first[note]}" for note, count in self.others.items()]
+        return tuple(found)
 
 
 class Collator:
@@ -193,10 +265,12 @@ def _numbers(value: Any) -> Any:
         return value
 
 
-def _tokenized(record: Mapping[str, Any], tokenizer: Any, max_length: int, where: str) -> Iterator[Example]:
+def _tokenized(
+    record: Mapping[str, Any], tokenizer: Any, template: Any, max_length: int, where: str, notes: _Notes
+) -> Iterator[Example]:
     _checked(record, where)
-    if record.get("messages") is not None:
-        yield _conversation(record["messages"], tokenizer, where)
+    if record.get("messages") is not None or (_is_pair(record) and not isinstance(record["prompt"], str)):
+        yield _conversation(record, tokenizer, template, where, notes)
     elif _is_pair(record):
         yield _completion(record["prompt"], record["completion"], tokenizer)
     elif record["text"]:
@@ -221,35 +295,29 @@ def _completion(prompt: str, completion: str, tokenizer: Any) -> Example:
     return {"input_ids": ids, "labels": labels}
 
 
-def _conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str) -> Example:
-    if not tokenizer.chat_template:
+def _conversation(record: Mapping[str, Any], tokenizer: Any, template: Any, where: str, notes: _Notes) -> Example:
+    if not template:
         raise CommandError(
             f"{where}: messages need a chat template, and this tokenizer has none; "
             'set tokenizer.chat_template and save it, or give "text" or "prompt" and "completion"'
         )
-    text, spans = "", []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _templated(messages[:turn], tokenizer, where, prompt=True) if turn else ""
-        through = _templated(messages[: turn + 1], tokenizer, where, prompt=False)
-        if not (before.startswith(text) and through.startswith(before)):
-            raise CommandError(
-                f"{where}: the chat template writes earlier turns anew when message {turn + 1} is added, so the assistant's tokens "
-                "cannot be told from the rest; accepted: a template that only appends, or one answer for each conversation"
-            )
-        spans.append((len(before), len(through)))
-        text = through
-    ids, labels = _labelled(text, spans, tokenizer, add_special_tokens=False)  # the template has written them
+    given, first = record.get("messages"), 0
+    if given is None:
+        given, first = [*record["prompt"], *record["completion"]], len(record["prompt"])
+    messages, tools = turns(given, f"{where}, message"), tools_of(record.get("tools"), where)
+    options = record.get("chat_template_kwargs")
+    if options is not None and not isinstance(options, Mapping):
+        raise CommandError(f"{where}: chat_template_kwargs is {_what(options)}; accepted: an object")
+    answers = [
+        turn
+        for turn, message in enumerate(messages)
+        if turn >= first and message["role"] == "assistant" and message.get("weight") != 0
+    ]
+    conversation = written(messages, answers, tokenizer, tokenizer.get_chat_template(template, tools), tools=tools, options=options)
+    notes.add(where, conversation)
+    # the template has written the special tokens
+    ids, labels = _labelled(conversation.text, conversation.spans, tokenizer, add_special_tokens=False)
     return {"input_ids": ids, "labels": labels}
-
-
-def _templated(messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str, *, prompt: bool) -> str:
-    try:
-        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-    except Exception as error:  # a template raises what it likes
-        raise CommandError(f"{where}: the chat template refuses it: {' '.join(str(error).split())}") from error
-    return text
 
 
 def _labelled(text: str, spans: list[tuple[int, int]], tokenizer: Any, *, add_special_tokens: bool) -> tuple[list[int], list[int]]:
@@ -272,19 +340,27 @@ def _checked(record: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(record, Mapping):
         raise CommandError(f"{where}: holds {_what(record)}; accepted: a record with {KINDS}")
     messages = record.get("messages")
+    pair = [record["prompt"], record["completion"]] if _is_pair(record) else []
     if messages is not None:
-        known = isinstance(messages, Sequence) and all(
-            isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-            for message in messages
-        )
-    elif _is_pair(record):
-        known = isinstance(record["prompt"], str) and isinstance(record["completion"], str)
+        known = _is_list(messages)
+        if known:
+            turns(messages, f"{where}, message")
+    elif pair:
+        known = all(isinstance(part, str) for part in pair) or all(map(_is_list, pair))
+        for name, part in zip(("prompt", "completion"), pair, strict=True):
+            if known and not isinstance(part, str):
+                turns(part, f"{where}, {name} message")
     else:
         known = isinstance(record.get("text"), str)
     if not known:
         held = ", ".join(f'"{name}" ({_what(value)})' for name, value in record.items()) or "nothing"
-        raise CommandError(f"{where}: holds {held}; accepted: {KINDS}")
+        hint = '; "conversations" as ShareGPT has them are to be named so' if "conversations" in record else ""
+        raise CommandError(f"{where}: holds {held}; accepted: {KINDS}{hint}")
     return record
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _json(text: str, where: str) -> Any:
@@ -292,11 +368,6 @@ def _json(text: str, where: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise CommandError(f"{where}: not JSON ({error})") from error
-
-
-def _what(value: Any) -> str:
-    names = {str: "a string", list: "a list", dict: "an object", type(None): "null", bool: "a truth value"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
 
 
 def _saved(path: Path, split: str) -> Sequence[Mapping[str, Any]]:

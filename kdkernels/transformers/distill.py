@@ -38,7 +38,7 @@ from kdkernels.transformers.data import Example, prepare
 from kdkernels.transformers.distill_command import FREE
 from kdkernels.transformers.load import load_model, load_tokenizer
 from kdkernels.transformers.trainer import KDTrainer
-from kdkernels.transformers.vocabularies import shared_vocabulary
+from kdkernels.transformers.vocabularies import Known
 
 COMMAND = "distill"
 RUN, RESULTS, STUDENT = "run.json", "results.json", "student"
@@ -185,6 +185,7 @@ def _config(settings: argparse.Namespace, out: Path) -> KDConfig:
         on_policy_schedule=settings.on_policy_schedule,
         on_policy_max_new_tokens=settings.max_new_tokens,
         topk_tail=settings.topk_tail,
+        vocab_size=settings.vocab_size,
         memory_budget=settings.memory_budget,
         max_steps=settings.steps or -1,
         num_train_epochs=settings.epochs or 1.0,
@@ -244,15 +245,16 @@ def _data(
     """The examples to learn from, and those that are held out."""
     theirs = settings.teacher if cache is None else cache.folder / TOKENIZER
     # A program may have made a cache without a tokenizer; then its height is all that is known.
-    shared = cache.vocab_size if cache is not None else 2**63
-    if cache is None or theirs.is_dir():
-        with _refused():
-            shared = min(shared, shared_vocabulary(tokenizer, _for("teacher", load_tokenizer, theirs)))
+    teacher = _for("teacher", load_tokenizer, theirs) if cache is None or theirs.is_dir() else None
+    with _refused():
+        known = Known(tokenizer, teacher, rows=None if cache is None else cache.vocab_size, vocab_size=settings.vocab_size)
 
     def read(option: str, source: str, split: str, limit: int | None) -> list[Example]:
         prepared = _for(option, prepare, source, tokenizer, max_length=settings.max_length, split=split, limit=limit)
         if prepared.cut or prepared.dropped:
             say(f"{source}: {prepared.cut:,} examples cut at {settings.max_length} tokens, {prepared.dropped:,} dropped as empty")
+        for note in prepared.notes:
+            say(note)
         return list(prepared.examples)
 
     if settings.data is not None:
@@ -271,13 +273,11 @@ def _data(
                 "--eval-data, more data, a smaller --max-length, or --eval-fraction 0"
             )
         train, held_out = train[: len(train) - count], train[len(train) - count :]
-    for option, part in (("--data", train), ("--eval-data" if settings.eval_data else "--data", held_out)):
-        largest = max((max(example["input_ids"]) for example in part), default=0)
-        if largest >= shared:
-            token = tokenizer.convert_ids_to_tokens(largest)
-            raise CommandError(
-                f"{option} has the token {token!r} ({largest}), which the teacher does not know: both know the first {shared:,}"
-            )
+    first = "--data" if settings.data else f"the cache {settings.teacher}"
+    for option, part in ((first, train), ("--eval-data" if settings.eval_data else first, held_out)):
+        problem = known.problem(part)
+        if problem is not None:
+            raise CommandError(f"{option} has {problem}")
     return train, held_out
 
 

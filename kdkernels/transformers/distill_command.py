@@ -125,6 +125,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("on_policy_schedule", _one_of("constant", "adaptive"), "NAME", f"adaptive: {ADAPTIVE}", "constant"),
         Option("max_new_tokens", COUNT, "N", "most tokens that the student writes", 128),
         Option("topk_tail", _one_of("bucket", "renormalize"), "NAME", "with a cached teacher: what stands for the rest", "bucket"),
+        Option("vocab_size", COUNT, "V", "compare the first V tokens; other names there are confirmed (default: what both know)"),
         Option("memory_budget", COUNT, "BYTES", "for the loss's logits of both models (default: what the loss itself takes)"),
     ),
     "training": (
@@ -166,7 +167,7 @@ def add(commands: Any) -> None:
         "  python -m kdkernels distill --config run.yaml --learning-rate 5e-5 --out run2\n"
         "  python -m kdkernels distill --config run.yaml --resume       after Ctrl-C\n\n"
         "A configuration file is YAML, or JSON where its name ends in .json: the names of the options, and their values.\n"
-        'In .jsonl and .json data a record has "text", or "messages", or "prompt" and "completion".',
+        'In .jsonl and .json data a record has "text", or "messages" (and "tools"), or "prompt" and "completion".',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="options from a file; those on the command line come first")

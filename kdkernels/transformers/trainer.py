@@ -43,7 +43,7 @@ from kdkernels.transformers.hidden import hidden_states
 from kdkernels.transformers.on_policy import OnPolicy
 from kdkernels.transformers.online import OnlineTeacher, shard
 from kdkernels.transformers.verify import mixes_documents, verify_lm_head
-from kdkernels.transformers.vocabularies import shared_vocabulary
+from kdkernels.transformers.vocabularies import compare, real_tokens, token_ids, tokenizer_of
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +123,10 @@ class KDTrainer(Trainer):
     args: a KDConfig.
     teacher: a causal language model; or its folder or hub name; or a folder made by ``python -m kdkernels cache`` (or a TopKCache),
         whose log-probabilities then stand in for the model.
-    processing_class, teacher_processing_class: the tokenizers, whose vocabularies must be the same. Where one is not given, the one
-        saved with its model is looked for. Heads of different height (padded vocabularies) are cut to what both know.
+    processing_class, teacher_processing_class: the tokenizers, or processors that have one, whose vocabularies must be the same.
+        Where one is not given, the one saved with its model is looked for. Heads of different height (padded vocabularies) are cut
+        to what both know; tokens that are no padding and no special tokens are named in a warning where they are cut off, and
+        args.vocab_size says which rows are meant (``shared_vocabulary``).
     train_dataset, eval_dataset: examples with "input_ids" and, unless each token counts, "labels" (-100: does not count), both not
         shifted. A position counts where its label does, and its token and the one before it are real and of one document. With a
         cached teacher both must be in the cache, and the train_dataset may be left out: the cache holds its own. Of a list or a
@@ -172,6 +174,7 @@ class KDTrainer(Trainer):
                 f"one process sees {args.n_gpu} GPUs, which transformers would run as DataParallel: start one for each"
             )
         _check_student(model)
+        _check_tokenizers(processing_class, teacher_processing_class)
         self.cache = _cache(teacher)
         self.teacher: Any = None
         if self.cache is not None:
@@ -227,24 +230,36 @@ class KDTrainer(Trainer):
         """How many rows of both heads are compared, and how many of them are tokens that both know; None for all."""
         rows = [lm_head(self.model).weight.shape[0]]
         rows.append(lm_head(self.teacher).weight.shape[0] if self.cache is None else self.cache.vocab_size)
-        if self.args.vocab_size is not None:
-            if not 1 <= self.args.vocab_size <= min(rows):
-                raise ValueError(f"vocab_size={self.args.vocab_size}; accepted: 1 to {min(rows)}, the rows that both heads have")
-            return self.args.vocab_size, self.args.vocab_size
+        given = self.args.vocab_size
+        if given is not None and not 1 <= given <= min(rows):
+            raise ValueError(f"vocab_size={given}; accepted: 1 to {min(rows)}, the rows that both heads have")
         agreed: int | None = None
         theirs = teacher_processing_class
         if theirs is None:
             theirs = _tokenizer_of(self.teacher) if self.cache is None else _tokenizer_at(self.cache.folder / TOKENIZER)
-        if self.processing_class is None or theirs is None:
+        if self.processing_class is not None and theirs is not None:
+            agreed, notes = compare(self.processing_class, theirs, given)
+            ours = token_ids(self.processing_class, "processing_class")
+            last = max(*ours.values(), *token_ids(theirs, "teacher_processing_class").values())
+            if given is None:
+                without = real_tokens(self.processing_class, {token: at for token, at in ours.items() if min(rows) <= at < agreed})
+                if without:
+                    notes += (
+                        f"both tokenizers have {agreed:,} tokens, of which student and teacher have {rows[0]:,} and {rows[1]:,} "
+                        f"rows: the loss leaves out {len(without):,} tokens from {without[0][1]!r} ({without[0][0]}) on",
+                    )
+            for note in notes:
+                logger.warning(note)
+            # Rows behind all tokens, alike in both heads, stay: a student has to learn that they mean nothing.
+            if agreed <= last:
+                rows.append(agreed)
+        elif given is None:
             logger.warning(
                 "The vocabularies of teacher and student were not compared: pass processing_class and teacher_processing_class."
             )
-        else:
-            agreed = shared_vocabulary(self.processing_class, theirs)
-            # Rows behind all tokens, alike in both heads, stay: a student has to learn that they mean nothing.
-            if agreed <= max(max(tokenizer.get_vocab().values()) for tokenizer in (self.processing_class, theirs)):
-                rows.append(agreed)
         cut = min(rows) if len(set(rows)) > 1 else None
+        if given is not None:
+            cut = given
         return cut, min([size for size in (cut, agreed) if size is not None], default=None)
 
     def _look_at(self, **datasets: Any) -> None:
@@ -290,7 +305,8 @@ class KDTrainer(Trainer):
                 f"{limits.positions:,} tokens in a sequence; accepted: 1 to {limits.positions - 1}"
             )
         generation = getattr(unwrapped(self.model), "generation_config", None)
-        ids = [getattr(self.processing_class, "eos_token_id", None), getattr(generation, "eos_token_id", None)]
+        tokenizer = None if self.processing_class is None else tokenizer_of(self.processing_class, "processing_class")
+        ids = [getattr(tokenizer, "eos_token_id", None), getattr(generation, "eos_token_id", None)]
         ends = {end for one in ids if one is not None for end in (one if isinstance(one, list) else [one])}
         return OnPolicy(
             args.on_policy_fraction,
@@ -626,6 +642,18 @@ def _check_student(model: Any) -> None:
     if getattr(getattr(base, "config", None), "output_router_logits", False):
         raise ValueError(
             "model.config.output_router_logits asks for a loss that balances experts, which this loss does not add; accepted: False"
+        )
+
+
+def _check_tokenizers(processing_class: Any, teacher_processing_class: Any) -> None:
+    """Before any model is loaded: both can be compared, and the student's can be saved with it."""
+    for name, given in (("processing_class", processing_class), ("teacher_processing_class", teacher_processing_class)):
+        if given is not None:
+            token_ids(given, name)
+    if processing_class is not None and not hasattr(processing_class, "save_pretrained"):
+        raise TypeError(
+            f"processing_class is saved with the student, and {type(processing_class).__name__} has no save_pretrained; accepted: "
+            "a tokenizer of transformers, for example PreTrainedTokenizerFast(tokenizer_object=...)"
         )
 
 
