@@ -19,7 +19,8 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from kdkernels.errors import CommandError
-from kdkernels.transformers.data import IGNORED, Collator, examples, prepare, read
+from kdkernels.transformers.batches import IGNORED
+from kdkernels.transformers.data import Collator, examples, prepare, read
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"

@@ -809,7 +809,7 @@ def test_a_processor_stands_for_its_tokenizer(tmp_path: Path) -> None:
     trainer = KDTrainer(
         student,
         settings(tmp_path, on_policy_fraction=1.0, on_policy_max_new_tokens=4),
-        train_dataset=examples(),
+        train_dataset=[{"input_ids": [token % 50 for token in one["input_ids"]]} for one in examples()],  # that both know
         teacher=teacher,
         processing_class=Processor(ours),
         teacher_processing_class=Processor(tokenizer(words)),

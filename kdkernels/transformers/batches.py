@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdkernels.transformers.data import IGNORED
 from kdkernels.transformers.heads import unwrapped
 
 logger = logging.getLogger(__name__)
 
+IGNORED = -100  # a label that does not count
 # What says where the documents of a row lie, for kernels that do not read it from position_ids.
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 # The mask of a batch whose documents position_ids tell apart: not for the models, who would then see one document.

@@ -33,8 +33,8 @@ from kdkernels.checks import LMHead, number
 from kdkernels.errors import CommandError
 from kdkernels.outcomes import LEAST_REST, log_of_rest
 from kdkernels.plan import default_budget
-from kdkernels.transformers.batches import Inputs, documents, laid_out
-from kdkernels.transformers.data import IGNORED, Collator
+from kdkernels.transformers.batches import IGNORED, Inputs, documents, laid_out
+from kdkernels.transformers.data import Collator
 from kdkernels.transformers.heads import lm_head, unwrapped
 from kdkernels.transformers.most_likely import MostLikely, evaluating
 from kdkernels.transformers.verify import verify_lm_head

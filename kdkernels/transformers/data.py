@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from kdkernels.errors import CommandError
+from kdkernels.transformers.batches import IGNORED
 from kdkernels.transformers.conversations import Unusable, Written, tools_of, turns, without_nulls, written
 from kdkernels.transformers.conversations import what as _what
 
-IGNORED = -100
 KINDS = (
     '"text" (a string), "messages" (a list of {"role", "content"}), or "prompt" and "completion" (two strings, or two such lists)'
 )

@@ -26,8 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from kdkernels.checks import number
-from kdkernels.transformers.batches import most_positions
-from kdkernels.transformers.data import IGNORED
+from kdkernels.transformers.batches import IGNORED, most_positions
 from kdkernels.transformers.heads import unwrapped
 
 SCHEDULES = ("constant", "adaptive")

@@ -26,6 +26,7 @@ from kdkernels.okd import linear_okd_loss
 from kdkernels.outcomes import WEIGHED_BY_STUDENT
 from kdkernels.topk import linear_topk_kd_loss
 from kdkernels.transformers.batches import (
+    IGNORED,
     PADDING,
     Inputs,
     Prepared,
@@ -37,7 +38,7 @@ from kdkernels.transformers.batches import (
 )
 from kdkernels.transformers.cache import TOKENIZER, TopKCache, is_cache
 from kdkernels.transformers.config import OKD, TAID, KDConfig
-from kdkernels.transformers.data import IGNORED, Collator
+from kdkernels.transformers.data import Collator
 from kdkernels.transformers.heads import lm_head, unwrapped
 from kdkernels.transformers.hidden import hidden_states
 from kdkernels.transformers.on_policy import OnPolicy
