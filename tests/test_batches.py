@@ -17,7 +17,16 @@ from kdkernels.transformers.data import Collator
 transformers = pytest.importorskip("transformers")
 
 from kdkernels.transformers import KDConfig, KDTrainer, TopKCache, hidden_states, lm_head, write_cache  # noqa: E402
-from kdkernels.transformers.batches import Inputs, documents, laid_out, most_positions, next_tokens, positions_of, takes  # noqa: E402
+from kdkernels.transformers.batches import (  # noqa: E402
+    Inputs,
+    document_numbers,
+    documents,
+    laid_out,
+    most_positions,
+    next_tokens,
+    positions_of,
+    takes,
+)
 from kdkernels.transformers.verify import mixes_documents  # noqa: E402
 from tests.tiny_models import MODELS, VOCAB, build  # noqa: E402
 
@@ -396,6 +405,9 @@ def test_positions_that_say_nothing_are_no_matter_to_a_model_without_them(tmp_pa
     student, teacher = llama(1), build("bloom").float()
     data = [{**example, "position_ids": list(range(len(example["input_ids"])))} for example in APART]
     assert loss(student, teacher, data, tmp_path) == pytest.approx(one_by_one(student, teacher, [A, B]), rel=1e-4)
+    inputs = Inputs.of({"model": student, "teacher": teacher})
+    given = inputs(Collator(None)(data))
+    assert ["position_ids" in inputs.to(name, given) for name in ("model", "teacher")] == [True, False]
     with pytest.raises(
         ValueError, match=r"the column position_ids .* the teacher \(BloomForCausalLM\) does not take it, though the model"
     ):
@@ -542,3 +554,10 @@ def test_no_cache_of_keys_is_kept_however_a_forward_takes_the_switch(name: str) 
     with torch.no_grad():
         hidden_states(model, torch.tensor([A]))
     assert seen == [False]
+
+
+def test_documents_of_a_batch_are_numbered_for_ranks_that_count_each_once() -> None:
+    apart = {"input_ids": torch.zeros(2, 3), "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 0]])}
+    assert document_numbers(apart).tolist() == [[0, 0, 0], [1, 1, 1]]
+    row = {"input_ids": torch.zeros(1, 6), "position_ids": torch.tensor([[0, 1, 0, 0, 1, 2]])}
+    assert document_numbers(row).tolist() == [[0, 0, 1, 2, 2, 2]]
