@@ -608,7 +608,7 @@ def test_without_labels_everything_counts_and_padding_is_left_out(llama: Any, tm
 
 
 def test_entries_are_found_though_all_hashes_are_the_same(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caches, "_key", lambda ids: -5)
+    monkeypatch.setattr(caches, "_key", lambda ids, further: -5)
     assert_right(write_cache(llama, EXAMPLES, tmp_path / "new", **OPTIONS), llama, EXAMPLES)
 
 
@@ -746,10 +746,10 @@ def test_the_command_goes_on_after_an_interrupt(
 ) -> None:
     original, calls = MostLikely.__call__, iter(range(100))
 
-    def interrupted(self: MostLikely, sequences: list[Tensor]) -> Any:
+    def interrupted(self: MostLikely, *arguments: Any) -> Any:
         if next(calls) == 2:
             raise KeyboardInterrupt
-        return original(self, sequences)
+        return original(self, *arguments)
 
     monkeypatch.setattr(MostLikely, "__call__", interrupted)
     monkeypatch.setattr(write_cache, "__kwdefaults__", {**write_cache.__kwdefaults__, "shard_examples": 4})

@@ -14,7 +14,8 @@ pytest.importorskip("tokenizers")
 import transformers
 
 from kdkernels.errors import CommandError
-from kdkernels.transformers.data import IGNORED, Prepared, prepare
+from kdkernels.transformers.batches import IGNORED
+from kdkernels.transformers.data import Prepared, prepare
 from tests.test_data import CHAT, TEMPLATE, learned, put, tokenizer
 
 # As Qwen3 has them: thinking stays in answers to the last question alone, and calls are JSON in tags.

@@ -21,7 +21,8 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from kdkernels.errors import CommandError
-from kdkernels.transformers.data import IGNORED, Collator, examples, prepare, read
+from kdkernels.transformers.batches import IGNORED
+from kdkernels.transformers.data import Collator, examples, prepare, read
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
@@ -381,7 +382,7 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pad", [None, 9])
 def test_a_batch_is_padded_on_the_right_and_padding_is_masked(pad: int | None) -> None:
     batch = [
-        {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "id": 7},
+        {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]},
         {"input_ids": [4]},
         {"input_ids": [5, 6], "attention_mask": [0, 1]},
     ]

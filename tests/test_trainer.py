@@ -642,8 +642,23 @@ def test_a_padding_token_that_only_the_student_has_reaches_no_teacher(tmp_path: 
         trainer.train()
 
 
-def test_a_step_without_a_token_that_counts_has_loss_0_and_moves_no_target(tmp_path: Path) -> None:
-    masked = [{"input_ids": one["input_ids"], "labels": [-100] * len(one["input_ids"])} for one in examples()]
+class NotLookedAt(torch.utils.data.Dataset[dict[str, list[int]]]):
+    """A data set of a class of the user's own, which is not read before it has to be."""
+
+    def __init__(self, examples: list[dict[str, list[int]]]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, number: int) -> dict[str, list[int]]:
+        return self.examples[number]
+
+
+def test_a_step_without_a_token_that_counts_has_loss_0_and_moves_no_target_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    masked = NotLookedAt([{"input_ids": one["input_ids"], "labels": [-100] * len(one["input_ids"])} for one in examples()])
     student, teacher = models(torch.float32)
     args = settings(tmp_path, method="taid", taid_t_start=0.4, taid_t_end=0.4)
     trainer = KDTrainer(student, args, train_dataset=masked, eval_dataset=masked, teacher=teacher)
@@ -651,8 +666,25 @@ def test_a_step_without_a_token_that_counts_has_loss_0_and_moves_no_target(tmp_p
     trainer.train()
     assert [entry["loss"] for entry in logs(trainer)] == [0.0] * STEPS
     assert trainer.taid.previous.isnan()
-    assert trainer.evaluate()["eval_loss"] == 0.0
+    assert [trainer.evaluate()["eval_loss"] for _ in range(2)] == [0.0] * 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(student).items())
+    said = [record.message for record in caplog.records if "no token that counts" in record.message]
+    assert [text.split(" has ")[0] for text in said] == ["A step", "An evaluation (eval)"]
+
+
+def test_data_without_a_token_to_learn_is_refused_and_held_out_data_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    student, teacher = models()
+    nothing = [
+        {"input_ids": [3, 4, 5], "labels": [-100] * 3},
+        {"input_ids": [3, 4], "labels": [3, -100]},  # the first is never predicted
+        {"input_ids": [0, 3], "attention_mask": [0, 1], "labels": [-100, 3]},
+    ]
+    with pytest.raises(ValueError, match="train_dataset has 3 examples and not one token to learn"):
+        KDTrainer(student, settings(tmp_path), train_dataset=nothing, teacher=teacher)
+    KDTrainer(student, settings(tmp_path), train_dataset=[*nothing, *examples()], eval_dataset={"a": nothing}, teacher=teacher)
+    assert "eval_dataset['a'] has 3 examples and not one token to learn" in caplog.text
 
 
 def test_students_write_no_token_that_no_tokenizer_has(tmp_path: Path) -> None:
@@ -777,7 +809,7 @@ def test_a_processor_stands_for_its_tokenizer(tmp_path: Path) -> None:
     trainer = KDTrainer(
         student,
         settings(tmp_path, on_policy_fraction=1.0, on_policy_max_new_tokens=4),
-        train_dataset=examples(),
+        train_dataset=[{"input_ids": [token % 50 for token in one["input_ids"]]} for one in examples()],  # that both know
         teacher=teacher,
         processing_class=Processor(ours),
         teacher_processing_class=Processor(tokenizer(words)),

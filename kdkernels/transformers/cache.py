@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -33,12 +34,15 @@ from kdkernels.errors import CommandError
 from kdkernels.outcomes import LEAST_REST, log_of_rest
 from kdkernels.plan import default_budget
 from kdkernels.scalars import number
-from kdkernels.transformers.data import IGNORED
+from kdkernels.transformers.batches import IGNORED, Inputs, documents, laid_out
+from kdkernels.transformers.data import Collator
 from kdkernels.transformers.finite import check_weights
 from kdkernels.transformers.heads import lm_head, unwrapped
 from kdkernels.transformers.modes import evaluating, restored
 from kdkernels.transformers.most_likely import MostLikely
 from kdkernels.transformers.verify import verify_lm_head
+
+logger = logging.getLogger(__name__)
 
 COMMAND = "cache"
 MANIFEST, INDEX, TOKENIZER = "manifest.json", "index.safetensors", "tokenizer"
@@ -70,7 +74,10 @@ def write_cache(
     model: the teacher, a causal language model of transformers with all its weights here. It runs in evaluation mode, without
         gradients, on the device where its embeddings are, and is left as it was.
     examples: each {"input_ids": (L,) integers}, with "labels" (L,) where some do not count: a label is the token itself, or -100.
-        Tokens at which an "attention_mask" (L,) is 0 are padding, and left out. Read twice, one at a time.
+        Tokens at which an "attention_mask" (L,) is 0 are padding, and left out. Further columns that the teacher's forward takes go
+        along as ``kdkernels.transformers.data.Collator`` batches them; what it does not take is refused, or, where it is a text or
+        a number, named and left out. An example whose "position_ids" restart holds several documents, each of which becomes an
+        example of the cache. Read twice, one at a time.
     folder: a new one, an empty one, or one of an earlier call. A call with the same arguments goes on where that one stopped; only
         whole shards of it are taken up. One call writes at a time.
     top_k: 1 to vocab_size. temperature: positive. vocab_size: the softmax is over the first so many rows of the teacher's head
@@ -94,20 +101,23 @@ def write_cache(
         _count("memory_budget", memory_budget)
     check_weights(model, "teacher")
     embeddings: Any = unwrapped(model).get_input_embeddings()
-    reader = _Reader(examples, embeddings.weight.shape[0])
+    reader = _Reader(examples, Inputs.of({"teacher": model}))
     survey = _survey(reader)
+    count = len(survey.lengths)
     identity: dict[str, Any] = {
         "version": VERSION,
         "top_k": top_k,
         "temperature": float(temperature),
         "vocab_size": head.weight.shape[0] if vocab_size is None else vocab_size,
         "shard_examples": shard_examples,
-        "examples": len(examples),
+        "examples": count,
         "tokens": int(survey.lengths.sum()),
         "teacher_digest": _teacher_digest(model),
         "data_digest": survey.digest,
         "about": _plain(about),
     }
+    if survey.columns:
+        identity["columns"] = survey.columns
     folder = Path(folder)
     files.claim(folder, COMMAND, "folder")
     before = _read_manifest(folder) if (folder / MANIFEST).exists() else {}
@@ -115,14 +125,14 @@ def write_cache(
         _refuse_another(folder, before, identity)
 
     key = hashlib.blake2b(_json(identity).encode(), digest_size=16).hexdigest()
-    shards = range(math.ceil(len(examples) / shard_examples))
+    shards = range(math.ceil(count / shard_examples))
     held = {shard: _read_shard(folder, shard, key) for shard in shards if (folder / shard_name(shard)).exists()}
     missing = [shard for shard in shards if shard not in held]
     done = sum(facts["examples"] for facts in held.values())
 
     def report(more: int) -> None:
         if progress is not None:
-            progress(done + more, len(examples))
+            progress(done + more, count)
 
     report(0)
     if missing:
@@ -139,7 +149,7 @@ def write_cache(
         )
         with restored(model), evaluating(model):
             for shard in missing:
-                numbers = range(len(examples))[shard * shard_examples : (shard + 1) * shard_examples]
+                numbers = range(count)[shard * shard_examples : (shard + 1) * shard_examples]
                 tensors = _shard(teacher, reader, numbers, batch_size, report)
                 facts = {"cache": key, "shard": shard, "examples": len(numbers), "tail_mass": _tail_mass(tensors["topk_rest"])}
                 held[shard] = {**facts, "digest": files.save(folder / shard_name(shard), tensors, facts)}
@@ -158,8 +168,10 @@ def is_cache(path: str | Path) -> bool:
 class TopKCache:
     """A folder made by ``write_cache``, read.
 
-    top_k, temperature, vocab_size: as given to ``write_cache``. tokens: in all examples. tail_mass: the probability that the top_k
-    leave to other tokens, mean over the tokens. about: what ``write_cache`` was given under that name. len(): examples.
+    top_k, temperature, vocab_size: as given to ``write_cache``. columns: of the examples, besides ids, labels and mask, that the
+    teacher read: an example is found only with the same ones, and they are not kept. tokens: in all examples. tail_mass: the
+    probability that the top_k leave to other tokens, mean over the tokens. about: what ``write_cache`` was given under that name.
+    len(): examples.
 
     An example costs 24 bytes of memory; its entries are read from its shard when they are asked for. A shard's digest is verified
     when it is first read. It can be pickled, for the workers of a DataLoader.
@@ -193,6 +205,7 @@ class TopKCache:
         self.tokens: int = manifest["tokens"]
         self.tail_mass: float = math.fsum(shard["tail_mass"] for shard in manifest["shards"]) / self.tokens
         self.about: dict[str, Any] = manifest["about"]
+        self.columns: list[str] = manifest.get("columns", [])
         self._digests: list[str] = [shard["digest"] for shard in manifest["shards"]]
         self._keys, self._order = index["keys"].sort(stable=True)
         self._ends = index["lengths"].cumsum(0)
@@ -214,13 +227,14 @@ class TopKCache:
 
         Row i is about the token after the i-th; the most likely stands first. Raises ValueError where no such example was cached.
         """
-        found = self._entries(_token_ids(ids, "ids"))
+        found = self._entries(_token_ids(ids, "ids"), {})
         return found["topk_ids"], found["topk_logprobs"]
 
-    def batch(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
-        """The entries of a batch, each row of which is an example with padding on either side.
+    def batch(self, input_ids: Tensor, attention_mask: Tensor | None = None, **columns: Tensor) -> dict[str, Tensor]:
+        """The entries of a batch, each row of which is an example with padding on either side, or several documents.
 
-        input_ids: (B, S) integers. attention_mask: (B, S), 0 at the padding; None: there is none.
+        input_ids: (B, S) integers. attention_mask: (B, S), 0 at the padding; None: there is none. columns: position_ids (B, S),
+        which restart where a document begins, and whatever else the teacher read, (B, S) or one entry for each row.
 
         Returns {"topk_ids": (B, S, top_k) int64, "topk_logprobs": (B, S, top_k) float32, "topk_rest": (B, S) float32, the
         log-probability of all others} on the device of input_ids. At the padding the distribution is uniform: finite where top_k
@@ -235,15 +249,15 @@ class TopKCache:
                 f"attention_mask has shape {tuple(attention_mask.shape)}; accepted: {tuple(input_ids.shape)}, as input_ids"
             )
         here = input_ids.cpu()
-        real = torch.ones_like(here, dtype=torch.bool) if attention_mask is None else attention_mask.cpu() != 0
         found = {
             "topk_ids": torch.arange(self.top_k).expand(*here.shape, -1).clone(),
             "topk_logprobs": torch.full((*here.shape, self.top_k), -math.log(self.vocab_size)),
             "topk_rest": torch.full(here.shape, 1 - self.top_k / self.vocab_size).log(),
         }
-        for row, mask in enumerate(real):
-            for name, entries in self._entries(here[row, mask]).items():
-                found[name][row, mask] = entries
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, **columns}
+        for row, places, further in documents(laid_out({name: value for name, value in given.items() if value is not None})):
+            for name, entries in self._entries(here[row, places], further).items():
+                found[name][row, places] = entries
         return {name: tensor.to(input_ids.device) for name, tensor in found.items()}
 
     def examples(self) -> Sequence[dict[str, list[int]]]:
@@ -257,16 +271,16 @@ class TopKCache:
         ids, counts = file.get_slice("input_ids")[rows], file.get_slice("counts")[rows]
         return {"input_ids": ids.tolist(), "labels": ids.where(counts != 0, IGNORED).tolist()}
 
-    def _entries(self, ids: Tensor) -> dict[str, Tensor]:
-        """What was kept at each token (L,) of an example."""
-        shard, rows = self._find(ids)
+    def _entries(self, ids: Tensor, further: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What was kept at each token (L,) of an example that has further columns."""
+        shard, rows = self._find(ids, further)
         file = self._shard(shard)
         logprobs = file.get_slice("topk_logprobs")[rows].clone()
         rest = file.get_slice("topk_rest")[rows].clone() if self._version > 1 else _estimated_rest(logprobs, self.vocab_size)
         return {"topk_ids": file.get_slice("topk_ids")[rows].to(torch.int64), "topk_logprobs": logprobs, "topk_rest": rest}
 
-    def _find(self, ids: Tensor) -> tuple[int, slice]:
-        key = _key(ids)
+    def _find(self, ids: Tensor, further: Mapping[str, Tensor]) -> tuple[int, slice]:
+        key = _key(ids, further)
         at = int(torch.searchsorted(self._keys, key))
         while at < len(self) and self._keys[at] == key:
             shard, rows = self._place(int(self._order[at]))
@@ -274,9 +288,11 @@ class TopKCache:
                 return shard, rows
             at += 1
         first = ", ".join(map(str, ids[:8].tolist()))
+        having = f" with {', '.join(further)}" if further else ""
+        made = f" (it was made with {', '.join(self.columns)})" if self.columns else ""
         raise ValueError(
-            f"an example of {len(ids)} tokens ({first}{', ...' if len(ids) > 8 else ''}) is not in the cache {self.folder}: the "
-            "data, the tokenizer or the longest length differ from those that it was made from"
+            f"an example of {len(ids)} tokens ({first}{', ...' if len(ids) > 8 else ''}){having} is not in the cache "
+            f"{self.folder}{made}: the data, the tokenizer or the longest length differ from those that it was made from"
         )
 
     def _place(self, example: int) -> tuple[int, slice]:
@@ -325,7 +341,7 @@ def _shard(
     """The tensors of one shard: input_ids (tokens,) int32, counts (tokens,) uint8, lengths (examples,) int32, topk_ids and
     topk_logprobs (tokens, top_k) int32 and float32, topk_rest (tokens,) float32."""
     read = [reader.read(number) for number in numbers]
-    sequences = [ids for ids, _ in read]
+    sequences = [ids for ids, *_ in read]
     ends = torch.tensor([len(ids) for ids in sequences]).cumsum(0).tolist()
     topk_ids = torch.empty((ends[-1], teacher.top_k), dtype=torch.int32)
     logprobs = torch.empty((ends[-1], teacher.top_k), dtype=torch.float32)
@@ -334,7 +350,8 @@ def _shard(
     order = sorted(range(len(sequences)), key=lambda each: -len(sequences[each]))
     for begin in range(0, len(order), batch_size):
         batch = order[begin : begin + batch_size]
-        made = [part.split([len(sequences[each]) for each in batch]) for part in teacher([sequences[each] for each in batch])]
+        parts = teacher([sequences[each] for each in batch], [read[each].further for each in batch])
+        made = [part.split([len(sequences[each]) for each in batch]) for part in parts]
         for each, ids, values, others in zip(batch, *made, strict=True):
             if values[:, 0].isnan().any():
                 raise ValueError(
@@ -346,7 +363,7 @@ def _shard(
         progress(begin + len(batch))
     return {
         "input_ids": torch.cat(sequences).to(torch.int32),
-        "counts": torch.cat([counts for _, counts in read]),
+        "counts": torch.cat([each.counts for each in read]),
         "lengths": torch.tensor([len(ids) for ids in sequences], dtype=torch.int32),
         "topk_ids": topk_ids,
         "topk_logprobs": logprobs,
@@ -368,58 +385,88 @@ def _tail_mass(rest: Tensor) -> float:
     return float(rest.double().exp().sum())
 
 
-class _Reader:
-    """The examples, checked as they are read."""
+class _Document(NamedTuple):
+    """ids: (L,) int64. counts: (L,) uint8, 1 where the token counts. further: columns that the teacher reads."""
 
-    def __init__(self, examples: Sequence[Mapping[str, Any]], vocab: int) -> None:
+    ids: Tensor
+    counts: Tensor
+    further: dict[str, Tensor]
+
+
+class _Reader:
+    """The examples, checked as they are read, and taken apart where they hold several documents."""
+
+    def __init__(self, examples: Sequence[Mapping[str, Any]], inputs: Inputs) -> None:
         if len(examples) == 0:
             raise ValueError("examples is empty; accepted: at least one example")
-        self.examples, self.vocab = examples, vocab
+        self.examples, self.inputs, self.collate = examples, inputs, Collator(None)
+        self.places: list[tuple[int, int]] = []  # of each document: its example, and which one of that it is
 
-    def read(self, number: int) -> tuple[Tensor, Tensor]:
-        """Token ids (L,) int64, and (L,) uint8: 1 where the token counts."""
-        example, name = self.examples[number], f"examples[{number}]"
+    def survey(self) -> Iterator[_Document]:
+        """All documents, in the order in which ``read`` then numbers them."""
+        for example in range(len(self.examples)):
+            found = self._documents(example)
+            self.places += [(example, one) for one in range(len(found))]
+            yield from found
+
+    def read(self, document: int) -> _Document:
+        example, one = self.places[document]
+        return self._documents(example)[one]
+
+    def _documents(self, place: int) -> list[_Document]:
+        example, name = self.examples[place], f"examples[{place}]"
         if not isinstance(example, Mapping) or "input_ids" not in example:
             raise TypeError(f'{name} is {{"input_ids": ..., "labels": ...}}, got {type(example).__name__} without input_ids')
         ids = _token_ids(example["input_ids"], f"{name} input_ids")
         if len(ids) == 0:
             raise ValueError(f"{name} has no tokens; accepted: at least one")
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.vocab:
-            raise ValueError(f"{name} holds the token {low if low < 0 else high}; accepted: 0 to {self.vocab - 1}")
         labels = ids if example.get("labels") is None else _token_ids(example["labels"], f"{name} labels")
         if labels.shape != ids.shape:
             raise ValueError(f"{name} has {len(ids)} tokens and {len(labels)} labels; accepted: as many")
+        mask = torch.ones_like(ids)
         if example.get("attention_mask") is not None:
             mask = _token_ids(example["attention_mask"], f"{name} attention_mask")
             if mask.shape != ids.shape or not mask.any():
                 held = f"{len(mask)} entries, {int(mask.count_nonzero())} of them not 0"
                 raise ValueError(f"{name} attention_mask has {held}; accepted: {len(ids)}, at least one of them not 0")
-            ids, labels = ids[mask != 0], labels[mask != 0]
-        counts = labels != IGNORED
-        wrong = (counts & (labels != ids)).nonzero()
+        try:
+            batch = self.inputs(
+                self.collate([{**example, "input_ids": ids, "labels": labels, "attention_mask": mask}]), f"{name} holds"
+            )
+            found = documents(batch)
+        except ValueError as error:
+            raise ValueError(str(error) if name in str(error) else f"{name}: {error}") from error
+        labels = batch["labels"][0]
+        wrong = ((labels != IGNORED) & (labels != ids)).nonzero()
         if len(wrong):
             at = int(wrong[0])
             raise ValueError(f"{name} has the label {labels[at]} at token {ids[at]}; accepted: the token itself, or {IGNORED}")
-        return ids, counts.to(torch.uint8)
+        return [_Document(ids[places], (labels[places] != IGNORED).to(torch.uint8), further) for _, places, further in found]
 
 
-class _Survey:
-    """What is known of the examples before the teacher runs. keys, lengths: (examples,) int64. digest: of tokens and labels."""
+class _Survey(NamedTuple):
+    """What is known of the examples before the teacher runs. keys, lengths: (examples,) int64. digest: of all that is read.
+    columns: names of further ones."""
 
-    def __init__(self, keys: Tensor, lengths: Tensor, digest: str) -> None:
-        self.keys, self.lengths, self.digest = keys, lengths, digest
+    keys: Tensor
+    lengths: Tensor
+    digest: str
+    columns: list[str]
 
 
 def _survey(reader: _Reader) -> _Survey:
     everything = hashlib.blake2b(digest_size=16)
-    keys, lengths = [], []
-    for example in range(len(reader.examples)):
-        ids, counts = reader.read(example)
-        keys.append(_key(ids))
+    keys, lengths, learned = [], [], False
+    columns: set[str] = set()
+    for ids, counts, further in reader.survey():
+        keys.append(_key(ids, further))
         lengths.append(len(ids))
-        everything.update(len(ids).to_bytes(8, "little") + _bytes(ids) + counts.numpy().tobytes())
-    return _Survey(torch.tensor(keys), torch.tensor(lengths), everything.hexdigest())
+        columns.update(further)
+        learned = learned or bool(counts[1:].any())
+        everything.update(len(ids).to_bytes(8, "little") + _bytes(ids) + counts.numpy().tobytes() + _further_bytes(further))
+    if not learned:
+        logger.warning("No token of the examples counts: a student has nothing to learn from them unless it is given other labels.")
+    return _Survey(torch.tensor(keys), torch.tensor(lengths), everything.hexdigest(), sorted(columns))
 
 
 def _token_ids(value: Any, name: str) -> Tensor:
@@ -438,9 +485,19 @@ def _bytes(ids: Tensor) -> bytes:
     return ids.numpy().astype("<i8").tobytes()
 
 
-def _key(ids: Tensor) -> int:
+def _further_bytes(further: Mapping[str, Tensor]) -> bytes:
+    """Of numbers as they are, whatever integers or floats they came as."""
+    parts = []
+    for name, value in sorted(further.items()):
+        plain = value.to(torch.float64 if value.is_floating_point() else torch.int64).contiguous()
+        parts.append(f"{name} {tuple(value.shape)}".encode() + plain.numpy().tobytes())
+    return b"".join(parts)
+
+
+def _key(ids: Tensor, further: Mapping[str, Tensor]) -> int:
     """A signed number of 64 bits. Two examples may share one: whoever looks one up compares the tokens."""
-    return int.from_bytes(hashlib.blake2b(_bytes(ids), digest_size=8).digest(), "little", signed=True)
+    digest = hashlib.blake2b(_bytes(ids) + _further_bytes(further), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def _teacher_digest(model: nn.Module) -> str:

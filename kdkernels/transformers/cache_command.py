@@ -170,7 +170,9 @@ def _tokenizer_digest(tokenizer: Any) -> str:
 
 
 def _check_length(model: Any, longest: int) -> None:
-    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    from kdkernels.transformers.batches import most_positions
+
+    most = most_positions(model)
     if most is not None and longest > most:
         raise CommandError(
             f"the longest example has {longest} tokens, and the teacher takes {most}; accepted: --max-length up to {most}"

@@ -35,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from kdkernels import files, terminal
 from kdkernels.errors import CommandError
+from kdkernels.transformers.batches import most_positions
 from kdkernels.transformers.cache import TOKENIZER, TopKCache, is_cache
 from kdkernels.transformers.config import KDConfig
 from kdkernels.transformers.data import Example, Prepared, prepare
@@ -362,7 +363,7 @@ def _digest(*parts: Sequence[Example]) -> str:
 
 
 def _check_length(name: str, model: Any, longest: int) -> None:
-    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    most = most_positions(model)
     if most is not None and longest > most:
         raise CommandError(
             f"the longest example has {longest:,} tokens, and the {name} takes {most:,}; accepted: --max-length {most}"

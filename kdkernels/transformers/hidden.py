@@ -8,7 +8,6 @@ DistributedDataParallel looks for unused ones.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -17,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from kdkernels.transformers.batches import numbers_positions, positions_of, takes
 from kdkernels.transformers.heads import output_module, read_head, unwrapped
 
 # With these a model would compute a loss of its own from the logits that it does not get.
@@ -69,7 +69,11 @@ def keeping(head: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def model_inputs(model: Any, batch: Any) -> dict[str, Any]:
-    """The batch as the model's keyword arguments: without labels, and without a cache unless the batch asks for one."""
+    """The batch as the model's keyword arguments: without labels, and without a cache unless the batch asks for one.
+
+    Where the batch has an attention_mask (B, S) and no position_ids, positions are counted over the real tokens, so that padding on
+    the left does not move them.
+    """
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping):
@@ -85,9 +89,20 @@ def model_inputs(model: Any, batch: Any) -> dict[str, Any]:
             f"{type(unwrapped(model)).__name__} is an encoder-decoder, and batch has no decoder_input_ids; it has "
             f"{', '.join(inputs)}. accepted: a batch with them, or a causal language model, such as LlamaForCausalLM"
         )
-    if "use_cache" in inspect.signature(unwrapped(model).forward).parameters:
+    if "use_cache" in takes(model):
         inputs.setdefault("use_cache", False)  # else keys and values of a whole batch are kept for nobody
+    if inputs.get("position_ids") is None and _misplaced(model, inputs):
+        inputs["position_ids"] = positions_of(inputs["attention_mask"])
     return inputs
+
+
+def _misplaced(model: Any, inputs: Mapping[str, Any]) -> bool:
+    """Whether the model would number padding too."""
+    mask, ids = inputs.get("attention_mask"), inputs.get("input_ids", inputs.get("inputs_embeds"))
+    if mask is None or ids is None or mask.dim() != 2 or mask.shape != ids.shape[:2] or inputs.get("past_key_values") is not None:
+        return False
+    adapters = getattr(getattr(model, "module", model), "peft_config", {}).values()  # virtual tokens take the first positions
+    return numbers_positions(model) and not any(adapter.is_prompt_learning for adapter in adapters)
 
 
 def hidden_states(model: Any, batch: Any) -> Tensor:
@@ -96,7 +111,9 @@ def hidden_states(model: Any, batch: Any) -> Tensor:
     model: a causal language model of transformers. Its own forward runs, with all that wraps it (DistributedDataParallel, FSDP,
         PEFT, gradient checkpointing, torch.compile), under whatever autocast and grad mode it is called in.
     batch: the model's keyword arguments ({"input_ids": (B, S), "attention_mask": ..., ...}), or the token ids alone. Labels in it
-        are not given to the model; ``logits_to_keep`` chooses positions, as it does for logits.
+        are not given to the model; ``logits_to_keep`` chooses positions, as it does for logits. Without "position_ids" they are
+        counted over the real tokens of an attention_mask (B, S), for models that would else number padding on the left too. Which
+        positions count is up to the labels that go with the loss: -100 wherever the token or the one after it is padding.
 
     Returns (..., D), usually (B, S, D), with the model's graph; not shifted. Where the head carries a LoRA of PEFT, (..., D + r):
     the r columns s dropout(H) Aᵀ stand behind the hidden states, to meet B in the weight that ``lm_head`` returns.

@@ -6,6 +6,8 @@ scratch that a byte budget bounds, and of each row only the largest entries are 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from kdkernels.checks import LMHead
 from kdkernels.plan import chunk_rows
 from kdkernels.products import HeadProducts, block_size, logits_dtype, product_dtype
 from kdkernels.scratch import borrowed
+from kdkernels.transformers.data import Collator
 from kdkernels.transformers.hidden import hidden_states
 
 
@@ -46,16 +49,22 @@ class MostLikely:
         self.bytes_per_logit = self.sum.itemsize * (2 if self.made == self.sum else 3)
 
     @torch.no_grad()
-    def __call__(self, sequences: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """sequences: token ids (L,) int64 on the CPU, each; they are padded on the right.
+    def __call__(
+        self, sequences: list[Tensor], further: Sequence[Mapping[str, Tensor]] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """sequences: token ids (L,) int64 on the CPU, each; they are padded on the right. further: each one's other columns.
 
         Returns ids int32 and log-probabilities float32, both (tokens of all sequences one after another, top_k), the most likely
         first, and the log-probability of all others together, float32 (tokens,); all on the CPU. A row whose logits hold NaN or
         +inf, or nothing but -inf, starts with NaN.
         """
-        input_ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in sequences], batch_first=True)
-        inputs = {"input_ids": input_ids.to(self.device), "attention_mask": mask.to(self.device)}
+        batch = Collator(None)(
+            [{**more, "input_ids": ids} for ids, more in zip(sequences, further or [{}] * len(sequences), strict=True)]
+        )
+        for name, value in batch.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name} has several shapes in a batch of examples, or is not in all; accepted: batch_size=1")
+        inputs, mask = {name: value.to(self.device) for name, value in batch.items()}, batch["attention_mask"]
         where, (vocab, width) = self.weight.device, self.weight.shape
         hidden = hidden_states(self.model, inputs).to(where)
         hidden = hidden[mask.to(where) != 0]  # no product for the padding

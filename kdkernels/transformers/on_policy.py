@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from kdkernels.scalars import number
-from kdkernels.transformers.data import IGNORED
+from kdkernels.transformers.batches import IGNORED, most_positions
 from kdkernels.transformers.heads import unwrapped
 from kdkernels.transformers.modes import evaluating
 
@@ -79,6 +79,7 @@ class OnPolicy:
     pad_token_id: what fills up shorter sequences; masked, so any token does, and None takes the end token or 0.
     eos_token_id: one token, or several, that end a response; None: each has max_new_tokens.
     vocab_size: only the first so many tokens are written, where teacher and student differ in how far their heads are padded.
+    positions: the longest sequence, where the teacher takes a shorter one than the student.
 
     Raises ValueError or TypeError that names the argument, what came and what is accepted.
     """
@@ -97,6 +98,7 @@ class OnPolicy:
         pad_token_id: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         vocab_size: int | None = None,
+        positions: int | None = None,
     ) -> None:
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule {schedule!r} is not known; accepted: {', '.join(SCHEDULES)}")
@@ -110,6 +112,7 @@ class OnPolicy:
             raise ValueError("eos_token_id is a token, at least one of them, or None, got an empty sequence")
         self.pad = (self.ends or [0])[0] if pad_token_id is None else _count("pad_token_id", pad_token_id, 0)
         self.vocab_size = None if vocab_size is None else _count("vocab_size", vocab_size, 1)
+        self.positions = None if positions is None else _count("positions", positions, 1)
         self.max_new_tokens = _count("max_new_tokens", max_new_tokens, 1)
         self.sampling = {
             "do_sample": True,
@@ -149,7 +152,7 @@ class OnPolicy:
         A prompt is what comes before the first label that counts; a row without one, whose first token counts already, gives half
         of its tokens (up to the last that counts). The new row is prompt and response, up to and with its first end token, and the
         prompt's labels are -100. A row keeps its data where no label counts, and where prompt and max_new_tokens do not fit in the
-        positions that the model's configuration gives; a batch where all rows do is "data". New batches are padded on the right,
+        positions that the models' configurations give; a batch where all rows do is "data". New batches are padded on the right,
         to the longest row, in the dtypes of the old one.
 
         Where torch.distributed is initialised, the adaptive schedule asks all ranks whether their buffers are full.
@@ -160,11 +163,11 @@ class OnPolicy:
         _share("progress", progress)
         if self.adaptive and rows > self.replay_size:
             raise ValueError(f"replay_size={self.replay_size} is smaller than a batch of {rows} rows; accepted: {rows} or more")
-        positions = _positions(_writer(model)[1])
+        positions = self._positions(_writer(model)[1])
         if positions is not None and self.max_new_tokens >= positions:
             raise ValueError(
                 f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in the {positions} positions of "
-                f"{type(unwrapped(model)).__name__}; accepted: 1 to {positions - 1}"
+                f"{type(unwrapped(model)).__name__} and its teacher; accepted: 1 to {positions - 1}"
             )
         source = self._source(_uniform("source", self.seed, step, micro), progress, batch["input_ids"].device)
         found: list[_Row] | None = None
@@ -226,6 +229,10 @@ class OnPolicy:
         rows = [row.clone() for row in tokens.to("cpu", torch.int32).split(lengths.tolist())] if len(lengths) else []
         self._buffer = deque(map(_Written, rows, prompts.tolist()), maxlen=self.replay_size)
 
+    def _positions(self, base: Any) -> int | None:
+        """How many tokens a sequence may have for student and teacher; None where nothing bounds it."""
+        return min([most for most in (self.positions, most_positions(base)) if most is not None], default=None)
+
     def _source(self, coin: float, progress: float, device: torch.device) -> str:
         if coin >= self.fraction:
             return DATA
@@ -237,7 +244,7 @@ class OnPolicy:
     def _written(self, model: nn.Module, batch: Mapping[str, Tensor], seed: int, synced: bool) -> list[_Row] | None:
         """The rows, continued by the student from their prompts; None where none was."""
         rows = _unpadded(batch)
-        positions = _positions(unwrapped(model))
+        positions = self._positions(unwrapped(model))
         prompts = {place: row.tokens[: _prompt(row.labels)] for place, row in enumerate(rows)}
         fits = {
             place: prompt
@@ -345,14 +352,6 @@ def _prompt(labels: Tensor) -> int:
         return 0
     first, last = int(counts[0]), int(counts[-1])
     return first or max(1, (last + 1) // 2)
-
-
-def _positions(base: Any) -> int | None:
-    """How many tokens the model's configuration has positions for; None where it does not say."""
-    config: Any = getattr(base, "config", None)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    found = getattr(text, "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
 
 
 def _writer(model: Any) -> tuple[Any, Any]:

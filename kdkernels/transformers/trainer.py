@@ -27,9 +27,20 @@ from kdkernels.losses import linear_kd_loss
 from kdkernels.okd import linear_okd_loss
 from kdkernels.outcomes import WEIGHED_BY_STUDENT
 from kdkernels.topk import linear_topk_kd_loss
+from kdkernels.transformers.batches import (
+    IGNORED,
+    PADDING,
+    Inputs,
+    Prepared,
+    check_examples,
+    document_numbers,
+    looked_at,
+    next_tokens,
+    plain,
+)
 from kdkernels.transformers.cache import TOKENIZER, TopKCache, is_cache
 from kdkernels.transformers.config import OKD, TAID, KDConfig
-from kdkernels.transformers.data import IGNORED, Collator
+from kdkernels.transformers.data import Collator
 from kdkernels.transformers.finite import Losses, NotFinite, Watch, check_weights, wrong_weights
 from kdkernels.transformers.heads import lm_head, output_module, unwrapped
 from kdkernels.transformers.hidden import hidden_states
@@ -39,19 +50,12 @@ from kdkernels.transformers.on_policy import OnPolicy
 from kdkernels.transformers.online import OnlineTeacher, shard
 from kdkernels.transformers.padding import tokenizer_at as _tokenizer_at
 from kdkernels.transformers.padding import tokenizer_of as _tokenizer_of
-from kdkernels.transformers.verify import verify_lm_head
+from kdkernels.transformers.verify import mixes_documents, verify_lm_head
 from kdkernels.transformers.vocabularies import compare, real_tokens, token_ids, tokenizer_of
 
 logger = logging.getLogger(__name__)
 
 STATE = "distillation.pt"
-
-
-def next_tokens(labels: Tensor) -> Tensor:
-    """labels (B, S) as transformers has them, one for each input token -> the token to predict at each position."""
-    shifted = labels.roll(-1, -1)
-    shifted[..., -1] = IGNORED
-    return shifted
 
 
 class TokenMeans:
@@ -105,15 +109,22 @@ class _Steps(TrainerCallback):
         check_weights(self.trainer.model, "student")
 
 
-class _WithTargets:
-    """A collator whose batches carry the cached teacher's log-probabilities."""
+class _Batches:
+    """A collator whose batches are what both models read, and carry a cached teacher's log-probabilities."""
 
-    def __init__(self, collator: Callable[[Any], Any], cache: TopKCache) -> None:
-        self.collator, self.cache = collator, cache
+    def __init__(self, collator: Callable[[Any], Any], inputs: Inputs, cache: TopKCache | None) -> None:
+        self.collator, self.inputs, self.cache = collator, inputs, cache
 
-    def __call__(self, features: Any) -> dict[str, Any]:
-        batch = dict(self.collator(features))
-        return {**batch, **self.cache.batch(batch["input_ids"], batch.get("attention_mask"))}
+    def __call__(self, features: Any) -> Prepared:
+        return self.prepared(self.collator(features))
+
+    def prepared(self, batch: Mapping[str, Any]) -> Prepared:
+        if isinstance(batch, Prepared):
+            return batch
+        made = self.inputs(batch)
+        if self.cache is not None and "topk_ids" not in made:
+            made.update(self.cache.batch(**self.inputs.readable(made)))
+        return made
 
 
 class KDTrainer(Trainer):
@@ -128,8 +139,13 @@ class KDTrainer(Trainer):
         to what both know; tokens that are no padding and no special tokens are named in a warning where they are cut off, and
         args.vocab_size says which rows are meant (``shared_vocabulary``).
     train_dataset, eval_dataset: examples with "input_ids" and, unless each token counts, "labels" (-100: does not count), both not
-        shifted. With a cached teacher both must be in the cache, and the train_dataset may be left out: the cache holds its own.
-    data_collator: makes {"input_ids", "attention_mask", "labels"} of them (default: pads on the right).
+        shifted. A position counts where its label does, and its token and the one before it are real and of one document. With a
+        cached teacher both must be in the cache, and the train_dataset may be left out: the cache holds its own. Of a list or a
+        Dataset the first 10,000 examples are looked at now (without a data_collator), the others when they come.
+    data_collator: makes {"input_ids", "attention_mask", "labels"} of them (default: pads on the right; further columns go along).
+        Further ones go to both models, and are refused where one does not take them; texts and numbers about examples are left out
+        with a word. Padding may stand on either side. Documents in one row (DataCollatorWithFlattening) are told by position_ids
+        that restart, by cu_seq_lens_q or seq_idx, or by an attention_mask that numbers them.
     The rest is the Trainer's. No logits are made, so compute_metrics and preprocess_logits_for_metrics are refused.
 
     Both heads are verified (``verify_lm_head``) before anything else. What is logged besides the loss, as means over the tokens
@@ -181,6 +197,11 @@ class KDTrainer(Trainer):
         self.teacher: Any = None
         if self.cache is not None:
             _check_cache(args, self.cache)
+            if train_dataset is None and self.cache.columns:
+                raise ValueError(
+                    f"train_dataset is None, and the cache holds its examples without {', '.join(self.cache.columns)}, with which "
+                    "the teacher read them; accepted: the data that it was made from"
+                )
             if train_dataset is None:
                 train_dataset = self.cache.examples()
         else:
@@ -190,11 +211,10 @@ class KDTrainer(Trainer):
                 raise ValueError("teacher and model are one and the same model; load it twice")
         if processing_class is None:
             processing_class = _tokenizer_of(model)
-        if data_collator is None:
+        own_collator = data_collator is not None
+        if not own_collator:
             # The student's own padding may be a token that the teacher has no row for; what stands at padding does not matter.
             data_collator = Collator(None)
-        if self.cache is not None:
-            data_collator = _WithTargets(data_collator, self.cache)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **options)
 
         self.model_accepts_loss_kwargs = True  # the loss divides by the tokens of the whole step
@@ -207,6 +227,12 @@ class KDTrainer(Trainer):
             self._place_teacher()
             verify_lm_head(self.teacher, role="teacher")
         self.vocab_size, self._known_tokens = self._shared_vocabulary(teacher_processing_class)
+        models = {"model": self.model} if self.teacher is None else {"model": self.model, "teacher": self.teacher}
+        self.inputs = Inputs.of(models, None if args.vocab_size is not None else self._known_tokens)
+        if not own_collator:
+            self._look_at(train_dataset=self.train_dataset, eval_dataset=self.eval_dataset)
+        self._collate = _Batches(self.data_collator, self.inputs, self.cache)
+        self.data_collator = self._collate
         if args.method == OKD:
             self._let_teacher_learn()
         self.taid = args.taid_schedule().to(args.device) if args.method == TAID else None
@@ -214,6 +240,9 @@ class KDTrainer(Trainer):
         self._logged, self._stepped, self._evaluated = TokenMeans(), TokenMeans(), TokenMeans()
         steps_within_backward = any(kind in str(args.optim) for kind in ("lomo", "layerwise"))
         self._watch, self._evaluated_losses = Watch(model, keeps_gradients=not steps_within_backward), Losses("batch")
+        self._empty: Tensor = torch.tensor(0)  # steps of which no token counted
+        self._told: set[str] = set()
+        self._apart = False  # whether both models were seen to keep documents apart
         self.add_callback(_Steps(self))
 
     # ---- what is set up once ----
@@ -254,6 +283,19 @@ class KDTrainer(Trainer):
             cut = given
         return cut, min([size for size in (cut, agreed) if size is not None], default=None)
 
+    def _look_at(self, **datasets: Any) -> None:
+        """What can be known of the data before any work: that the models read it, and that there is something to learn."""
+        parts = {name: part for name, dataset in datasets.items() for name, part in _parts(name, dataset)}
+        for name, dataset in parts.items():
+            numbers = looked_at(dataset)
+            learns = check_examples(name, dataset, numbers, self.data_collator, self.inputs)
+            if learns or not 0 < len(numbers) == len(dataset):
+                continue
+            text = f"{name} has {len(dataset):,} examples and not one token to learn: no label but {IGNORED} behind a real token"
+            if name == "train_dataset":
+                raise ValueError(text)
+            logger.warning("%s", text)
+
     def _place_teacher(self) -> None:
         evaluate(self.teacher)
         placed = (getattr(self.teacher, name, None) is not None for name in ("hf_device_map", "quantization_method"))
@@ -277,6 +319,12 @@ class KDTrainer(Trainer):
         args = self.args
         if args.on_policy_fraction == 0.0 and args.on_policy_schedule == "constant":
             return None
+        limits = self.inputs.limits
+        if limits.positions is not None and args.on_policy_max_new_tokens >= limits.positions:
+            raise ValueError(
+                f"on_policy_max_new_tokens={args.on_policy_max_new_tokens} leaves no room for a prompt: {limits.whose} takes "
+                f"{limits.positions:,} tokens in a sequence; accepted: 1 to {limits.positions - 1}"
+            )
         generation = getattr(unwrapped(self.model), "generation_config", None)
         tokenizer = None if self.processing_class is None else tokenizer_of(self.processing_class, "processing_class")
         ids = [getattr(tokenizer, "eos_token_id", None), getattr(generation, "eos_token_id", None)]
@@ -293,6 +341,7 @@ class KDTrainer(Trainer):
             pad_token_id=0,  # masked, and known to both
             eos_token_id=sorted(ends) or None,
             vocab_size=self._known_tokens,
+            positions=self.inputs.limits.positions,
         )
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
@@ -333,6 +382,14 @@ class KDTrainer(Trainer):
 
     # ---- a step ----
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """The Trainer's, of the tokens that count in the loss."""
+        counted = [
+            {"labels": nn.functional.pad(next_tokens(batch), (1, 0), value=IGNORED)} if "labels" in batch else batch
+            for batch in batch_samples
+        ]
+        return super()._get_num_items_in_batch(counted, device)
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of a step and how many tokens count in them on all ranks; some may be the student's own writing."""
         if 0 < self.state.max_steps <= self.state.global_step:
@@ -342,13 +399,14 @@ class KDTrainer(Trainer):
         self._watch.begin_step()
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.on_policy is None or not batches:
+            self._notice(count)
             return batches, count
         step, steps = self.state.global_step, max(1, self.state.max_steps)
         with self._writing(), self.compute_loss_context_manager():
             batches = [
                 self.on_policy.batch(
                     self.model,
-                    self._prepare_inputs(batch),
+                    plain(self._prepare_inputs(batch)),
                     step=step,
                     micro=micro,
                     progress=min(1.0, step / steps),
@@ -357,7 +415,19 @@ class KDTrainer(Trainer):
                 )[0]
                 for micro, batch in enumerate(batches)
             ]
-        return batches, self._get_num_items_in_batch(batches, device)
+        count = self._get_num_items_in_batch(batches, device)
+        self._notice(count)
+        return batches, count
+
+    def _notice(self, count: Tensor | int | None) -> None:
+        """Steps of which no token counts, on the device: they are told when next something is logged."""
+        if count is not None:
+            self._empty = self._empty + (torch.as_tensor(count) == 0)
+
+    def _tell(self, empty: bool, what: str) -> None:
+        if empty and what not in self._told:
+            self._told.add(what)
+            logger.warning("%s has no token that counts: its loss is 0, and says nothing.", what)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -379,7 +449,7 @@ class KDTrainer(Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
         """The step's share of this micro-batch: the sum over its tokens over ``num_items_in_batch`` (None: over their number)."""
-        loss, means = self._losses(model, dict(inputs), num_items_in_batch)
+        loss, means = self._losses(model, self._collate.prepared(inputs), num_items_in_batch)
         if model.training:
             self._logged.add(means)
             if self.taid is not None:
@@ -392,14 +462,15 @@ class KDTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over the ranks, the count is of all of them
         return (loss, {}) if return_outputs else loss
 
-    def _losses(
-        self, model: nn.Module, inputs: dict[str, Any], normalizer: Tensor | int | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _losses(self, model: nn.Module, batch: Prepared, normalizer: Tensor | int | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch, and its means over tokens."""
-        if "labels" not in inputs:
-            raise ValueError(f"the batch has no labels, which the loss needs; it has {', '.join(inputs)}")
-        labels = next_tokens(inputs.pop("labels"))
-        targets = {name: inputs.pop(name) for name in ("topk_ids", "topk_logprobs", "topk_rest") if name in inputs}
+        if "labels" not in batch and "shift_labels" not in batch:
+            raise ValueError(f"the batch has no labels, which the loss needs; it has {', '.join(batch)}")
+        labels = next_tokens(batch)
+        if PADDING in batch:
+            self._check_documents(len(labels))
+        targets = {name: batch[name] for name in ("topk_ids", "topk_logprobs", "topk_rest") if name in batch}
+        inputs = {name: value for name, value in batch.items() if name not in targets}
         args = self.args
         options: dict[str, Any] = {
             "divergence": args.resolved_divergence(),
@@ -416,8 +487,8 @@ class KDTrainer(Trainer):
         if self.online is not None:
             self.online.train(training)
         with torch.set_grad_enabled(self.online is not None and training):
-            target: Any = None if self.teacher is None else hidden_states(self.teacher, inputs)
-        hidden = hidden_states(model, inputs)
+            target: Any = None if self.teacher is None else hidden_states(self.teacher, self.inputs.to("teacher", inputs))
+        hidden = hidden_states(model, self.inputs.to("model", inputs))
         head = lm_head(model)
         if self.online is not None and training:
             student, teacher, means = linear_okd_loss(
@@ -440,6 +511,21 @@ class KDTrainer(Trainer):
             else:
                 loss, means = linear_kd_loss(hidden, head, target, lm_head(self.teacher).detach(), labels, **options)
         return loss, self._per_token(means, loss, normalizer)
+
+    def _check_documents(self, rows: int) -> None:
+        """Of each model once: that it keeps apart the documents of a row."""
+        if self._apart or self.is_fsdp_enabled or self.is_deepspeed_enabled:  # there a forward is one of all ranks
+            return
+        for name, model in {"model": self.model, "teacher": self.teacher}.items():
+            if model is not None and mixes_documents(model, min(rows, 2)):
+                base = unwrapped(model)
+                attention = getattr(base.config, "_attn_implementation", None)
+                raise ValueError(
+                    f"the batch has several documents in a row (position_ids restart), and in {rows} rows the {name} "
+                    f"({type(base).__name__}, attention {attention}) mixes them; accepted: a document a row, or a model and "
+                    "attention that keep them apart"
+                )
+        self._apart = True
 
     @staticmethod
     def _per_token(means: dict[str, Tensor], loss: Tensor, normalizer: Tensor | int | None) -> dict[str, Tensor]:
@@ -480,6 +566,7 @@ class KDTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's, with the means over the tokens since the last log."""
+        self._tell(bool(self._empty), "A step")
         if "loss" in logs:
             means = self._logged.drained()
             logs.update(_floats(means))
@@ -497,20 +584,22 @@ class KDTrainer(Trainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
         """The loss of a batch; there are no logits to return."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._collate.prepared(self._prepare_inputs(inputs))
         if "labels" in inputs:
-            inputs["labels"] = self._counted_once(inputs["labels"])
+            inputs["labels"] = self._counted_once(inputs)
         with evaluating(model), torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 
-    def _counted_once(self, labels: Tensor) -> Tensor:
+    def _counted_once(self, batch: Prepared) -> Tensor:
         """The last batches of several ranks are filled up with examples that came before; those do not count again."""
+        labels: Tensor = batch["labels"]
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return labels
-        rows = torch.arange(len(labels), device=labels.device) + self.args.process_index * len(labels)
-        return labels.masked_fill((rows >= state.remainder)[:, None], IGNORED)
+        numbers = document_numbers(batch)
+        first = self.args.process_index * (numbers[-1, -1] + 1)
+        return labels.masked_fill(first + numbers >= state.remainder, IGNORED)
 
     def evaluation_loop(
         self,
@@ -528,6 +617,7 @@ class KDTrainer(Trainer):
         with contextlib.nullcontext() if self.online is None else self.online.model.disable_adapter():
             output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self._evaluated.drained()
+        self._tell(not float(means.get("tokens", 0.0)), f"An evaluation ({metric_key_prefix})")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in _floats(means).items()}
         loss = metrics.get(f"{metric_key_prefix}_loss", 0.0)
         if not math.isfinite(loss):
@@ -643,6 +733,13 @@ def _check_model(model: Any, role: str) -> None:
     else:
         wrong = "lets a token see the tokens after it"
     raise ValueError(f"{role} ({type(base).__name__}) {wrong}; accepted: a causal language model, such as LlamaForCausalLM")
+
+
+def _parts(name: str, dataset: Any) -> list[tuple[str, Any]]:
+    """A data set, or the several that an evaluation may have, by their names."""
+    if isinstance(dataset, Mapping):
+        return [(f"{name}[{key!r}]", part) for key, part in dataset.items()]
+    return [] if dataset is None else [(name, dataset)]
 
 
 def _cache(teacher: Any) -> TopKCache | None:

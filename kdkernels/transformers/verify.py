@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels.checks import LMHead
+from kdkernels.transformers.batches import most_positions
 from kdkernels.transformers.finite import NotFinite, check_weights, is_finite
 from kdkernels.transformers.heads import OutputHead, after_head, output_module, read_head, unwrapped
 from kdkernels.transformers.hidden import hidden_states, model_inputs
@@ -44,7 +45,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 
 def _probe(base: Any) -> dict[str, Tensor]:
     weight = base.get_input_embeddings().weight
-    sequences, tokens = PROBE
+    sequences, tokens = PROBE[0], min(PROBE[1], most_positions(base) or PROBE[1])
     ids = torch.arange(sequences * tokens, device=weight.device) * max(1, weight.shape[0] // (sequences * tokens) - 1)
     ids = (ids % weight.shape[0]).view(sequences, tokens)
     seq2seq = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
@@ -277,6 +278,25 @@ def _verify(model: Any, base: Any, read: OutputHead, head: LMHead, inputs: dict[
     if not _fits(logits.double(), exact, _allowed(exact, eager, size, eps, hidden.shape[-1])):
         cause = "unknown: two forwards on the same tokens give different hidden states"
         _refuse(base, "the whole differs", cause, logits.double(), exact)
+
+
+def mixes_documents(model: Any, rows: int = 1) -> bool:
+    """Whether documents that follow each other in a row, and whose position_ids restart, see each other in the model.
+
+    rows: of a batch; some kernels know one only. The first of two documents is changed, in four forwards of a few tokens in
+    evaluation mode: as two documents the second must not notice, beyond rounding and far less than where both are one.
+    """
+    weight = unwrapped(model).get_input_embeddings().weight
+    ids = torch.arange(8, device=weight.device).expand(rows, -1) % weight.shape[0]
+    changed = torch.cat([ids[:, :4].flip(1), ids[:, 4:]], 1)
+    two = {"position_ids": torch.arange(4, device=weight.device).repeat(2).expand(rows, -1)}
+    one = {"attention_mask": torch.ones_like(ids)}
+    with _as_it_was(model):
+        found = [
+            [hidden_states(model, {"input_ids": each, **more})[:, 4:].double() for each in (ids, changed)] for more in (two, one)
+        ]
+    apart, together = (float((before - after).abs().max()) for before, after in found)
+    return apart > min(64 * torch.finfo(weight.dtype).eps * float(found[0][0].abs().max()), 0.25 * together)
 
 
 def _by_parts(hidden: Tensor, weight: Tensor, of_weight: Callable[[Tensor], Tensor] = lambda rows: rows) -> Tensor:
