@@ -43,7 +43,7 @@ def quantised() -> Any:
 
 def trainer(folder: Path, student: Any, teacher: Any, examples: Any = ({"input_ids": [4, 5, 6]},)) -> KDTrainer:
     options = KDConfig(str(folder), report_to=[], use_cpu=True, save_strategy="no", max_steps=2)
-    return KDTrainer(student, options, train_dataset=list(examples), eval_dataset=list(examples), teacher=teacher)
+    return KDTrainer(student, options, train_dataset=[{"input_ids": [4, 5, 6]}], eval_dataset=list(examples), teacher=teacher)
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {

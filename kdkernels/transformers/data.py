@@ -306,7 +306,8 @@ class Collator:
 
 def _padded(values: list[Tensor], value: float) -> Tensor:
     made = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=value)
-    return made if made.shape[1] else made.new_full((len(values), 1, *made.shape[2:]), value)  # models take no sequence of no tokens
+    # models take no sequence of no tokens
+    return made if made.shape[1] else made.new_full((len(values), 1, *made.shape[2:]), value)
 
 
 def _numbers(value: Any) -> Any:
