@@ -41,9 +41,12 @@ def quantised() -> Any:
         return torch.ao.quantization.quantize_dynamic(build("llama"), {torch.nn.Linear}, dtype=torch.qint8)
 
 
-def trainer(folder: Path, student: Any, teacher: Any, examples: Any = ({"input_ids": [4, 5, 6]},)) -> KDTrainer:
+SOME = {"input_ids": [4, 5, 6]}
+
+
+def trainer(folder: Path, student: Any, teacher: Any, examples: Any = (SOME,), train: Any = (SOME,)) -> KDTrainer:
     options = KDConfig(str(folder), report_to=[], use_cpu=True, save_strategy="no", max_steps=2)
-    return KDTrainer(student, options, train_dataset=[{"input_ids": [4, 5, 6]}], eval_dataset=list(examples), teacher=teacher)
+    return KDTrainer(student, options, train_dataset=list(train), eval_dataset=list(examples), teacher=teacher)
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
@@ -111,15 +114,19 @@ def test_examples_without_tokens_are_padding() -> None:
     }
 
 
-@pytest.mark.parametrize("others", [[], [{"input_ids": [4, 5, 6]}]], ids=["alone", "beside others"])
+@pytest.mark.parametrize("others", [[], [SOME]], ids=["alone", "beside others"])
 def test_examples_without_tokens_teach_nothing(others: list[dict[str, Any]], tmp_path: Path) -> None:
-    models = build("llama"), build("llama", seed=1)
-    with_them = trainer(tmp_path, *models, [EMPTY, *others, EMPTY]).evaluate()["eval_loss"]
+    models, examples = (build("llama"), build("llama", seed=1)), [EMPTY, *others, EMPTY]
+    with_them = trainer(tmp_path, *models, examples).evaluate()["eval_loss"]
     assert with_them == (trainer(tmp_path, *models, others).evaluate()["eval_loss"] if others else 0.0)
+    if not others:
+        with pytest.raises(ValueError, match="train_dataset has 2 examples and not one token to learn"):
+            trainer(tmp_path, *models, examples, examples)
+        return
     before = [parameter.detach().clone() for parameter in models[0].parameters()]
-    trainer(tmp_path, *models, [EMPTY, *others, EMPTY]).train()
+    trainer(tmp_path, *models, examples, examples).train()
     assert all(parameter.isfinite().all() for parameter in models[0].parameters())
-    assert all(torch.equal(*pair) for pair in zip(before, models[0].parameters(), strict=True)) == (not others)
+    assert not all(torch.equal(*pair) for pair in zip(before, models[0].parameters(), strict=True))
 
 
 def test_a_cache_of_examples_without_tokens_is_refused(tmp_path: Path) -> None:

@@ -372,7 +372,7 @@ def _check_length(name: str, model: Any, longest: int) -> None:
 
 def _check_answers(name: str, model: Any, prompt: int, answer: int) -> None:
     """Where a prompt has no completion to fall back on, the student's own has to fit."""
-    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    most = most_positions(model)
     if prompt and most is not None and prompt + answer > most:
         raise CommandError(
             f"the longest prompt has {prompt:,} tokens, with --max-new-tokens {answer:,} more than the {most:,} that the {name} "
