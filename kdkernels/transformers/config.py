@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from kdkernels.divergences import Divergence, divergences, resolve
 from kdkernels.outcomes import TAILS
 from kdkernels.plan import STRATEGIES
-from kdkernels.scalars import number
+from kdkernels.scalars import number, temperature_of
 from kdkernels.taid import TAIDSchedule
 from kdkernels.transformers.on_policy import SCHEDULES
 
@@ -103,7 +103,7 @@ class KDConfig(TrainingArguments):
                 f"divergence={self.divergence!r} goes with method 'taid' or 'okd'; method {self.method!r} is one itself"
             )
         self.resolved_divergence()
-        number("temperature", self.temperature, "a positive number", 0.0, above=True)
+        temperature_of("temperature", self.temperature)
         counts = ("okd_lora_rank", "on_policy_max_new_tokens", "replay_buffer_size", "vocab_size", "memory_budget")
         for name in counts:
             value = getattr(self, name)
