@@ -19,13 +19,15 @@ Only ``exp``, ``log``, ``abs``, ``where``, ``maximum``, comparisons and arithmet
 functions of small numbers that ``Torch`` below explains: every namespace has those. Entries that are -inf in either model are
 banned: the textbook's value and slope are 0 there, whatever the function makes of them, so the callers put c (q - p) and c q.
 
-To add one: write its pair function and its factory here, decorate the factory, and name it in DivergenceName.
+The build loads this file by itself, so it imports nothing of the package. To add a divergence: write its pair function and its
+factory here, decorate the factory, and name it in DivergenceName.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import numbers
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,8 +35,6 @@ from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
-
-from kdkernels.scalars import is_number
 
 PairFunction = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
 DivergenceName: TypeAlias = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"]
@@ -190,6 +190,12 @@ def bind(pair: PairFunction, namespace: Any, wrap: Callable[[Any], Any] = lambda
             bound.__module__ = __name__
             scope[name] = wrap(bound)
     return scope[pair.__name__]  # type: ignore[no-any-return]
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number, of Python or NumPy; True and False are none."""
+    # Python's by name: what a compiled graph holds is a number only by that.
+    return isinstance(value, (int, float, numbers.Real)) and not isinstance(value, bool)
 
 
 def _inside(name: str, value: float, at_the_ends: str) -> float:

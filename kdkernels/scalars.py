@@ -7,11 +7,7 @@ import numbers
 import sys
 from typing import Any
 
-
-def is_number(value: Any) -> bool:
-    """Whether it is a real number, of Python or NumPy; True and False are none."""
-    # Python's by name: what a compiled graph holds is a number only by that.
-    return isinstance(value, (int, float, numbers.Real)) and not isinstance(value, bool)
+from kdkernels.divergences import is_number
 
 
 def number(

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdkernels.checks import FLOATS, INTEGERS, scalar
-from kdkernels.scalars import flag, is_number, number
+from kdkernels.divergences import is_number
+from kdkernels.scalars import flag, number
 
 
 class TAIDSchedule(nn.Module):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,3 +230,23 @@ def test_another_formula_under_a_listed_name_is_refused(other: kd.Divergence) ->
     x, z = torch.randn(2, 3, 9)
     with pytest.raises(ValueError, match=rf"divergence '{other.name}' came with the formula .*; accepted under that name: _"):
         kd.kd_loss(x, z, divergence=other)
+
+
+GENERATE = """
+import sys
+from pathlib import Path
+sys.modules["kdkernels"] = None  # as where nothing is installed yet
+sys.path.insert(0, sys.argv[1])
+import generate
+generate.write(Path(sys.argv[2]))
+"""
+
+
+def test_the_build_reads_the_formulas_without_the_package(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    for name in ("csrc", "kdkernels"):
+        (tmp_path / name).mkdir()
+    shutil.copy(root / "kdkernels" / "divergences.py", tmp_path / "kdkernels")
+    subprocess.run([sys.executable, "-c", GENERATE, str(root / "csrc"), str(tmp_path)], check=True, cwd=tmp_path)
+    listed = (tmp_path / "csrc" / "generated" / "names.inc").read_text()
+    assert all(f"KD_DIVERGENCE({name})" in listed for name in kd.divergences())
