@@ -210,7 +210,8 @@ def checked(
             raise ValueError(
                 f"token_weight has shape {tuple(token_weight.shape)}; {name} {tuple(leading.shape)} needs {tuple(shape)}"
             )
-        constant("token_weight", token_weight)
+        if token_weight.requires_grad:
+            raise ValueError("token_weight is held constant, but requires grad; pass token_weight.detach()")
     one_of("reduction", reduction, REDUCTIONS)
     if normalizer is not None:
         if reduction != "mean":
@@ -246,12 +247,6 @@ def kept_weight(loss: Loss, tokens: int, dtype: torch.dtype, device: torch.devic
     if loss.token_weight is None:
         return counted.sum().to(dtype)
     return loss.token_weight.to(dtype).where(counted, 0.0).sum()
-
-
-def any_kept(loss: Loss, tokens: int, device: torch.device) -> Tensor:
-    """Whether a token counts."""
-    kept = torch.ones(tokens, dtype=torch.bool, device=device) if loss.labels is None else loss.labels != loss.ignore_index
-    return (kept if loss.token_weight is None else kept & (loss.token_weight != 0)).any()
 
 
 def vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kdkernels import ops  # noqa: F401  (registers the operators)
 from kdkernels.autograd import OWNERS, SummedLoss, anchors_of, losses_of, refuse_transforms, total
 from kdkernels.backends.operators import accumulate_dtype
-from kdkernels.checks import Linear, LMHead, Loss, any_kept, checked, float_tensor, kept_weight, linear_of, rows_of
+from kdkernels.checks import Linear, LMHead, Loss, checked, float_tensor, kept_weight, linear_of, rows_of
 from kdkernels.divergences import Divergence, DivergenceName, resolve
 from kdkernels.ranks import group_name, told
 from kdkernels.scalars import whole
@@ -72,8 +72,7 @@ def _factor(loss: Loss, rows: Tensor, dtype: torch.dtype) -> Tensor:
         normalizer = loss.normalizer.detach().to(device=rows.device, dtype=dtype)
     else:
         normalizer = torch.full((), loss.normalizer, dtype=dtype, device=rows.device)
-    # The mean of no tokens is 0. Weights that cancel and a normalizer of 0 have no mean of tokens, and it shows: infinity or NaN.
-    return torch.where(any_kept(loss, rows.shape[0], rows.device), 1.0 / normalizer, 0.0)
+    return torch.where(normalizer == 0, 0.0, 1.0 / normalizer)
 
 
 def models_of(
@@ -176,8 +175,8 @@ def linear_kd_loss(
         T² out.
     token_weight: (...) constant factors of each token's loss; a weight of 0 drops the token.
     reduction: "mean" = sum(token_weight loss) / sum(token_weight) over kept tokens, or / ``normalizer`` (a positive number or 0-dim
-        tensor, e.g. the token count of an accumulated step); "sum"; "none", shaped like labels, with the token weights in and 0 at
-        dropped tokens.
+        tensor, e.g. the token count of an accumulated step), and 0 where that is 0; "sum"; "none", shaped like labels, with the
+        token weights in and 0 at dropped tokens.
     vocab_size: cut both heads to their first rows (padded vocabularies); the rest gets zero gradient.
     strategy: "tokens" cuts the tokens and takes the fewest products; "vocab" cuts the vocabulary, multiplies twice or three times
         for the logits and takes the least memory; "auto" is the one that ``kd.plan`` predicts to be faster.

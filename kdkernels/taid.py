@@ -86,7 +86,7 @@ class TAIDSchedule(nn.Module):
         if isinstance(given, Tensor):
             given = scalar("loss", given, accepted, self.t.device, (*FLOATS, *INTEGERS))
         else:
-            if not is_number(given) or math.isfinite(given):  # others are passed over below
+            if isinstance(given, int) or not is_number(given) or math.isfinite(given):  # others are passed over below
                 given = number("loss", given, accepted)
         if isinstance(given, Tensor):
             current = given.to(torch.float32)

@@ -169,10 +169,12 @@ def _draw_options(call: Call, spread: float) -> None:
     name = rng.choice(names)
     choices: dict[str, Callable[[], Any]] = {
         "divergence": lambda: rng.choice((name, own.get(name, getattr(kd, name)()))),
-        "t": lambda: rng.choice((0.0, 0.3, 0.5, 0.8, 1, 1.0, torch.tensor(0.25), torch.tensor(0.5, dtype=torch.float16))),
+        "t": lambda: rng.choice(
+            (0.0, 0.3, np.float32(0.5), 0.8, 1, 1.0, torch.tensor(0.25), torch.tensor(0.5, dtype=torch.float16))
+        ),
         "temperature": lambda: rng.choice((0.5, 2.0, 3, np.float64(1.5))),
-        "square_temperature": lambda: rng.random() < 0.5,
-        "kd_weight": lambda: rng.choice((0.0, 0.7, 2)),
+        "square_temperature": lambda: rng.choice((True, False, np.bool_(True))),
+        "kd_weight": lambda: rng.choice((0.0, 0.7, 2, np.int64(3))),
         "reduction": lambda: rng.choice(("mean", "sum", "none")),
         "return_metrics": lambda: rng.random() < 0.7,
         "token_weight": lambda: _token_weight(call),
@@ -187,7 +189,7 @@ def _draw_options(call: Call, spread: float) -> None:
         choices["tail"] = lambda: rng.choice(("bucket",) if "topk_rest" in arguments else ("bucket", "renormalize"))
     if call.function != "kd_loss":
         choices["strategy"] = lambda: rng.choice(("auto", "tokens", "vocab"))
-        choices["memory_budget"] = lambda: rng.choice((1, 100, 1000, 10**5, 2**40, 2**62, 2**63, 2**80))
+        choices["memory_budget"] = lambda: rng.choice((1, 100, np.int64(1000), 10**5, 2**40, 2**62, 2**63, 2**80))
         choices["vocab_size"] = lambda: rng.randint(1, arguments["student_head"].weight.shape[0])
     for option, value in choices.items():
         if rng.random() < 0.35:
@@ -400,11 +402,11 @@ def vocab_of(call: Call) -> int:
 
 # What must be refused -------------------------------------------------------------------------------------------------------------
 
-NUMBERS = (NAN, "1", None, [1.0], 1j, True, np.float32(1.0), torch.tensor(1.0), torch.ones(2))
+NUMBERS = (NAN, "1", None, [1.0], 1j, True, np.float32(NAN), np.bool_(True), torch.tensor(1.0), torch.ones(2))
 POSITIVE = (*NUMBERS, 0, -1, -INF, INF, 1e-300, 1e300, 10**400, -0.0)
 AT_LEAST_0 = (*NUMBERS, -1, -1e-300, INF, 1e300, 10**400)
 INSIDE = (*(value for value in NUMBERS if not isinstance(value, Tensor)), -0.1, 1.1, 2**70, INF, torch.ones(2), torch.tensor(1))
-FLAGS = (1, 0, "yes", None, torch.tensor(True), np.bool_(True), [])
+FLAGS = (1, 0, "yes", None, torch.tensor(True), np.int64(1), [])
 NAMES = (None, 3, "no such", "", b"mean", ["mean"], torch.tensor(1))
 COUNTS = (0, -1, 1.0, "8", True, np.float64(3), torch.tensor(8), [8], 1j)
 WRONG: dict[str, tuple[Any, ...]] = {
@@ -437,8 +439,9 @@ def spoil(call: Call) -> None:
             kinds.append((_spoil_option, name))
         elif isinstance(value, (Tensor, kd.LMHead)) and name != "t":
             kinds += [(_spoil_tensor, name)] * 2
-    spoiler, name = call.rng.choice(kinds)
-    spoiler(call, name)
+    if kinds:
+        spoiler, name = call.rng.choice(kinds)
+        spoiler(call, name)
 
 
 def takes(function: str, name: str) -> bool:
@@ -1048,7 +1051,7 @@ SMALL: dict[str, dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]]] = {
             ("1", None, [1.0], True, 1j, torch.ones(2), torch.ones(1), torch.tensor(1j), torch.tensor(True),
              torch.ones((), device="meta"), np.ones(2), 10**400),
         ),
-        "progress": ((0.0, 0.5, 1), INSIDE),
+        "progress": ((0.0, 0.5, 1, np.float32(0.75)), INSIDE),
     },
 }  # fmt: skip
 REQUIRED = {"plan": ("tokens", "vocab", "student_dim", "teacher_dim"), "TAIDSchedule": ("loss", "progress")}
