@@ -60,13 +60,16 @@ class Recorder:
 def functor(divergences: ModuleType, name: str) -> str:
     """The C++ struct of one divergence."""
     lines: list[str] = []
-    lp, lq, a = (Traced(lines, argument) for argument in ("lp", "lq", "a"))
-    value, slope = divergences.bind(divergences.resolve(name).pair, Recorder())(lp, lq, a)
-    body = "\n".join(f"    {line}" for line in [*lines, f"value = {value.expression};", f"slope = {slope.expression};"])
+    lp, lq, d, *shares = (Traced(lines, argument) for argument in ("lp", "lq", "d", "share", "rest", "flat"))
+    value, slope, c = divergences.bind(divergences.resolve(name).pair, Recorder())(lp, lq, d, tuple(shares))
+    lines += [f"value = {value.expression};", f"slope = {slope.expression};", f"return {_literal(c)};"]
+    body = "\n".join(f"    {line}" for line in lines)
     return (
         f"struct {name} {{\n"
         "  template <class F>\n"
-        "  static inline void apply(F lp, F lq, [[maybe_unused]] float a, F& value, F& slope) {\n"
+        "  KD_INLINE static float apply([[maybe_unused]] F lp, [[maybe_unused]] F lq, F d, [[maybe_unused]] float share,\n"
+        "                               [[maybe_unused]] float rest, float temperature, F& value, F& slope) {\n"
+        f"    [[maybe_unused]] const float flat = temperature < {_literal(divergences.FLAT)} ? 0.f : 1.f;\n"
         f"{body}\n"
         "  }\n"
         "};\n"

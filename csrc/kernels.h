@@ -4,6 +4,9 @@
 
 #include <cstdint>
 
+// Called, a function of vectors passes them through memory; the compiler tires of inlining where a formula has many.
+#define KD_INLINE [[gnu::always_inline]] inline
+
 namespace kd {
 
 enum class Dtype { f32, bf16, f16 };
@@ -44,7 +47,7 @@ struct Problem {
   float t;                // 0: the target is the student, 1: the teacher
   float temperature;
   float kd_scale, ce_scale;
-  float a;  // the divergence's parameter
+  float share, rest;  // the divergence's parameter, and 1 less it
   bool ce;       // the cross-entropy on the labels is wanted
   bool metrics;
   Weigh weigh;   // of stats

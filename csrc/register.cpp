@@ -110,6 +110,12 @@ Problem problem(const Tensor& x, const Tensor& z, const std::optional<Tensor>& x
   return p;
 }
 
+// Both from float64: a small parameter would lose its digits in 1 - float(1 - a).
+void set_parameter(Problem& p, double a) {
+  p.share = static_cast<float>(a);
+  p.rest = static_cast<float>(1.0 - a);
+}
+
 void set_labels(Problem& p, const std::optional<Tensor>& labels, int64_t rows) {
   if (!labels) return;
   STD_TORCH_CHECK(labels->scalar_type() == ScalarType::Long && labels->numel() == rows && labels->is_contiguous(),
@@ -146,7 +152,7 @@ Tensor row_loss(Tensor x, const Tensor& z, const std::optional<Tensor>& x_bias, 
   set_labels(p, labels, rows);
   set_gradient(p, dx, x, weight, kd_scale, ce_scale);
   if (!grad) p.dx = nullptr;
-  p.a = static_cast<float>(a);
+  set_parameter(p, a);
   Tensor result = torch::stable::new_empty(x, {rows, static_cast<int64_t>(kd::row_columns)}, ScalarType::Float);
   p.rows = result.mutable_data_ptr<float>();
   over_rows(p, rows, find(divergence).row_loss);
@@ -173,7 +179,7 @@ Tensor block_reduce(const Tensor& x, const Tensor& z, const std::optional<Tensor
   Problem p = problem(x, z, x_bias, z_bias, t, temperature, head, metrics);
   const int64_t rows = x.size(0);
   check_rows(stats, rows, kd::stats_columns, "stats");
-  p.a = static_cast<float>(a);
+  set_parameter(p, a);
   p.stats = const_cast<float*>(stats.const_data_ptr<float>());
   Tensor result = torch::stable::new_empty(x, {rows, static_cast<int64_t>(kd::sums_columns)}, ScalarType::Float);
   p.sums = result.mutable_data_ptr<float>();
@@ -191,7 +197,7 @@ void block_grad(Tensor x, const Tensor& z, const std::optional<Tensor>& x_bias, 
   set_gradient(p, x, x, weight, kd_scale, ce_scale);
   check_rows(stats, rows, kd::stats_columns, "stats");
   check_rows(sums, rows, kd::sums_columns, "sums");
-  p.a = static_cast<float>(a);
+  set_parameter(p, a);
   p.stats = const_cast<float*>(stats.const_data_ptr<float>());
   p.sums = const_cast<float*>(sums.const_data_ptr<float>());
   over_rows(p, rows, find(divergence).grad);

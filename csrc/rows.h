@@ -216,31 +216,33 @@ inline F entropy_term(F probability, F log_probability) {
   return where(log_probability == -infinity, F{}, probability * log_probability);
 }
 
-// Second sweep: sums of value and slope. For a gradient, the slope replaces the target in b.y, and q is written to b.q.
+// Second sweep: sums of value and slope, with the c (q - p) and c q in them that sum to nothing over a row (divergences.py). For a
+// gradient, the slope replaces the target in b.y, and q is written to b.q.
 template <class Divergence, bool metrics, bool grad>
 void reduce_row(const Problem& p, const Buffers& b, const float* stats, float* sums) {
   double value_sum = 0, slope_sum = 0, entropy_y = 0, entropy_x = 0, shared = 0;
+  const float log_ratio = stats[log_sum_x_T] - stats[log_sum_y_T];
   for (int64_t v0 = 0; v0 < p.vocabulary; v0 += block) {
     const int64_t end = std::min(v0 + block, p.vocabulary);
     F values{}, slopes{}, terms_y{}, terms_x{}, least{};
     for (int64_t v = v0; v < end; v += KD_LANES) {
-      const F lq = (load(b.x + v) - stats[max_x_T]) - stats[log_sum_x_T];
-      const F lp = (load(b.y + v) - stats[max_y_T]) - stats[log_sum_y_T];
+      const F above_x = load(b.x + v) - stats[max_x_T], above_y = load(b.y + v) - stats[max_y_T];
+      const F lq = above_x - stats[log_sum_x_T], lp = above_y - stats[log_sum_y_T];
       F value, slope;
-      Divergence::apply(lp, lq, p.a, value, slope);
+      const float c = Divergence::apply(lp, lq, (above_x - above_y) - log_ratio, p.share, p.rest, p.temperature, value, slope);
+      const F q = exp(lq), target = exp(lp);
       const I banned = (lp == -infinity) | (lq == -infinity);
-      slope = where(banned, F{}, slope);
-      values += where(banned, F{}, value);
+      slope = where(banned, c * q, slope);
+      values += where(banned, c * (q - target), value);
       slopes += slope;
       if constexpr (metrics) {
-        const F q = exp(lq);
-        terms_y += entropy_term(exp(lp), lp);
+        terms_y += entropy_term(target, lp);
         terms_x += entropy_term(q, lq);
         least += minimum(q, exp<true>((load(b.z + v) - stats[max_z_T]) - stats[log_sum_z_T]));
       }
       if constexpr (grad) {
         store(b.y + v, slope);
-        store(b.q + v, exp(lq));
+        store(b.q + v, q);
       }
     }
     value_sum += sum(values);

@@ -43,7 +43,7 @@ constexpr float ln2_hi = 0.693145751953125f, ln2_lo = 1.42860682e-6f;
 // 2^n * e^r with n = round(v / ln 2): adding 1.5 * 2^23 rounds, and 127 more leaves n + 127, the exponent field of 2^n, in the low
 // bits. At -88 that field is 0, and so is the result: what is banned (-inf) has probability 0 exactly. e^r = 1 + r + r^2 Q(r). 
 template <bool nonpositive = false>
-inline F exp(F v) {
+KD_INLINE F exp(F v) {
   const F clamped = splat(-88.f) > v ? splat(-88.f) : v;  // in this order NaN stays NaN
   const F shifted = clamped * 1.44269504f + 12583039.f;
   const F n = shifted - 12583039.f;
@@ -57,7 +57,7 @@ inline F exp(F v) {
 }
 
 // v = 2^e * m with m in [sqrt(1/2), sqrt(2)); log m = f - f^2/2 + f^3 P(f) with f = m - 1.
-inline F log(F v) {
+KD_INLINE F log(F v) {
   const I shifted = (I)((U)v - 0x3f3504f3);
   const F e = __builtin_convertvector(shifted >> 23, F);
   const F f = as_float((shifted & 0x7fffff) + 0x3f3504f3) - 1.f;
@@ -73,6 +73,30 @@ inline F log(F v) {
   l = where(v < 1.17549435e-38f, splat(-infinity), l);
   l = where(v < 0.f, splat(__builtin_nanf("")), l);
   return where(v < infinity, l, v);
+}
+
+// What pair functions take where p is close to q, |d| < 1/4; d, and g = share (e^d - 1), so that g lies in (-0.23, 0.29).
+inline I near(F d) { return abs(d) < 0.25f; }
+
+// e^d - 1 - d
+KD_INLINE F excess(F d) {
+  F p = d * 0.0013895341f + 0.00834883936f;
+  p = p * d + 0.0416667163f;
+  p = p * d + 0.166666418f;
+  p = p * d + 0.5f;
+  return d * d * p;
+}
+
+// g - log(1 + g)
+KD_INLINE F deficit(F g) {
+  F p = g * -0.0989790931f + 0.135521948f;
+  p = p * g - 0.144471601f;
+  p = p * g + 0.16632323f;
+  p = p * g - 0.199954972f;
+  p = p * g + 0.250003725f;
+  p = p * g - 0.333333611f;
+  p = p * g + 0.5f;
+  return g * g * p;
 }
 
 // Odd polynomial near 0, where 1 - e^-2v would lose digits.

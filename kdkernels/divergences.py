@@ -4,14 +4,20 @@ A divergence between a target and a student is D = sum over the vocabulary of va
 log-probabilities of target and student at one entry. Its slope is d value / d lq, and then the gradient of D with respect
 to the student's logits is dx = slope - q * sum(slope), whatever the divergence.
 
-Each is one function ``(lp, lq, a) -> (value, slope)`` written against the name ``xp``:
+Each is one function ``(lp, lq, d, shares) -> (value, slope, c)`` written against the name ``xp``:
 
+- d is lq - lp, from logits that were never rounded to log-probabilities; shares is (a, 1 - a, flat): the divergence's parameter,
+  and 1 where the temperature makes any two distributions close, else 0.
+- value holds c (q - p) more than the textbook has, which sums to nothing over a row, and slope c q more, which leaves dx as it is.
+  With the right c no entry's value is negative: terms that would cancel over the row, and leave their rounding errors, do so here,
+  entry by entry.
 - here ``xp`` is torch, and the function serves tensors of any dtype and device;
 - ``bind`` gives the same function over another namespace. The build traces it into a C++ functor (csrc/generate.py), which the
   CPU row loops take as a template argument; over triton.language and wrapped by triton.jit it is a kernel's constexpr argument.
 
-Only ``exp``, ``log``, ``abs``, ``where``, ``maximum``, comparisons and arithmetic are used, in the form ``xp.exp(v)``: every
-namespace has those. Entries that are -inf in either model are dropped by the callers, for all divergences alike.
+Only ``exp``, ``log``, ``abs``, ``where``, ``maximum``, comparisons and arithmetic are used, in the form ``xp.exp(v)``, and three
+functions of small numbers that ``Torch`` below explains: every namespace has those. Entries that are -inf in either model are
+banned: the textbook's value and slope are 0 there, whatever the function makes of them, so the callers put c (q - p) and c q.
 
 To add one: write its pair function and its factory here, and decorate the factory. Nothing else has to change.
 """
@@ -25,9 +31,46 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch as xp
+import torch
+from torch import Tensor
 
-PairFunction = Callable[[Any, Any, Any], tuple[Any, Any]]
+PairFunction = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
+
+
+# From this temperature on distributions are flat: even logits 16 apart are near each other then.
+FLAT = 64.0
+
+
+def flat(temperature: float) -> bool:
+    """Whether the temperature alone makes any two distributions close."""
+    return temperature >= FLAT
+
+
+class Torch:
+    """torch, with what pair functions need where p is close to q."""
+
+    exp, log, abs, where, maximum = torch.exp, torch.log, torch.abs, torch.where, torch.maximum
+
+    @staticmethod
+    def near(d: Tensor) -> Tensor:
+        """Whether to take excess and deficit, which hold for d = lq - lp there; else the textbook's form loses no digit that
+        counts."""
+        return d.abs() < 0.25
+
+    @staticmethod
+    def excess(d: Tensor) -> Tensor:
+        """e^d - 1 - d, without the cancellation."""
+        wide = d.double()
+        return (wide.expm1() - wide).to(d.dtype)
+
+    @staticmethod
+    def deficit(g: Tensor) -> Tensor:
+        """g - log(1 + g), without the cancellation."""
+        wide = g.double()
+        return (wide - wide.log1p()).to(g.dtype)
+
+
+xp = Torch
 
 
 @dataclass(frozen=True)
@@ -35,10 +78,10 @@ class Divergence:
     """A divergence and its parameter; made by the factories of this module.
 
     name: what ``kd.divergences()`` lists.
-    pair: (lp, lq, a) -> (value, slope), element by element; value in nats.
-    a: the parameter that ``pair`` takes third; 0 where there is none.
-    one_sweep: "target" or "student" where value and slope are p, or q, times a linear function of log p - log q: their sums then
-        follow from running sums, before the log-sum-exps are known. "" where they do not.
+    pair: (lp, lq, d, shares) -> (value, slope, c), element by element; value in nats.
+    a: the parameter; 0 where there is none.
+    one_sweep: "target" or "student" where the textbook's value and slope are p, or q, times a linear function of log p - log q:
+        their sums then follow from running sums, before the log-sum-exps are known. "" where they do not.
     """
 
     name: str
@@ -46,22 +89,45 @@ class Divergence:
     a: float = 0.0
     one_sweep: str = ""
 
+    def shares(self, temperature: float = 1.0) -> tuple[float, float, float]:
+        """What ``pair`` takes fourth. 1 - a is taken here: in float32 a small a would lose its digits."""
+        return self.a, 1.0 - self.a, float(flat(temperature))
+
+    def balanced(self, lp: Tensor, lq: Tensor, d: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Value and slope with c (q - p) and c q in them, over whole rows or blocks of them; banned entries as they should be."""
+        value, slope, c = self.pair(lp, lq, d, self.shares(temperature))
+        banned = (lp == -torch.inf) | (lq == -torch.inf)
+        q = lq.exp()
+        return torch.where(banned, c * (q - lp.exp()), value), torch.where(banned, c * q, slope)
+
+    def textbook(self, lp: Tensor, lq: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and slope as papers have them, whatever the entries sum to; 0 where banned."""
+        value, slope, c = self.pair(lp, lq, lq - lp, self.shares())
+        banned = (lp == -torch.inf) | (lq == -torch.inf)
+        q = lq.exp()
+        return (value - c * (q - lp.exp())).masked_fill(banned, 0.0), (slope - c * q).masked_fill(banned, 0.0)
+
     def linear(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """(c0, c1) of value and of slope, where one sweep is enough: each is w (c0 + c1 (lw - lo)), w = e^lw the probability
-        of the side that one_sweep names, lo the log-probability of the other. Read off the pair function at w = 1."""
-        return _linear(self.pair, self.a, self.one_sweep)
+        """(c0, c1) of value and of slope, where one sweep is enough: the textbook's are w (c0 + c1 (lw - lo)), w = e^lw the
+        probability of the side that one_sweep names, lo the log-probability of the other. Read off the pair function at w = 1."""
+        return _linear(self)[:2]
+
+    def balance(self) -> float:
+        """c, where one sweep is enough: what the sum of the slope has more than the textbook's."""
+        return _linear(self)[2]
 
 
 @functools.cache
-def _linear(pair: PairFunction, a: float, one_sweep: str) -> tuple[tuple[float, float], tuple[float, float]]:
+def _linear(divergence: Divergence) -> tuple[tuple[float, float], tuple[float, float], float]:
     # on the CPU, whatever the default device: a GPU would be waited for
-    zero, one = xp.zeros((), dtype=xp.float64, device="cpu"), xp.ones((), dtype=xp.float64, device="cpu")
+    zero, one = torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")
     found = []
     for other in (zero, -one):
-        lp, lq = (zero, other) if one_sweep == "target" else (other, zero)
-        found.append([float(part) for part in pair(lp, lq, a)])
+        lp, lq = (zero, other) if divergence.one_sweep == "target" else (other, zero)
+        found.append([float(part) for part in divergence.textbook(lp, lq)])
     (value_0, slope_0), (value_1, slope_1) = found
-    return (value_0, value_1 - value_0), (slope_0, slope_1 - slope_0)
+    c = divergence.pair(zero, zero, zero, divergence.shares())[2]
+    return (value_0, value_1 - value_0), (slope_0, slope_1 - slope_0), float(c)
 
 
 _factories: dict[str, Callable[..., Divergence]] = {}
@@ -131,15 +197,17 @@ def _inside(name: str, value: float, at_the_ends: str) -> float:
     return float(value)
 
 
-def _log_mixture(lp, lq, b):
-    """log(b * p + (1 - b) * q), without leaving log space: p and q may both underflow."""
-    e = xp.exp(-xp.abs(lp - lq))
-    return xp.maximum(lp, lq) + xp.log(xp.where(lp > lq, b + (1.0 - b) * e, (1.0 - b) + b * e))
+def _log_mixture(lp, lq, d, share, rest):
+    """log(share * p + rest * q), without leaving log space: p and q may both underflow."""
+    e = xp.exp(-xp.abs(d))
+    return xp.maximum(lp, lq) + xp.log(xp.where(d < 0.0, share + rest * e, rest + share * e))
 
 
-def _forward_kl(lp, lq, a):
-    p = xp.exp(lp)
-    return p * (lp - lq), -p
+def _forward_kl(lp, lq, d, shares):
+    p, q = xp.exp(lp), xp.exp(lq)
+    near, excess = xp.near(d), xp.excess(d)
+    # p (log p - log q) + (q - p) = p (e^d - 1 - d)
+    return xp.where(near, p * excess, (q - p) - p * d), xp.where(near, p * (d + excess), q - p), 1.0
 
 
 @_listed
@@ -148,10 +216,10 @@ def forward_kl() -> Divergence:
     return Divergence("forward_kl", _forward_kl, one_sweep="target")
 
 
-def _reverse_kl(lp, lq, a):
-    q = xp.exp(lq)
-    d = lq - lp
-    return q * d, q * (d + 1.0)
+def _reverse_kl(lp, lq, d, shares):
+    p, q = xp.exp(lp), xp.exp(lq)
+    # q (log q - log p) - (q - p) = q (e^-d - 1 + d)
+    return xp.where(xp.near(d), q * xp.excess(-d), (p - q) + q * d), q * d, -1.0
 
 
 @_listed
@@ -160,10 +228,18 @@ def reverse_kl() -> Divergence:
     return Divergence("reverse_kl", _reverse_kl, one_sweep="student")
 
 
-def _jsd(lp, lq, a):
-    lm = _log_mixture(lp, lq, a)
-    kq = (1.0 - a) * xp.exp(lq) * (lq - lm)
-    return a * xp.exp(lp) * (lp - lm) + kq, kq
+def _jsd(lp, lq, d, shares):
+    share, rest, _ = shares
+    p, q = xp.exp(lp), xp.exp(lq)
+    lm = _log_mixture(lp, lq, d, share, rest)
+    kq = rest * q * (lq - lm)
+    value = share * p * (lp - lm) + kq
+    # m / p - 1 and m / q - 1
+    over_p, over_q = rest * (d + xp.excess(d)), share * (xp.excess(-d) - d)
+    lost_q = xp.deficit(over_q)
+    near = xp.near(d)
+    value = xp.where(near, share * p * xp.deficit(over_p) + rest * q * lost_q, value)
+    return value, xp.where(near, rest * q * (lost_q - over_q), kq), 0.0
 
 
 @_listed
@@ -176,10 +252,20 @@ def jsd(beta: float = 0.5) -> Divergence:
     return Divergence("jsd", _jsd, _inside("beta", beta, ends))
 
 
-def _skew_forward_kl(lp, lq, a):
-    lm = _log_mixture(lp, lq, a)
-    p = xp.exp(lp)
-    return p * (lp - lm), -p * (1.0 - a) * xp.exp(lq - lm)
+def _skew_forward_kl(lp, lq, d, shares):
+    share, rest, flat = shares
+    p, q = xp.exp(lp), xp.exp(lq)
+    far = lp - _log_mixture(lp, lq, d, share, rest)
+    over = rest * (d + xp.excess(d))  # m / p - 1
+    lost = xp.deficit(over)
+    near = xp.near(d)
+    # Where p is far below m, all of the slope is p / m, and would be rounded away beside c: so c is 0 but where all is flat.
+    c = flat * rest
+    value = xp.where(near, p * (lost - (1.0 - flat) * over), c * (q - p) + p * far)
+    # flat - p / m
+    log_p_over_m = lost - over
+    part = xp.where(near, (flat - 1.0) - (log_p_over_m + xp.excess(log_p_over_m)), flat - xp.exp(far))
+    return value, rest * q * part, c
 
 
 @_listed
@@ -188,10 +274,18 @@ def skew_forward_kl(alpha: float = 0.1) -> Divergence:
     return Divergence("skew_forward_kl", _skew_forward_kl, _inside("alpha", alpha, "it is forward_kl() or 0: use that name"))
 
 
-def _skew_reverse_kl(lp, lq, a):
-    d = lq - _log_mixture(lp, lq, 1.0 - a)
-    q = xp.exp(lq)
-    return q * d, q * (d + 1.0 - a * xp.exp(d))
+def _skew_reverse_kl(lp, lq, d, shares):
+    share, rest, _ = shares
+    p, q = xp.exp(lp), xp.exp(lq)
+    log_q_over_m = lq - _log_mixture(lp, lq, d, rest, share)
+    over = rest * (xp.excess(-d) - d)  # m / q - 1
+    lost = xp.deficit(over)
+    log_m_over_q = over - lost
+    near = xp.near(d)
+    value = xp.where(near, q * lost, rest * (p - q) + q * log_q_over_m)
+    # q (log q / m + share (1 - q / m))
+    near_slope = share * (log_m_over_q - xp.excess(-log_m_over_q)) - log_m_over_q
+    return value, q * xp.where(near, near_slope, log_q_over_m + share * (1.0 - xp.exp(log_q_over_m))), -rest
 
 
 @_listed
@@ -200,10 +294,10 @@ def skew_reverse_kl(alpha: float = 0.1) -> Divergence:
     return Divergence("skew_reverse_kl", _skew_reverse_kl, _inside("alpha", alpha, "it is reverse_kl() or 0: use that name"))
 
 
-def _total_variation(lp, lq, a):
-    q = xp.exp(lq)
-    d = q - xp.exp(lp)
-    return 0.5 * xp.abs(d), xp.where(d == 0.0, 0.0 * q, xp.where(d > 0.0, 0.5 * q, -0.5 * q))
+def _total_variation(lp, lq, d, shares):
+    p, q = xp.exp(lp), xp.exp(lq)
+    apart = xp.where(xp.near(d), p * (d + xp.excess(d)), q - p)
+    return 0.5 * xp.abs(apart), xp.where(apart == 0.0, 0.0 * q, xp.where(apart > 0.0, 0.5 * q, -0.5 * q)), 0.0
 
 
 @_listed

@@ -177,8 +177,7 @@ class Outcomes:
         log_mass = _exponentials(target)[2][:, None]
         lp = target - log_mass.masked_fill(log_mass == -torch.inf, 0.0)
         divergence = self.terms.resolved()
-        banned = (lp == -torch.inf) | (lq == -torch.inf)
-        value, slope = (part.masked_fill(banned, 0.0) for part in divergence.pair(lp, lq, divergence.a))
+        value, slope = divergence.textbook(lp, lq)  # as the outcomes need not sum to 1
         # Where the student leaves the target no outcome, each is banned, and it would not be seen that its logits hold NaN or +inf,
         # or nothing but -inf.
         unseen = ~(whole.log_sum > -torch.inf) & used.any(1)

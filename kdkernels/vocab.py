@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kdkernels import backends
 from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS, row_columns
-from kdkernels.divergences import Divergence
+from kdkernels.divergences import Divergence, flat
 from kdkernels.gradients import Gradients
 from kdkernels.plan import block_columns, column_bytes
 from kdkernels.products import HeadProducts, block_size
@@ -92,6 +92,7 @@ def sums_of_one_sweep(stats: Tensor, divergence: Divergence) -> Tensor:
     # lw - lo = (u - v) + (log sum of the other - log sum of the weighing side)
     moment = moment + mass * (stats[:, _AT[f"log_sum_{other}"]] - log_sum)
     value, slope = (c0 * mass + c1 * moment for c0, c1 in divergence.linear())
+    slope = slope + divergence.balance()
     nothing = torch.zeros_like(value)
     return torch.stack([value, torch.where(value.isnan(), value, slope), *[nothing] * (len(SUMS_COLUMNS) - 2)], 1)
 
@@ -284,6 +285,8 @@ class _Kind:
 
     @staticmethod
     def of(step: Step) -> _Kind:
-        one_sweep = "" if step.metrics or step.alone else step.terms.resolved().one_sweep
+        # Running sums cancel where p is close to q, and in flat distributions to nothing.
+        two = step.metrics or step.alone or flat(step.terms.temperature)
+        one_sweep = "" if two else step.terms.resolved().one_sweep
         ce = step.labels is not None and (step.terms.ce_scale != 0.0 or step.metrics)
         return _Kind(one_sweep, not step.alone and not one_sweep, ce)

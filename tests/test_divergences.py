@@ -11,7 +11,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.backends import reference
-from kdkernels.divergences import bind, resolve
+from kdkernels.divergences import FLAT, bind, resolve
 from tests import oracle
 from tests.cases import VARIANTS, parameters, running
 
@@ -36,9 +36,10 @@ def test_the_slope_is_the_derivative_of_the_value(name: str) -> None:
     divergence = resolve(name)
     lp, lq = log_probabilities()
     lq.requires_grad_()
-    value, slope = divergence.pair(lp, lq, divergence.a)
-    (by_autograd,) = torch.autograd.grad(value.sum(), [lq])
-    torch.testing.assert_close(slope, by_autograd, rtol=1e-12, atol=1e-15)
+    for temperature in (1.0, FLAT):
+        value, slope, _ = divergence.pair(lp, lq, lq - lp, divergence.shares(temperature))
+        (by_autograd,) = torch.autograd.grad(value.sum(), [lq])
+        torch.testing.assert_close(slope, by_autograd, rtol=1e-12, atol=1e-14)
 
 
 @every_choice
@@ -48,9 +49,41 @@ def test_value_and_slope_are_those_of_the_textbook(name: str, parameter: float |
     lq.requires_grad_()
     textbook = oracle.FORMULAS[name](lp, lq, parameter or 0.0)
     (slope,) = torch.autograd.grad(textbook.sum(), [lq])
-    value, own_slope = divergence.pair(lp, lq.detach(), divergence.a)
+    value, own_slope = divergence.textbook(lp, lq.detach())
     torch.testing.assert_close(value, textbook.detach(), rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(own_slope, slope, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("temperature", [1.0, FLAT])
+@every_choice
+def test_what_an_entry_has_more_than_the_textbook_leaves_rows_as_they_are(
+    name: str, parameter: float | None, temperature: float
+) -> None:
+    """Tokens that one model bans, and all of the models' mass with them, included."""
+    divergence = make(name, parameter)
+    lp, lq = log_probabilities(4)
+    lp[0, 3] = lq[0, 3] = lp[1, :9] = lq[1, 7:12] = -math.inf
+    lp, lq = lp.log_softmax(-1), lq.log_softmax(-1)
+    found, textbook = divergence.balanced(lp, lq, lq - lp, temperature), divergence.textbook(lp, lq)
+    torch.testing.assert_close(found[0].sum(-1), textbook[0].sum(-1), rtol=1e-12, atol=1e-14)
+    ours, theirs = (slope - lq.exp() * slope.sum(-1, keepdim=True) for slope in (found[1], textbook[1]))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+@every_choice
+def test_no_entry_of_close_distributions_has_a_negative_value(name: str, parameter: float | None) -> None:
+    """So nothing cancels over a row, whatever its length; the formulas in float32, on differences down to 1e-7."""
+    divergence = make(name, parameter)
+    generator = torch.Generator().manual_seed(0)
+    for size in (2e-1, 1e-3, 1e-5, 1e-7):
+        lp = torch.randn(1000, generator=generator).log_softmax(-1)
+        d = (torch.rand(1000, generator=generator) * 2 - 1) * size
+        value, slope, _ = divergence.pair(lp, lp + d, d, divergence.shares(FLAT))
+        assert (value >= 0).all()
+        p, q = lp.double().exp(), (lp + d).double().exp()
+        wide = divergence.pair(p.log(), q.log(), d.double(), divergence.shares(FLAT))
+        torch.testing.assert_close(value.double(), wide[0], rtol=1e-4, atol=0)
+        torch.testing.assert_close(slope.double(), wide[1], rtol=1e-4, atol=0)
 
 
 @every_choice
@@ -95,7 +128,7 @@ def test_every_divergence_has_a_textbook_formula() -> None:
 def test_a_mixture_stays_finite_where_both_probabilities_underflow(name: str) -> None:
     divergence = resolve(name)
     far = torch.tensor([-120.0, -2000.0, -1e5])
-    value, slope = divergence.pair(far, far - 7.0, divergence.a)
+    value, slope, _ = divergence.pair(far, far - 7.0, torch.full_like(far, -7.0), divergence.shares())
     assert value.isfinite().all()
     assert slope.isfinite().all()
 
@@ -147,11 +180,25 @@ def test_a_divergence_can_be_bound_to_another_namespace() -> None:
         def where(condition: bool, yes: float, no: float) -> float:
             return yes if condition else no
 
+        @staticmethod
+        def near(d: float) -> bool:
+            return -0.25 < d < 0.25
+
+        @staticmethod
+        def excess(d: float) -> float:
+            return math.expm1(d) - d
+
+        @staticmethod
+        def deficit(g: float) -> float:
+            return g - math.log1p(g)
+
     for name in kd.divergences():
         divergence = resolve(name)
-        found = bind(divergence.pair, Scalars)(-1.0, -2.5, divergence.a)
-        expected = divergence.pair(torch.tensor(-1.0).double(), torch.tensor(-2.5).double(), divergence.a)
-        assert found == pytest.approx([part.item() for part in expected], rel=1e-12)
+        for lp, lq in ((-1.0, -2.5), (-1.0, -1.125)):
+            found = bind(divergence.pair, Scalars)(lp, lq, lq - lp, divergence.shares())
+            tensors = (torch.tensor(part, dtype=torch.float64) for part in (lp, lq, lq - lp))
+            expected = divergence.pair(*tensors, divergence.shares())
+            assert found == pytest.approx([float(part) for part in expected], rel=1e-12)
 
 
 def test_the_reference_keeps_a_custom_parameter() -> None:

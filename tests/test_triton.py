@@ -28,7 +28,7 @@ import kdkernels as kd
 from kdkernels import backends
 from kdkernels.backends import reference
 from kdkernels.backends.operators import ROW_COLUMNS, STATS_COLUMNS
-from kdkernels.divergences import resolve
+from kdkernels.divergences import FLAT, resolve
 from kdkernels.step import Step, Terms, prepare
 from kdkernels.vocab import sums_of_one_sweep
 from tests.cases import NATIVE_DTYPES, Case, assert_as_good_as_eager, draw, dressed, ratios
@@ -416,22 +416,26 @@ class TestFarOffsets:
 
 
 @triton.jit
-def pair_kernel(lp_ptr, lq_ptr, value_ptr, slope_ptr, a, PAIR: tl.constexpr, BLOCK: tl.constexpr):
+def pair_kernel(lp_ptr, lq_ptr, d_ptr, value_ptr, slope_ptr, shares, PAIR: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
-    value, slope = PAIR(tl.load(lp_ptr + at), tl.load(lq_ptr + at), a)
+    value, slope, _ = PAIR(tl.load(lp_ptr + at), tl.load(lq_ptr + at), tl.load(d_ptr + at), shares)
     tl.store(value_ptr + at, value)
     tl.store(slope_ptr + at, slope)
 
 
+@pytest.mark.parametrize("temperature", [1.0, FLAT])
 @pytest.mark.parametrize("name", kd.divergences())
-def test_the_pair_functions_are_those_of_torch(name: str) -> None:
-    lp, lq = torch.rand(2, 256, generator=torch.Generator().manual_seed(0)) * -30
-    lp[:8] = lq[:8]
-    found, a = torch.empty(2, 256), resolve(name).a
-    pair_kernel[(1,)](lp, lq, found[0], found[1], a, PAIR=launch.pair_function(name), BLOCK=256)
-    for one, other in zip(found, resolve(name).pair(lp, lq, a), strict=True):
+def test_the_pair_functions_are_those_of_torch(name: str, temperature: float) -> None:
+    lp, d = torch.rand(2, 256, generator=torch.Generator().manual_seed(0)) * -30
+    d[:128] = torch.linspace(-0.2, 0.2, 128) if temperature == FLAT else 0.0
+    lq = lp + d
+    divergence, found = resolve(name), torch.empty(2, 256)
+    shares, pair = divergence.shares(temperature), launch.pair_function(name, temperature)
+    pair_kernel[(1,)](lp, lq, d, found[0], found[1], shares, PAIR=pair, BLOCK=256)
+    for one, other in zip(found, divergence.pair(lp, lq, d, shares)[:2], strict=True):
         torch.testing.assert_close(one, other, rtol=16 * EPS, atol=30 * EPS)
-    assert launch.pair_function(name) is launch.pair_function(name), "another function would be compiled again"
+    again = launch.pair_function(name, temperature * 1.5)
+    assert again is pair, "another function would be compiled again"
 
 
 def row_arguments(x: Tensor, z: Tensor, weight: Tensor, labels: Tensor | None = None) -> tuple[Any, ...]:
@@ -804,9 +808,11 @@ class TestLaunch:
 
     def test_what_is_absent_is_none(self) -> None:
         assert launch.head_arguments(None, 0.5, 0.0) == (None, 0.5, None)
-        assert launch.term_arguments(0.3, 1.0, 2.0, 0.0) == (0.3, None, 2.0, None)
-        assert launch.term_arguments(0.3, 4.0, 2.0, 0.5) == (0.3, 4.0, 0.5, 0.5)
-        assert launch.term_arguments(0.3, 4.0, 0.0, 0.5)[2] is None
+        divergence = kd.jsd(0.25)
+        assert launch.term_arguments(divergence, 1.0, 2.0, 0.0) == ((0.25, 0.75, 0.0), None, 2.0, None)
+        assert launch.term_arguments(divergence, 4.0, 2.0, 0.5) == ((0.25, 0.75, 0.0), 4.0, 0.5, 0.5)
+        assert launch.term_arguments(divergence, 4.0, 0.0, 0.5)[2] is None
+        assert launch.term_arguments(divergence, FLAT, 1.0, 0.5)[0] == (0.25, 0.75, 1.0)
 
     def test_moments_are_told_apart(self) -> None:
         named = {"": device.NOTHING, "target": device.TARGET, "student": device.STUDENT}

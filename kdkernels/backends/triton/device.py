@@ -6,7 +6,7 @@ of one row. Per-row values that enter a tile (statistics, labels, weights): [ROW
 Groups of arguments that travel together are tuples; None in one compiles the part away:
 
 - head: (bias_ptr or None, scale, softcap or None).
-- terms: (a, temperature, kd, ce): the divergence's parameter; T, or None for 1; kd_scale / T and ce_scale, or None for 0.
+- terms: (shares, temperature, kd, ce): what a pair function takes of the divergence's parameter (divergences.py); T, or None for 1; kd_scale / T and ce_scale, or None for 0.
 
 Entries outside the vocabulary are -inf, which contributes nothing anywhere. What NaN and +inf do is as in csrc/rows.h.
 """
@@ -219,10 +219,20 @@ def finished(state, temperature, CE: tl.constexpr):
 
 
 @triton.jit
-def value_and_slope(lp, lq, a, PAIR: tl.constexpr):
-    value, slope = PAIR(lp, lq, a)
+def log_probabilities(x, y, stats):
+    """lp, lq and lq - lp. stats: the first four of STATS_COLUMNS."""
+    above_x = x - stats[0]
+    above_y = y - stats[2]
+    return above_y - stats[3], above_x - stats[1], (above_x - above_y) - (stats[1] - stats[3])
+
+
+@triton.jit
+def value_and_slope(lp, lq, d, shares, PAIR: tl.constexpr):
+    """With the c (q - p) and c q in them that sum to nothing over a row (divergences.py)."""
+    value, slope, c = PAIR(lp, lq, d, shares)
+    q = exp(lq)
     banned = (lp == float("-inf")) | (lq == float("-inf"))
-    return tl.where(banned, 0.0, value), tl.where(banned, 0.0, slope)
+    return tl.where(banned, c * (q - exp(lp)), value), tl.where(banned, c * q, slope)
 
 
 @triton.jit
@@ -239,12 +249,11 @@ def no_sums(ROWS: tl.constexpr):
 
 
 @triton.jit
-def add_sums(state, x, y, z, stats, a, PAIR: tl.constexpr, METRICS: tl.constexpr):
+def add_sums(state, x, y, z, stats, shares, PAIR: tl.constexpr, METRICS: tl.constexpr):
     """One more tile. stats: the first eight of STATS_COLUMNS of the whole row."""
     value, slope, entropy_y, entropy_x, overlap = state
-    lq = (x - stats[0]) - stats[1]
-    lp = (y - stats[2]) - stats[3]
-    values, slopes = value_and_slope(lp, lq, a, PAIR)
+    lp, lq, d = log_probabilities(x, y, stats)
+    values, slopes = value_and_slope(lp, lq, d, shares, PAIR)
     value += tl.sum(values, 1)
     slope += tl.sum(slopes, 1)
     if METRICS:
@@ -262,22 +271,29 @@ def shown(value, slope):
 
 
 @triton.jit
-def sums_of_one_sweep(stats, a, PAIR: tl.constexpr, WEIGH: tl.constexpr):
-    """Value and slope from the moments, linear in log p - log q (Divergence.linear says how). stats: all STATS_COLUMNS."""
+def sums_of_one_sweep(stats, shares, PAIR: tl.constexpr, WEIGH: tl.constexpr):
+    """Value and slope from the moments: the textbook's are linear in log p - log q (Divergence.linear says how). stats: all
+    STATS_COLUMNS."""
     x_log, y_log, mass, moment = stats[1], stats[3], stats[11], stats[12]
     zero = x_log * 0.0
+    value_0, slope_0, c = PAIR(zero, zero, zero, shares)
+    slope_0 = slope_0 - c
+    # What a pair function has more than the textbook comes off again, without a rounding.
+    less = exp(zero - 1.0)
     if WEIGH == TARGET:
         own, other = y_log, x_log
-        value_0, slope_0 = PAIR(zero, zero, a)
-        value_1, slope_1 = PAIR(zero, zero - 1.0, a)
+        value_1, slope_1, _ = PAIR(zero, zero - 1.0, zero - 1.0, shares)
+        value_1 = value_1 - c * (less - 1.0)
+        slope_1 = slope_1 - c * less
     else:
         own, other = x_log, y_log
-        value_0, slope_0 = PAIR(zero, zero, a)
-        value_1, slope_1 = PAIR(zero - 1.0, zero, a)
+        value_1, slope_1, _ = PAIR(zero - 1.0, zero, zero + 1.0, shares)
+        value_1 = value_1 - c * (1.0 - less)
+        slope_1 = slope_1 - c
     mass = mass * exp(-own)
     moment = moment * exp(-own) + mass * (other - own)
     value = value_0 * mass + (value_1 - value_0) * moment
-    return value, shown(value, slope_0 * mass + (slope_1 - slope_0) * moment)
+    return value, shown(value, slope_0 * mass + (slope_1 - slope_0) * moment + c)
 
 
 @triton.jit
@@ -286,14 +302,13 @@ def gradient(x, y, stats, slope_sum, labels, weight, head, terms, columns, PAIR:
 
     stats: the first six of STATS_COLUMNS.
     """
-    a, temperature, kd, ce = terms
+    shares, temperature, kd, ce = terms
     _, scale, softcap = head
-    lq = (x - stats[0]) - stats[1]
+    lp, lq, d = log_probabilities(x, y, stats)
     q = exp(lq)
     dx = tl.zeros_like(x)
     if kd is not None:
-        lp = (y - stats[2]) - stats[3]
-        _, slope = value_and_slope(lp, lq, a, PAIR)
+        _, slope = value_and_slope(lp, lq, d, shares, PAIR)
         dx += kd * (slope - q * slope_sum)
     if ce is not None:
         if temperature is not None:

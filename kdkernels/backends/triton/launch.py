@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import types
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kdkernels.divergences import bind, resolve
+from kdkernels.divergences import Divergence, bind, flat, resolve
 
 if TYPE_CHECKING:
     from kdkernels.backends.triton.blocks import Matrix
@@ -26,16 +27,25 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
-def pair_function(divergence: str) -> Any:
+def pair_function(divergence: str, temperature: float) -> Any:
     """The pair function of divergences.py over functions.py, for a kernel's constexpr argument."""
+    return _pair_function(divergence, flat(temperature))
+
+
+@functools.cache
+def _pair_function(divergence: str, is_flat: bool) -> Any:
     from kdkernels.backends.triton import functions
+
+    namespace = functions
+    if not is_flat:
+        namespace = types.ModuleType("far")  # Triton looks into modules alone
+        vars(namespace).update(vars(functions), near=functions.never, __name__="far")
 
     def compiled(function: Any) -> Any:
         function.__globals__["tl"] = triton.language  # the interpreter wants to see it, used or not
         return triton.jit(function)
 
-    return bind(resolve(divergence).pair, functions, compiled)
+    return bind(resolve(divergence).pair, namespace, compiled)
 
 
 def head_arguments(bias: Tensor | None, scale: float, softcap: float) -> tuple[Any, ...]:
@@ -43,9 +53,9 @@ def head_arguments(bias: Tensor | None, scale: float, softcap: float) -> tuple[A
     return bias, scale, softcap or None
 
 
-def term_arguments(a: float, temperature: float, kd_scale: float, ce_scale: float) -> tuple[Any, ...]:
+def term_arguments(divergence: Divergence, temperature: float, kd_scale: float, ce_scale: float) -> tuple[Any, ...]:
     """The terms as device.py takes them: what is absent is None, and compiled away."""
-    return a, None if temperature == 1.0 else temperature, kd_scale / temperature or None, ce_scale or None
+    return divergence.shares(temperature), None if temperature == 1.0 else temperature, kd_scale / temperature or None, ce_scale or None
 
 
 @functools.cache

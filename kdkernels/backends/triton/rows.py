@@ -10,6 +10,7 @@ every access is as wide as the hardware has them (``make static`` sees to both).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from kdkernels.backends.operators import ROW_COLUMNS
 from kdkernels.backends.triton import blocks, device, launch
-from kdkernels.divergences import resolve
+from kdkernels.divergences import flat, resolve
 
 # Parts of a row that a thread adds up at the same time; more run out of registers.
 MOST_PARTS = 4
@@ -60,7 +61,7 @@ def _row(
 ):  # fmt: skip
     """One row: its sweeps, its ROW_COLUMNS, its gradient. label: None where nobody asks for the cross-entropy."""
     x_row_ptr, x_head = sides[0], sides[2]
-    a, temperature, kd = terms[0], terms[1], terms[2]
+    shares, temperature, kd = terms[0], terms[1], terms[2]
     CE: tl.constexpr = label is not None
     # A row of weight 0 is not computed: its sweeps are empty.
     live = weight != 0.0
@@ -76,13 +77,13 @@ def _row(
 
     sums = (0.0, 0.0, 0.0, 0.0, 0.0)
     if WEIGH != device.NOTHING:
-        value, slope = device.sums_of_one_sweep(stats, a, PAIR, WEIGH)
+        value, slope = device.sums_of_one_sweep(stats, shares, PAIR, WEIGH)
     else:
         if kd is not None or METRICS:
             state = device.no_sums(LANES)
             for v0 in range(0, end, LANES * WIDTH):
                 x, y, z, _ = _tile(sides, t, temperature, v0, end, AT_ONE, LANES, WIDTH)
-                state = device.add_sums(state, x, y, z, stats, a, PAIR, METRICS)
+                state = device.add_sums(state, x, y, z, stats, shares, PAIR, METRICS)
             sums = (tl.sum(state[0], 0), tl.sum(state[1], 0), tl.sum(state[2], 0), tl.sum(state[3], 0), tl.sum(state[4], 0))
         value = sums[0]
         slope = device.shown(value, sums[1])
@@ -170,7 +171,8 @@ def row_loss(
         return columns
     dx = None if not grad else x if out is None else out
     wanted = labels is not None and (ce_scale != 0.0 or metrics)
-    weigh = "" if metrics or kd_scale == 0.0 else resolve(divergence).one_sweep
+    # Running sums cancel where p is close to q, and in flat distributions to nothing.
+    weigh = "" if metrics or kd_scale == 0.0 or flat(temperature) else resolve(divergence).one_sweep
     entry, sides = blocks.row_entry(x.device), [side for side in (x, z, dx) if side is not None]
     # Triton gives a thread 16 bytes of the narrowest of them at a time, or one entry where rows do not lie so. A longer part would
     # be several threads'.
@@ -185,13 +187,13 @@ def row_loss(
         t.to(torch.float32),
         launch.head_arguments(x_bias, head[0], head[1]),
         launch.head_arguments(z_bias, head[2], head[3]),
-        launch.term_arguments(a, temperature, kd_scale, ce_scale if wanted else 0.0),
+        launch.term_arguments(replace(resolve(divergence), a=a), temperature, kd_scale, ce_scale if wanted else 0.0),
         vocab,
     )
     with launch.on(x.device):
         row_loss_kernel[(rows,)](
             *arguments,
-            PAIR=launch.pair_function(divergence),
+            PAIR=launch.pair_function(divergence, temperature),
             WEIGH=device.WEIGH[weigh],
             METRICS=metrics,
             LANES=entry.num_warps * launch.warp(x.device) * min(entry.entries // width, MOST_PARTS),

@@ -144,7 +144,7 @@ def sums_kernel(
     parts_ptr,  # [splits, tokens, SUMS_COLUMNS]
     stats_ptr,  # [tokens, STATS_COLUMNS]
     t_ptr,
-    a,
+    parameter,  # shares, as pair functions take them
     temperature,
     tokens,
     vocab,
@@ -166,7 +166,7 @@ def sums_kernel(
             student_hidden, student_weight, teacher_hidden, teacher_weight, student, teacher,
             n0, v0, tokens, vocab, t, temperature, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
-        state = device.add_sums(state, x, y, z, stats, a, PAIR, METRICS)
+        state = device.add_sums(state, x, y, z, stats, parameter, PAIR, METRICS)
     _write(parts_ptr, split, rows, tokens, state, 5)
 
 
@@ -238,11 +238,12 @@ class LearnerSweeps:
         index = step.index(0, step.count)
         self.labels, self.weights = step.labels_at(index), step.weights[index] * step.scale
         self.t = step.t.to(torch.float32)
-        _, self.a, self.temperature, self.kd, self.ce = step.terms.loss
-        self.terms = launch.term_arguments(self.a, self.temperature, self.kd, self.ce if self.labels is not None else 0.0)
+        _, _, self.temperature, self.kd, self.ce = step.terms.loss
+        ce = self.ce if self.labels is not None else 0.0
+        self.terms = launch.term_arguments(step.terms.resolved(), self.temperature, self.kd, ce)
         self.widest = max((step.student.dtype, step.teacher.dtype), key=lambda dtype: dtype.itemsize)
         self.table = blocks.entry(step.device, self.widest)
-        self.pair = launch.pair_function(step.terms.divergence)
+        self.pair = launch.pair_function(step.terms.divergence, self.temperature)
 
     def _operands(self, matrix: blocks.Matrix) -> list[Any]:
         """Hidden states and weight of student and teacher, then (layout, head) of both; None for a teacher that is not looked at.
@@ -284,7 +285,7 @@ class LearnerSweeps:
         return merged(parts.double(), weigh)
 
     def sums(self, stats: Tensor) -> Tensor:
-        arguments = (stats.float(), self.t, self.a, self.terms[1])
+        arguments = (stats.float(), self.t, self.terms[0], self.terms[1])
         constants = {"PAIR": self.pair, "METRICS": self.step.metrics}
         parts = self._over_splits(sums_kernel, self.table.sums, len(SUMS_COLUMNS), arguments, **constants)
         sums = parts.sum(0, dtype=torch.float64)
