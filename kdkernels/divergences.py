@@ -255,17 +255,16 @@ def jsd(beta: float = 0.5) -> Divergence:
 def _skew_forward_kl(lp, lq, d, shares):
     share, rest, flat = shares
     p, q = xp.exp(lp), xp.exp(lq)
-    far = lp - _log_mixture(lp, lq, d, share, rest)
+    lm = _log_mixture(lp, lq, d, share, rest)
     over = rest * (d + xp.excess(d))  # m / p - 1
     lost = xp.deficit(over)
     near = xp.near(d)
     # Where p is far below m, all of the slope is p / m, and would be rounded away beside c: so c is 0 but where all is flat.
     c = flat * rest
-    value = xp.where(near, p * (lost - (1.0 - flat) * over), c * (q - p) + p * far)
-    # flat - p / m
+    value = xp.where(near, p * (lost - (1.0 - flat) * over), c * (q - p) + p * (lp - lm))
     log_p_over_m = lost - over
-    part = xp.where(near, (flat - 1.0) - (log_p_over_m + xp.excess(log_p_over_m)), flat - xp.exp(far))
-    return value, rest * q * part, c
+    near_slope = rest * q * ((flat - 1.0) - (log_p_over_m + xp.excess(log_p_over_m)))
+    return value, xp.where(near, near_slope, c * q - p * rest * xp.exp(lq - lm)), c
 
 
 @_listed

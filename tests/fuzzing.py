@@ -377,7 +377,7 @@ def _dress_weight(call: Call) -> None:
 def _dress_extreme(call: Call) -> None:
     name, values = call.rng.choice(
         [
-            ("temperature", (1e-9, 1e9, 1e-3, 1e4)),
+            ("temperature", (1e-9, 1e5, 1e-3, 1e4)),
             ("kd_weight", (1e-300, 1e18, 1e-20)),
             ("ce_weight", (1e-300, 1e18)),
             ("t", (1e-30, 1.0 - 2.0**-24)),

@@ -148,7 +148,7 @@ class TestWhatItFound:
     @pytest.mark.parametrize(
         ("wrong", "error", "words"),
         [
-            ({"temperature": 1e-300}, ValueError, ("temperature", "1e-9 to 1e9", "1e-300")),
+            ({"temperature": 1e-300}, ValueError, ("temperature", "1e-9 to 1e5", "1e-300")),
             ({"kd_weight": 10**400}, ValueError, ("kd_weight", "1e18")),
             ({"kd_weight": 1e300}, ValueError, ("kd_weight", "1e18", "1e+300")),
             ({"ignore_index": 2**63}, ValueError, ("ignore_index", "int64", str(2**63))),

@@ -78,6 +78,7 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"t": torch.ones(2)}, ValueError, ("t is", "0-dim", "(2,)")),
     ({"t": torch.tensor(1)}, ValueError, ("t is", "float", "int64")),
     ({"temperature": 0.0}, ValueError, ("temperature", "positive", "0.0")),
+    ({"temperature": 1.1e5}, ValueError, ("temperature", "positive", "1e-9 to 1e5", "110000.0")),
     ({"temperature": -1}, ValueError, ("temperature", "positive", "-1")),
     ({"temperature": math.inf}, ValueError, ("temperature", "positive", "inf")),
     ({"temperature": math.nan}, ValueError, ("temperature", "positive", "nan")),

@@ -699,7 +699,7 @@ def test_a_token_that_only_the_student_has_is_cut_and_padding_alike_in_both_is_n
         ({"method": "jsd", "divergence": "reverse_kl"}, "divergence='reverse_kl' goes with method 'taid' or 'okd'"),
         ({"method": "forward_kl", "divergence_parameter": 0.3}, "'forward_kl' has no parameter, got 0.3"),
         ({"method": "jsd", "divergence_parameter": 1.0}, "beta=1.0 is outside"),
-        ({"temperature": 0.0}, "temperature is a positive number, got 0"),
+        ({"temperature": 0.0}, "temperature is a positive number from 1e-9 to 1e5, got 0"),
         ({"kd_weight": -1.0}, "kd_weight is a number of at least 0, got -1"),
         ({"on_policy_fraction": 1.5}, r"on_policy_fraction is a number in \[0, 1\], got 1.5"),
         ({"on_policy_schedule": "adaptive"}, "on_policy_schedule='adaptive' goes by evaluations"),

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from kdkernels import files
-from kdkernels.checks import LMHead, number
+from kdkernels.checks import LMHead, temperature_of
 from kdkernels.errors import CommandError
 from kdkernels.plan import default_budget
 from kdkernels.transformers.data import IGNORED
@@ -68,7 +68,7 @@ def write_cache(
         Tokens at which an "attention_mask" (L,) is 0 are padding, and left out. Read twice, one at a time.
     folder: a new one, an empty one, or one of an earlier call. A call with the same arguments goes on where that one stopped; only
         whole shards of it are taken up. One call writes at a time.
-    top_k: 1 to vocab_size. temperature: positive. vocab_size: the softmax is over the first so many rows of the teacher's head
+    top_k: 1 to vocab_size. temperature: 1e-9 to 1e5. vocab_size: the softmax is over the first so many rows of the teacher's head
         (None: all), to leave out those that pad it. batch_size: examples in a forward, of similar lengths and padded on the right;
         it changes results by rounding only. shard_examples: examples in a file.
     memory_budget: bytes for the logits, which exist for so many tokens at a time as fit (None: as for the losses).
@@ -443,7 +443,7 @@ def _check(head: LMHead, *, top_k: Any, temperature: Any, vocab_size: Any, batch
     if vocab_size is not None:
         _count("vocab_size", vocab_size, rows)
     _count("top_k", top_k, rows if vocab_size is None else vocab_size)
-    number("temperature", temperature, "a positive number", 0.0, above=True)
+    temperature_of("temperature", temperature)
     _count("batch_size", batch_size)
     _count("shard_examples", shard_examples)
 

@@ -44,7 +44,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--top-k", type=count, default=64, metavar="K", help="entries for each token (default: %(default)s)")
     parser.add_argument(
         "--temperature",
-        type=number(float, "a positive number", lambda value: 0 < value < float("inf")),
+        type=number(float, "a positive number from 1e-9 to 1e5", lambda value: 1e-9 <= value <= 1e5),
         default=1.0,
         metavar="T",
         help="of the teacher's softmax, which the student is then trained with (default: %(default)g)",

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from kdkernels.checks import number
+from kdkernels.checks import number, temperature_of
 from kdkernels.divergences import Divergence, divergences, resolve
 from kdkernels.outcomes import TAILS
 from kdkernels.plan import STRATEGIES
@@ -102,7 +102,7 @@ class KDConfig(TrainingArguments):
                 f"divergence={self.divergence!r} goes with method 'taid' or 'okd'; method {self.method!r} is one itself"
             )
         self.resolved_divergence()
-        number("temperature", self.temperature, "a positive number", 0.0, above=True)
+        temperature_of("temperature", self.temperature)
         counts = ("okd_lora_rank", "on_policy_max_new_tokens", "replay_buffer_size", "vocab_size", "memory_budget")
         for name in counts:
             value = getattr(self, name)

@@ -61,6 +61,7 @@ def _one_of(*names: str) -> Kind:
 TEXT = Kind("text", (str,), allowed=bool)
 SWITCH = Kind("true or false", (bool,))
 POSITIVE = _between("a positive number", lambda value: value > 0)
+TEMPERATURE = _between("a positive number from 1e-9 to 1e5", lambda value: 1e-9 <= value <= 1e5)
 NOT_NEGATIVE = _between("a number of at least 0", lambda value: value >= 0)
 SHARE = _between("a number from 0 to 1", lambda value: 0 <= value <= 1)
 PART = _between("a number from 0, below 1", lambda value: 0 <= value < 1)
@@ -113,7 +114,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("method", _one_of(*divergences(), TAID, OKD), "NAME", f"a divergence ({', '.join(divergences())}), {TAID} or {OKD}"),
         Option("divergence", _one_of(*divergences()), "NAME", f"of {TAID} and {OKD} (default: forward_kl)"),
         Option("divergence_parameter", NUMBER, "X", "beta of jsd, alpha of the skew divergences"),
-        Option("temperature", POSITIVE, "T", "divides both models' logits in the divergence", 1.0),
+        Option("temperature", TEMPERATURE, "T", "divides both models' logits in the divergence", 1.0),
         Option("kd_weight", NOT_NEGATIVE, "W", "factor of the divergence", 1.0),
         Option("ce_weight", NOT_NEGATIVE, "W", "factor of the labels' cross-entropy", 0.0),
         Option("taid_t_start", SHARE, "t", "the teacher's share in the target at the start (default: 0.4)", needs=TAID),

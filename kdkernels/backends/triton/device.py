@@ -6,7 +6,8 @@ of one row. Per-row values that enter a tile (statistics, labels, weights): [ROW
 Groups of arguments that travel together are tuples; None in one compiles the part away:
 
 - head: (bias_ptr or None, scale, softcap or None).
-- terms: (shares, temperature, kd, ce): what a pair function takes of the divergence's parameter (divergences.py); T, or None for 1; kd_scale / T and ce_scale, or None for 0.
+- terms: (shares, temperature, kd, ce): what pair functions take of the divergence's parameter (divergences.py); T, or None for 1;
+  kd_scale / T and ce_scale, or None for 0.
 
 Entries outside the vocabulary are -inf, which contributes nothing anywhere. What NaN and +inf do is as in csrc/rows.h.
 """

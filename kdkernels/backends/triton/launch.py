@@ -55,7 +55,12 @@ def head_arguments(bias: Tensor | None, scale: float, softcap: float) -> tuple[A
 
 def term_arguments(divergence: Divergence, temperature: float, kd_scale: float, ce_scale: float) -> tuple[Any, ...]:
     """The terms as device.py takes them: what is absent is None, and compiled away."""
-    return divergence.shares(temperature), None if temperature == 1.0 else temperature, kd_scale / temperature or None, ce_scale or None
+    return (
+        divergence.shares(temperature),
+        None if temperature == 1.0 else temperature,
+        kd_scale / temperature or None,
+        ce_scale or None,
+    )
 
 
 @functools.cache
