@@ -207,7 +207,7 @@ def _forward_kl(lp, lq, d, shares):
     p, q = xp.exp(lp), xp.exp(lq)
     near, excess = xp.near(d), xp.excess(d)
     # p (log p - log q) + (q - p) = p (e^d - 1 - d)
-    return xp.where(near, p * excess, (q - p) - p * d), xp.where(near, p * (d + excess), q - p), 1.0
+    return xp.where(near, p * excess, q - p * (d + 1.0)), xp.where(near, p * (d + excess), q - p), 1.0
 
 
 @_listed
@@ -219,7 +219,7 @@ def forward_kl() -> Divergence:
 def _reverse_kl(lp, lq, d, shares):
     p, q = xp.exp(lp), xp.exp(lq)
     # q (log q - log p) - (q - p) = q (e^-d - 1 + d)
-    return xp.where(xp.near(d), q * xp.excess(-d), (p - q) + q * d), q * d, -1.0
+    return xp.where(xp.near(d), q * xp.excess(-d), p + q * (d - 1.0)), q * d, -1.0
 
 
 @_listed

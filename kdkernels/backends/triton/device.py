@@ -279,7 +279,7 @@ def sums_of_one_sweep(stats, shares, PAIR: tl.constexpr, WEIGH: tl.constexpr):
     zero = x_log * 0.0
     value_0, slope_0, c = PAIR(zero, zero, zero, shares)
     slope_0 = slope_0 - c
-    # What a pair function has more than the textbook comes off again, without a rounding.
+    # What a pair function has more than the textbook comes off again.
     less = exp(zero - 1.0)
     if WEIGH == TARGET:
         own, other = y_log, x_log
