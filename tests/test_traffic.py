@@ -414,7 +414,7 @@ def test_a_loss_without_divergence_sweeps_once() -> None:
 def test_an_extra_sweep_is_noticed() -> None:
     """The bound means something: forward KL in two sweeps, as if running sums did not give its value."""
     step = Step()
-    with mock.patch("kdkernels.backends.triton.rows.resolve", return_value=mock.Mock(one_sweep="")):
+    with mock.patch("kdkernels.backends.triton.rows.resolve", return_value=replace(kd.forward_kl(), one_sweep="")):
         meter = step.run("tokens")
     with pytest.raises(AssertionError):
         assert_within(meter, step.tokens_traffic())
