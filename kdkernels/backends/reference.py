@@ -12,6 +12,8 @@ from kdkernels.divergences import Divergence, resolve
 
 # Live [rows, V] tensors of accumulate_dtype at the peak of row_loss with metrics; the plan counts them.
 LIVE_COPIES = 12
+# Entries that a formula is worked out for at a time.
+PIECE = 2**20
 
 
 @dataclass
@@ -103,9 +105,17 @@ def _stats(rows: _Rows, labels: Tensor | None, weigh: str, ce: bool, metrics: bo
 
 def _value_and_slope(rows: _Rows, stats: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
     """With the c (q - p) and c q in them that sum to nothing over a row (divergences.py)."""
-    lq, lp = _log_probability(rows.x, stats, 0), _log_probability(rows.y, stats, 2)
-    d = (rows.x - stats[:, 0:1]).sub_(rows.y - stats[:, 2:3]).sub_(stats[:, 1:2] - stats[:, 3:4])
-    return divergence.balanced(lp, lq, d, rows.temperature)
+    value, slope = torch.empty_like(rows.x), torch.empty_like(rows.x)
+    # A formula holds a dozen tensors, some in float64: of some rows at a time.
+    pieces = zip(
+        *(part.split(max(1, PIECE // max(1, rows.x.shape[1]))) for part in (rows.x, rows.y, stats, value, slope)), strict=True
+    )
+    for x, y, of_rows, to_value, to_slope in pieces:
+        lq, lp = _log_probability(x, of_rows, 0), _log_probability(y, of_rows, 2)
+        d = (x - of_rows[:, 0:1]).sub_(y - of_rows[:, 2:3]).sub_(of_rows[:, 1:2] - of_rows[:, 3:4])
+        for to, part in zip((to_value, to_slope), divergence.balanced(lp, lq, d, rows.temperature), strict=True):
+            to.copy_(part)
+    return value, slope
 
 
 def _reduce(rows: _Rows, stats: Tensor, value: Tensor, slope: Tensor, metrics: bool) -> Tensor:
