@@ -93,10 +93,11 @@ class Kept:
         return {"losses": per_token.detach(), "loss": mean.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def log_of_rest(log_probs: list[float]) -> float:
+def log_of_rest(log_probs: list[float], least: float = 2.0**-23) -> float:
     """log(1 - sum of exp), in fifty digits: what is left may be far below the roundings of 1. At least 2^-23, as is documented."""
     with decimal.localcontext(decimal.Context(prec=50)):
-        return float(max(1 - sum(Decimal(value).exp() for value in log_probs), 1 / Decimal(2**23)).ln())
+        rest = max(1 - sum(Decimal(value).exp() for value in log_probs), Decimal(least))
+        return float(rest.ln()) if rest > 0 else -INF
 
 
 def of_one_row(
@@ -111,7 +112,8 @@ def of_one_row(
         outside = torch.ones(len(x), dtype=torch.bool)
         outside[chosen] = False
         own_rest = lq[outside].logsumexp(0) if outside.any() else x.new_tensor(-INF)
-        left = rest if rest is not None else log_of_rest(log_probs[used].tolist()) if own_rest > -INF else -INF
+        # of no rest that the student has, none is made up
+        left = log_of_rest(log_probs[used].tolist(), 2.0**-23 if own_rest > -INF else 0.0) if rest is None else rest
         own, given = torch.cat([own, own_rest[None]]), torch.cat([given, x.new_tensor([float(left)])])
     return torch.log_softmax(oracle.target_logits(own, given, options.t), -1), own
 
