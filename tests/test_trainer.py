@@ -681,6 +681,8 @@ def test_data_without_a_token_to_learn_is_refused_and_held_out_data_is_warned_of
         {"input_ids": [3, 4], "labels": [3, -100]},  # the first is never predicted
         {"input_ids": [0, 3], "attention_mask": [0, 1], "labels": [-100, 3]},
     ]
+    with pytest.raises(ValueError, match="train_dataset has no examples; accepted: at least one"):
+        KDTrainer(student, settings(tmp_path), train_dataset=[], teacher=teacher)
     with pytest.raises(ValueError, match="train_dataset has 3 examples and not one token to learn"):
         KDTrainer(student, settings(tmp_path), train_dataset=nothing, teacher=teacher)
     KDTrainer(student, settings(tmp_path), train_dataset=[*nothing, *examples()], eval_dataset={"a": nothing}, teacher=teacher)

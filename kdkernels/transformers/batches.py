@@ -413,8 +413,8 @@ class Inputs:
         accepted = [one for one in ("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids") if one in common]
         also = f", though {' and '.join(classes[reader] for reader in taking)} does" if taking else ""
         return (
-            f"the column {name} ({given}) would be ignored: {' and '.join(lacking)} {does} not take it{also}; accepted: what both "
-            f"take ({', '.join(accepted)}, ...), or data without it"
+            f"the column {name} ({given}) would be ignored: {' and '.join(lacking)} {does} not take it{also}; accepted: what "
+            f"{'both take' if len(classes) > 1 else 'it takes'} ({', '.join(accepted)}, ...), or data without it"
         )
 
     def _say(self, dropped: Iterable[str]) -> None:

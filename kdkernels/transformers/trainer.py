@@ -287,6 +287,8 @@ class KDTrainer(Trainer):
         """What can be known of the data before any work: that the models read it, and that there is something to learn."""
         parts = {name: part for name, dataset in datasets.items() for name, part in _parts(name, dataset)}
         for name, dataset in parts.items():
+            if name == "train_dataset" and hasattr(dataset, "__len__") and len(dataset) == 0:
+                raise ValueError("train_dataset has no examples; accepted: at least one")
             numbers = looked_at(dataset)
             learns = check_examples(name, dataset, numbers, self.data_collator, self.inputs)
             if learns or not 0 < len(numbers) == len(dataset):
