@@ -287,6 +287,15 @@ def test_hidden_states_are_the_same_with_padding_on_the_left(name: str) -> None:
     torch.testing.assert_close(beside, alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bloom"])
+def test_positions_of_none_are_left_to_the_model(name: str) -> None:
+    model, ids, mask = build(name), torch.tensor([[0, 0, *A]]), torch.tensor([[0, 0, 1, 1, 1, 1]])
+    with torch.no_grad():
+        found = hidden_states(model, {"input_ids": ids, "attention_mask": mask, "position_ids": None})
+        right = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(found, right)
+
+
 def test_positions_run_over_real_tokens_and_on_behind_them() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 0, 1, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0], [0] * 8])
     assert positions_of(mask).tolist() == [[0, 0, 0, 1, 1, 2, 3, 4], list(range(8)), list(range(8))]

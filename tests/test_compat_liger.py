@@ -228,9 +228,9 @@ class TestWhereLigerIsNot:
         for name in ("student", "teacher"):
             if banned in (name, "both"):
                 getattr(case, f"{name}_bias")[0] = -torch.inf
-        exact, ours = case.plain(), run(LigerFusedLinearJSDLoss, case)
+        exact, eager, ours = case.plain(), case.plain(torch.float32), run(LigerFusedLinearJSDLoss, case)
         for name in ours:
-            assert relative(ours, exact, name) <= 16 * torch.finfo(torch.float32).eps, name
+            assert relative(ours, exact, name) <= 2 * relative(eager, exact, name) + 8 * torch.finfo(torch.float32).eps, name
         assert not all(value.isfinite().all() for value in run(Theirs, case).values())
 
     def test_what_stands_in_a_row_without_a_label_does_not_matter(self) -> None:

@@ -118,6 +118,7 @@ def _fused_loss(
     -100 does not count. num_items: what the sum over the tokens is divided by, None for their number.
     """
     teacher = trainer.teacher_model
+    batch = {"position_ids": None, **batch}  # as TRL leaves them to the models, padding on the left included
     student_hidden = hidden_states(model, batch)
     with torch.no_grad():
         teacher_hidden = hidden_states(teacher, batch)

@@ -72,7 +72,7 @@ def model_inputs(model: Any, batch: Any) -> dict[str, Any]:
     """The batch as the model's keyword arguments: without labels, and without a cache unless the batch asks for one.
 
     Where the batch has an attention_mask (B, S) and no position_ids, positions are counted over the real tokens, so that padding on
-    the left does not move them.
+    the left does not move them; position_ids of None leave them to the model.
     """
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
@@ -91,8 +91,10 @@ def model_inputs(model: Any, batch: Any) -> dict[str, Any]:
         )
     if "use_cache" in takes(model):
         inputs.setdefault("use_cache", False)  # else keys and values of a whole batch are kept for nobody
-    if inputs.get("position_ids") is None and _misplaced(model, inputs):
+    if "position_ids" not in inputs and _misplaced(model, inputs):
         inputs["position_ids"] = positions_of(inputs["attention_mask"])
+    elif inputs.get("position_ids", 0) is None:
+        del inputs["position_ids"]
     return inputs
 
 
@@ -112,8 +114,9 @@ def hidden_states(model: Any, batch: Any) -> Tensor:
         PEFT, gradient checkpointing, torch.compile), under whatever autocast and grad mode it is called in.
     batch: the model's keyword arguments ({"input_ids": (B, S), "attention_mask": ..., ...}), or the token ids alone. Labels in it
         are not given to the model; ``logits_to_keep`` chooses positions, as it does for logits. Without "position_ids" they are
-        counted over the real tokens of an attention_mask (B, S), for models that would else number padding on the left too. Which
-        positions count is up to the labels that go with the loss: -100 wherever the token or the one after it is padding.
+        counted over the real tokens of an attention_mask (B, S), for models that would else number padding on the left too; None
+        leaves them to the model. Which positions count is up to the labels that go with the loss: -100 wherever the token or the
+        one after it is padding.
 
     Returns (..., D), usually (B, S, D), with the model's graph; not shifted. Where the head carries a LoRA of PEFT, (..., D + r):
     the r columns s dropout(H) Aᵀ stand behind the hidden states, to meet B in the weight that ``lm_head`` returns.
