@@ -209,9 +209,13 @@ def _run(arguments: argparse.Namespace) -> None:
     out = given.get("out", configured.get("out"))
     settings = merged(given, configured, recorded(Path(out).expanduser()) if arguments.resume and out is not None else None)
     arguments.folder = Path(settings.out)
+    import torch.distributed as dist
+
     from kdkernels.transformers.distill import distill
 
     distill(settings, resume=arguments.resume)
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()  # its threads, still running when the process ends, can abort it after all is done
 
 
 def read_config(path: Path) -> dict[str, Any]:
