@@ -278,8 +278,9 @@ def test_memory_of_a_loss_step_is_measured_in_a_fresh_process(tmp_path: Path, mo
     assert difference < 1e-4
     assert not list(tmp_path.iterdir())
     ours, eager = measured["kdkernels"].peak_bytes, measured["eager PyTorch"].peak_bytes
-    if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("peak memory is read from /proc, which only Linux has")
+    if not Path("/proc/self/clear_refs").exists():  # only Linux tells
+        assert (ours, eager) == (None, None)
+        return
     assert ours is not None
     assert eager is not None
     logits = tokens * vocab * 4

@@ -20,6 +20,7 @@ import kdkernels as kd
 from kdkernels import backends
 from kdkernels.backends import native
 
+HAS_COMPILER = shutil.which(os.environ.get("CXX", "c++")) is not None
 ROOT = Path(__file__).parent.parent
 
 
@@ -110,7 +111,7 @@ def test_without_the_extension_every_operator_still_keeps_its_contract() -> None
     fresh(HIDE.format(missing=[], no_extension=True) + textwrap.dedent(script))
 
 
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler here, so the reference runs")
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here, so the reference runs")
 def test_where_there_is_a_compiler_the_native_backend_runs() -> None:
     assert native.available(), "the extension was not built; make setup builds it"
     assert kd.backend() == "native"
@@ -234,9 +235,6 @@ def test_a_loss_that_another_backend_was_asked_for_warns_of_nothing(caplog: pyte
     with backends.use("reference"):
         kd.linear_kd_loss(hidden, head, hidden, head)
     assert caplog.messages == []
-
-
-HAS_COMPILER = shutil.which(os.environ.get("CXX", "c++")) is not None
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here whose error could be told from its absence")
