@@ -244,9 +244,10 @@ generate.write(Path(sys.argv[2]))
 
 def test_the_build_reads_the_formulas_without_the_package(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
-    for name in ("csrc", "kdkernels"):
-        (tmp_path / name).mkdir()
-    shutil.copy(root / "kdkernels" / "divergences.py", tmp_path / "kdkernels")
+    for name in ("csrc", "kdkernels/backends"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("divergences.py", "backends/functors.py"):
+        shutil.copy(root / "kdkernels" / name, tmp_path / "kdkernels" / name)
     subprocess.run([sys.executable, "-c", GENERATE, str(root / "csrc"), str(tmp_path)], check=True, cwd=tmp_path)
     listed = (tmp_path / "csrc" / "generated" / "names.inc").read_text()
     assert all(f"KD_DIVERGENCE({name})" in listed for name in kd.divergences())
