@@ -42,8 +42,8 @@ import torch
 
 import kdkernels as kd
 from kdkernels.divergences import resolve
-from kdkernels.roofline import ROW_INSTRUCTIONS
-from kdkernels.step import Model, Step, Terms
+from kdkernels.engine.step import Model, Step, Terms
+from kdkernels.planning.roofline import ROW_INSTRUCTIONS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KERNELS = ("row_loss", "statistics", "sums", "gradient")

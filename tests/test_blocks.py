@@ -14,7 +14,7 @@ import kdkernels as kd
 from kdkernels import backends
 from kdkernels.backends.operators import STATS_COLUMNS, row_columns
 from kdkernels.divergences import resolve
-from kdkernels.vocab import merged, sums_of_one_sweep
+from kdkernels.engine.vocab import merged, sums_of_one_sweep
 from tests.cases import BLOCK_CHOICES, BLOCK_VARIANTS, parameters, running
 
 # Ragged: one entry, less than a vector, more than one block of the native row loops, and what is left.

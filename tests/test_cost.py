@@ -22,10 +22,12 @@ from torch import Tensor
 import kdkernels as kd
 from benchmarks.contenders import HEADS, Head
 from benchmarks.roofline import Trace
-from kdkernels import gradients, ops, roofline, scratch, tokens, vocab
+from kdkernels.backends.products import HeadProducts
 from kdkernels.cli import main
-from kdkernels.plan import chunk_rows, default_budget
-from kdkernels.products import HeadProducts
+from kdkernels.engine import gradients, scratch, tokens, vocab
+from kdkernels.losses import operators as ops
+from kdkernels.planning import roofline
+from kdkernels.planning.plan import chunk_rows, default_budget
 from tests.cases import Case, InsideOperators, draw, parameters, running
 from tests.oracle import Options
 

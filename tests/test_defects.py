@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import gradients
-from kdkernels.step import kept_rows
+from kdkernels.engine import gradients
+from kdkernels.engine.step import kept_rows
 from tests import oracle
 from tests.cases import InsideOperators, draw, dressed, error, root_mean_square
 from tests.oracle import Options

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels import configs, models
-from kdkernels.cli import main
-from kdkernels.models import HEADS, OWNERS, HeadShape, head_shape
+from kdkernels.cli import configs, main, models
+from kdkernels.cli.models import HEADS, OWNERS, HeadShape, head_shape
 
 
 @pytest.fixture(autouse=True)

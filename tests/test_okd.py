@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import gradients, tokens, vocab
+from kdkernels.engine import gradients, tokens, vocab
 from tests import oracle
 from tests.cases import (
     CHOICES,

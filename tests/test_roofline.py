@@ -24,11 +24,11 @@ import kdkernels as kd
 from benchmarks import roofline as published
 from benchmarks.contenders import Problem, products
 from benchmarks.roofline import Row, Trace, median_error, rows
-from kdkernels import roofline
 from kdkernels.cli import main
-from kdkernels.compare import Predicted, compare
+from kdkernels.cli.compare import Predicted, compare
 from kdkernels.divergences import resolve
-from kdkernels.roofline import (
+from kdkernels.planning import roofline
+from kdkernels.planning.roofline import (
     DEVICES,
     EAGER_TRAFFIC,
     NOMINAL_CPU,
@@ -573,5 +573,5 @@ class TestCompare:
 
 def test_it_needs_torch_alone() -> None:
     names = ("triton", "matplotlib", "transformers")
-    script = f"import sys\nfor name in {names}: sys.modules[name] = None\nimport kdkernels.roofline, kdkernels.models"
+    script = f"import sys\nfor name in {names}: sys.modules[name] = None\nimport kdkernels.planning.roofline, kdkernels.cli.models"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import outcomes, step
+from kdkernels.engine import outcomes, step
 from tests import oracle
 from tests.cases import Case, InsideOperators, Result, assert_as_good_as_eager, draw, dressed, keywords, ratios, strided
 from tests.oracle import Options

@@ -29,8 +29,8 @@ from kdkernels import backends
 from kdkernels.backends import reference
 from kdkernels.backends.operators import ROW_COLUMNS, STATS_COLUMNS
 from kdkernels.divergences import FLAT, resolve
-from kdkernels.step import Step, Terms, prepare
-from kdkernels.vocab import sums_of_one_sweep
+from kdkernels.engine.step import Step, Terms, prepare
+from kdkernels.engine.vocab import sums_of_one_sweep
 from tests.cases import NATIVE_DTYPES, Case, assert_as_good_as_eager, draw, dressed, ratios
 from tests.oracle import Options
 

@@ -14,9 +14,10 @@ import torch
 
 import kdkernels as kd
 import kdkernels.transformers
-from kdkernels import checks, outcomes, signatures
 from kdkernels.divergences import DivergenceName
-from kdkernels.plan import STRATEGIES
+from kdkernels.engine import outcomes
+from kdkernels.losses import checks, signatures
+from kdkernels.planning.plan import STRATEGIES
 
 ROOT = Path(__file__).parents[1]
 LOSSES = {

@@ -241,7 +241,7 @@ def head_shape(text: str) -> HeadShape:
     A name of the hub means what its config.json says, where that is in the hub's cache here; else the table's model of that owner,
     however it was trained on (Qwen/Qwen2.5-7B-Instruct has the head of Qwen2.5-7B); else the hub is asked.
     """
-    from kdkernels import configs
+    from kdkernels.cli import configs
 
     if text and Path(text).expanduser().is_dir():
         return configs.of_folder(Path(text).expanduser(), text)
@@ -297,7 +297,7 @@ def check_tokenizers(student: HeadShape, teacher: HeadShape, vocab_size: int | N
 
     Raises ValueError where they are not the same: distillation compares two distributions over one vocabulary, token by token.
     """
-    from kdkernels import configs
+    from kdkernels.cli import configs
 
     if student.tokenizer and teacher.tokenizer:
         if student.tokenizer != teacher.tokenizer:

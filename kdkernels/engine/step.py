@@ -10,11 +10,11 @@ from torch import Tensor
 
 from kdkernels import backends
 from kdkernels.backends.operators import accumulate_dtype
-from kdkernels.checks import FLOATS
+from kdkernels.backends.products import logits_dtype, product_dtype
 from kdkernels.divergences import Divergence, divergences, resolve
-from kdkernels.plan import STRATEGIES, Size
-from kdkernels.products import logits_dtype, product_dtype
-from kdkernels.ranks import ALONE, LOSSES, Fact, Ranks, agree, one_of, whether
+from kdkernels.losses.checks import FLOATS
+from kdkernels.parallel.ranks import ALONE, LOSSES, Fact, Ranks, agree, one_of, whether
+from kdkernels.planning.plan import STRATEGIES, Size
 
 METRICS = ("kd", "ce", "target_entropy", "student_entropy", "agreement", "overlap", "tokens")
 

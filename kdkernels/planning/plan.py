@@ -12,14 +12,15 @@ from typing import Any, get_args
 
 import torch
 
-from kdkernels import backends, roofline
+from kdkernels import backends
 from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS, accumulate_dtype
+from kdkernels.backends.products import block_size, logits_dtype, product_dtype
 from kdkernels.backends.reference import LIVE_COPIES
 from kdkernels.divergences import Divergence, DivergenceName, resolve
-from kdkernels.products import block_size, logits_dtype, product_dtype
+from kdkernels.engine.scratch import ROW_ELEMENTS, row_stride
+from kdkernels.losses.signatures import Strategy
+from kdkernels.planning import roofline
 from kdkernels.scalars import flag, one_of, whole
-from kdkernels.scratch import ROW_ELEMENTS, row_stride
-from kdkernels.signatures import Strategy
 
 STRATEGIES = get_args(Strategy)
 DEFAULT_BUDGET = {"cpu": 512 * 2**20}

@@ -32,9 +32,9 @@ from typing import TypedDict
 
 import torch
 
-from kdkernels import traffic
+from kdkernels.backends.products import HeadProducts, add_head_grad, block_size, product_dtype
 from kdkernels.divergences import resolve
-from kdkernels.products import HeadProducts, add_head_grad, block_size, product_dtype
+from kdkernels.planning import traffic
 
 # What large products reach of the dense rate where their tiles fill the device. With what ``filled`` takes off that is 728 of 989
 # Tflop/s on an H100 (the bare head products of huggingface/trl#7244, a row of benchmarks/published.csv). The clock falls under

@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from kdkernels.models import LARGEST, HeadShape
+from kdkernels.cli.models import LARGEST, HeadShape
 
 # Seconds that an answer of the hub is waited for.
 PATIENCE = 3.0
@@ -53,7 +53,7 @@ def of_folder(folder: Path, name: str, tokenizer: str = "") -> HeadShape:
 
 
 def _of_adapter(folder: Path, name: str) -> HeadShape:
-    from kdkernels.models import head_shape
+    from kdkernels.cli.models import head_shape
 
     base = _parsed(folder / "adapter_config.json").get("base_model_name_or_path")
     if not isinstance(base, str) or not base:

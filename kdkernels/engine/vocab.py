@@ -23,13 +23,13 @@ from torch import Tensor
 
 from kdkernels import backends
 from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS, row_columns
+from kdkernels.backends.products import HeadProducts, block_size
 from kdkernels.divergences import Divergence, flat
-from kdkernels.gradients import Gradients
-from kdkernels.plan import block_columns, column_bytes
-from kdkernels.products import HeadProducts, block_size
-from kdkernels.ranks import ALONE, Ranks
-from kdkernels.scratch import borrowed
-from kdkernels.step import Inputs, Outcome, Step, empty_sums, weighted
+from kdkernels.engine.gradients import Gradients
+from kdkernels.engine.scratch import borrowed
+from kdkernels.engine.step import Inputs, Outcome, Step, empty_sums, weighted
+from kdkernels.parallel.ranks import ALONE, Ranks
+from kdkernels.planning.plan import block_columns, column_bytes
 
 _AT = {name: column for column, name in enumerate(STATS_COLUMNS)}
 _SIDES = ("x_T", "y_T", "x", "z_T")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels.divergences import Divergence, resolve
-from kdkernels.plan import STRATEGIES
+from kdkernels.losses.signatures import Reduction
+from kdkernels.planning.plan import STRATEGIES
 from kdkernels.scalars import flag, one_of, positive, share, temperature_of, weight_of, whole
-from kdkernels.signatures import Reduction
 
 logger = logging.getLogger(__name__)
 

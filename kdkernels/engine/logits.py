@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdkernels import backends
 from kdkernels.backends.operators import ROW_COLUMNS, accumulate_dtype
-from kdkernels.step import Terms, kept_rows, summary, weighted
+from kdkernels.engine.step import Terms, kept_rows, summary, weighted
 
 # The reference's temporaries are bounded by chunks of so many rows; the other backends need none.
 REFERENCE_ROWS = 256

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels import logits, outcomes, tokens, vocab
-from kdkernels.autograd import OWNERS, of_operator
 from kdkernels.backends.operators import accumulate_dtype, library
-from kdkernels.plan import choose, default_budget
-from kdkernels.products import product_dtype
-from kdkernels.step import METRICS, Inputs, Outcome, Split, Step, Terms, prepare, prepare_both, summary
+from kdkernels.backends.products import product_dtype
+from kdkernels.engine import logits, outcomes, tokens, vocab
+from kdkernels.engine.step import METRICS, Inputs, Outcome, Split, Step, Terms, prepare, prepare_both, summary
+from kdkernels.losses.autograd import OWNERS, of_operator
+from kdkernels.planning.plan import choose, default_budget
 
 _HEADS = (
     "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, ",
