@@ -19,7 +19,7 @@ from benchmarks.gpu_times import milliseconds, spread
 from kdkernels import backends
 from kdkernels.backends import products
 from kdkernels.divergences import DivergenceName
-from kdkernels.losses.signatures import Strategy
+from kdkernels.engine.cut import Strategy
 
 # Relative to the float64 result, in the norm: a few roundings of the returned gradients, and far below what a wrong formula gives.
 BOUND = {"bf16": 1e-2, "fp32": 1e-4}

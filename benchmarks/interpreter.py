@@ -26,11 +26,11 @@ from kdkernels.engine.scratch import row_stride
 GPU_CHOICES: dict[str, Any] = {
     **{
         f"kdkernels.{module}.product_dtype": lambda dtype, _: dtype
-        for module in ("losses.operators", "planning.plan", "backends.products", "engine.step")
+        for module in ("losses.operators", "planning.plan", "backends.products", "engine.cut", "engine.step")
     },
     **{
         f"kdkernels.{module}.row_stride": lambda columns, _: row_stride(columns, torch.device("cuda"))
-        for module in ("planning.plan", "engine.scratch")
+        for module in ("planning.plan", "engine.cut", "engine.scratch")
     },
     "kdkernels.backends.products.keeps_sums": lambda _: True,
 }

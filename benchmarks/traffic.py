@@ -50,7 +50,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kdkernels as kd
-from kdkernels.losses.signatures import Strategy
+from kdkernels.engine.cut import Strategy
 
 RESULTS = Path(__file__).parent / "results" / "traffic.json"
 

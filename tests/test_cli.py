@@ -14,7 +14,8 @@ import torch
 import kdkernels as kd
 from kdkernels.backends import native
 from kdkernels.cli import main
-from kdkernels.cli.models import HEADS, HeadShape, head_shape
+from kdkernels.cli.configs import head_shape
+from kdkernels.cli.models import HEADS, HeadShape
 from kdkernels.console import files, info
 from kdkernels.console.arguments import Parser, memory
 from kdkernels.errors import CommandError, to_install

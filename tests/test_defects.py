@@ -14,7 +14,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.engine import gradients
-from kdkernels.engine.step import kept_rows
+from kdkernels.engine.keep import kept_rows
 from tests import oracle
 from tests.cases import InsideOperators, draw, dressed, error, root_mean_square
 from tests.oracle import Options

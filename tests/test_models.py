@@ -16,7 +16,8 @@ import torch
 
 import kdkernels as kd
 from kdkernels.cli import configs, main, models
-from kdkernels.cli.models import HEADS, OWNERS, HeadShape, head_shape
+from kdkernels.cli.configs import head_shape
+from kdkernels.cli.models import HEADS, OWNERS, HeadShape
 
 
 @pytest.fixture(autouse=True)

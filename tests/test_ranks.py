@@ -28,9 +28,9 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.backends import reference
+from kdkernels.backends.merge import merged
 from kdkernels.backends.operators import STATS_COLUMNS
-from kdkernels.engine.vocab import merged
-from kdkernels.planning.plan import column_bytes
+from kdkernels.engine.cut import column_bytes
 from tests import test_okd as okd
 from tests.cases import Case, InsideOperators, assert_as_good_as_eager, draw, dressed, ratios
 from tests.oracle import Options

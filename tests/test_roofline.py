@@ -27,13 +27,11 @@ from benchmarks.roofline import Row, Trace, median_error, rows
 from kdkernels.cli import main
 from kdkernels.cli.compare import Predicted, compare
 from kdkernels.divergences import resolve
-from kdkernels.planning import roofline
+from kdkernels.planning import devices, roofline
+from kdkernels.planning.devices import DEVICES, NOMINAL_CPU, device
 from kdkernels.planning.roofline import (
-    DEVICES,
     EAGER_TRAFFIC,
-    NOMINAL_CPU,
     Pass,
-    device,
     eager_passes,
     filled,
     seconds,
@@ -463,9 +461,9 @@ class TestDevices:
     ) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: called)
-        roofline.this_gpu.cache_clear()
-        found = roofline.this_gpu(torch.device("cuda"))
-        roofline.this_gpu.cache_clear()
+        devices.this_gpu.cache_clear()
+        found = devices.this_gpu(torch.device("cuda"))
+        devices.this_gpu.cache_clear()
         assert (found and found.name) == known
 
     def test_the_datasheets_of_what_people_rent_most(self) -> None:
@@ -495,8 +493,8 @@ class TestDevices:
                 return 0.01
             return 0.004 + 0.001 * len(inspect.getclosurevars(run).nonlocals["hidden"])
 
-        monkeypatch.setattr(roofline, "_best_seconds", took)
-        roofline.measured_cpu.cache_clear()
+        monkeypatch.setattr(devices, "_best_seconds", took)
+        devices.measured_cpu.cache_clear()
         try:
             one = device("cpu")
             assert device("CPU") is one
@@ -506,7 +504,7 @@ class TestDevices:
             assert one.bandwidth == pytest.approx(2 * 32 * 2**20 / 0.01)
             assert seconds([Pass(one.rate(torch.float32), 0, launches=0)], one) == pytest.approx(1.0), "nothing is taken off"
         finally:
-            roofline.measured_cpu.cache_clear()
+            devices.measured_cpu.cache_clear()
 
     def test_a_processor_multiplies_when_the_operands_are_there_and_a_gpu_meanwhile(self) -> None:
         work = Pass(0.25 * NOMINAL_CPU.rate(torch.float32), 0.5 * NOMINAL_CPU.operand_bandwidth[torch.float32], launches=0)

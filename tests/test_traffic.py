@@ -19,9 +19,9 @@ from torch import Tensor
 import kdkernels as kd
 from benchmarks import traffic
 from benchmarks.traffic import Meter, metered, rows_over
+from kdkernels.engine.cut import block_columns
 from kdkernels.engine.scratch import ROW_ELEMENTS
 from kdkernels.planning import traffic as closed
-from kdkernels.planning.plan import block_columns
 from kdkernels.planning.traffic import Cut, Traffic
 
 pytest.importorskip("triton")

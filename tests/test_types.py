@@ -16,8 +16,8 @@ import kdkernels as kd
 import kdkernels.transformers
 from kdkernels.divergences import DivergenceName
 from kdkernels.engine import outcomes
+from kdkernels.engine.cut import STRATEGIES
 from kdkernels.losses import checks, signatures
-from kdkernels.planning.plan import STRATEGIES
 
 ROOT = Path(__file__).parents[1]
 LOSSES = {

@@ -16,11 +16,11 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels import backends
 from kdkernels.backends import reference
+from kdkernels.backends.merge import merged, sums_of_one_sweep
 from kdkernels.backends.operators import STATS_COLUMNS, accumulate_dtype
 from kdkernels.divergences import resolve
+from kdkernels.engine.cut import block_columns, column_bytes
 from kdkernels.engine.scratch import row_stride
-from kdkernels.engine.vocab import merged, sums_of_one_sweep
-from kdkernels.planning.plan import block_columns, column_bytes
 from tests.cases import NATIVE_DTYPES, Case, InsideOperators, draw, dressed, parameters, running, strided
 from tests.oracle import Options
 from tests.test_cost import US, UT, N, Products, V, count

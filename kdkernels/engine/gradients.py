@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdkernels.backends.base import Step
 from kdkernels.backends.products import HeadProducts, add_head_grad
-from kdkernels.engine.step import Step
 
 
 class Gradients:

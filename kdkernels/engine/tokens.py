@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from kdkernels import backends
+from kdkernels.backends.base import Step
 from kdkernels.backends.products import HeadProducts, block_size
 from kdkernels.engine import vocab
+from kdkernels.engine.cut import chunk_rows, column_bytes, logit_bytes
 from kdkernels.engine.gradients import Gradients
 from kdkernels.engine.scratch import borrowed
-from kdkernels.engine.step import Inputs, Outcome, Step, empty_sums, weighted
-from kdkernels.planning.plan import chunk_rows, column_bytes, logit_bytes
+from kdkernels.engine.step import Inputs, Outcome, empty_sums, weighted
 
 
 class _Learner:

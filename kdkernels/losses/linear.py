@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from kdkernels.backends.operators import accumulate_dtype
 from kdkernels.divergences import Divergence, DivergenceName, resolve
+from kdkernels.engine.cut import Strategy
 from kdkernels.engine.step import METRICS
 from kdkernels.losses import operators as ops  # noqa: F401  (registers the operators)
 from kdkernels.losses.autograd import OWNERS, SummedLoss, anchors_of, losses_of, refuse_transforms, total
 from kdkernels.losses.checks import Linear, LMHead, Loss, checked, float_tensor, kept_weight, linear_of, rows_of
-from kdkernels.losses.signatures import LinearOptions, LogitsOptions, Metrics, Reduction, Strategy
+from kdkernels.losses.signatures import LinearOptions, LogitsOptions, Metrics, Reduction
 from kdkernels.parallel.ranks import group_name, told
 from kdkernels.scalars import whole
 

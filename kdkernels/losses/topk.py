@@ -13,21 +13,12 @@ from torch import Tensor
 
 from kdkernels.backends.operators import accumulate_dtype
 from kdkernels.divergences import Divergence, DivergenceName
+from kdkernels.engine.cut import Strategy
 from kdkernels.engine.outcomes import TAILS, WEIGHED_BY_STUDENT
-from kdkernels.losses.checks import (
-    LMHead,
-    checked,
-    compute_dtype,
-    cut_vocabulary,
-    float_tensor,
-    head_of,
-    integer_tensor,
-    rows_of,
-    scratch_of,
-)
+from kdkernels.losses.checks import LMHead, checked, compute_dtype, float_tensor, head_of, integer_tensor, rows_of, scratch_of
 from kdkernels.losses.linear import reduced, terms_of
-from kdkernels.losses.signatures import Metrics, Reduction, Strategy, Tail, TopKOptions
-from kdkernels.scalars import one_of
+from kdkernels.losses.signatures import Metrics, Reduction, Tail, TopKOptions
+from kdkernels.scalars import cut_vocabulary, one_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels.losses.checks import vocabulary
+from kdkernels.scalars import vocabulary
 
 # Numbers of a rank in the table. A rank that refuses its own input does not know how many the others have to say.
 COLUMNS = 64

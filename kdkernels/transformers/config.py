@@ -8,9 +8,9 @@ from typing import Any
 from transformers import TrainingArguments
 
 from kdkernels.divergences import Divergence, divergences, resolve
+from kdkernels.engine.cut import STRATEGIES
 from kdkernels.engine.outcomes import TAILS
 from kdkernels.losses.taid import TAIDSchedule
-from kdkernels.planning.plan import STRATEGIES
 from kdkernels.scalars import number, temperature_of
 from kdkernels.transformers.on_policy import SCHEDULES
 
