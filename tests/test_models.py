@@ -60,7 +60,7 @@ class TestTable:
             assert max(vocabularies) - min(vocabularies) <= 128, tokenizer
 
     def test_no_two_entries_are_one_model_trained_on_in_two_ways(self) -> None:
-        assert len({models._plain(name) for name in HEADS}) == len(HEADS) == len(OWNERS)
+        assert len({models.plain(name) for name in HEADS}) == len(HEADS) == len(OWNERS)
 
     @pytest.mark.parametrize(
         ("name", "sizes"),
