@@ -4,7 +4,7 @@ PY := .venv/bin/python
 PIP := .venv/bin/pip --disable-pip-version-check
 TORCH := 2.13.0
 
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.py) kdkernels/divergences.py
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.py) kdkernels/divergences.py kdkernels/backends/functors.py
 
 .PHONY: setup demo test bench static launch sanitize lint clean
 
@@ -66,7 +66,8 @@ sanitize: setup
 	cd $(SANITIZED) && KDKERNELS_SANITIZE=1 LD_PRELOAD="$(SANITIZERS)" \
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 		$(CURDIR)/$(PY) -m pytest -n auto --maxprocesses 4 -k "not triton and not reference and not 30.0" --fuzz-cases=2000 \
-		tests/test_sanitize.py tests/test_backends.py tests/test_blocks.py tests/test_special_values.py tests/test_fuzz.py
+		tests/backends/test_sanitize.py tests/backends/test_backends.py tests/backends/test_blocks.py \
+		tests/losses/test_special_values.py tests/fuzz
 
 lint: setup
 	.venv/bin/ruff check .
