@@ -23,11 +23,11 @@ import torch
 from benchmarks import contenders
 from benchmarks.contenders import Head, Problem, problem
 from benchmarks.gpu_parts import Result, cluster_rows, device_of, told
-from benchmarks.gpu_times import EXTENTS, OURS, milliseconds, spread, stepped
+from benchmarks.gpu_times import CLUSTERED, EXTENTS, OURS, milliseconds, spread, stepped
 from kdkernels.divergences import resolve
 from kdkernels.planning import traffic
 
-PROFILED = ("tokens", "tokens, cluster rows", "vocab")
+PROFILED = ("tokens", CLUSTERED, "vocab")
 PROFILED_HEADS = ("qwen2.5", "gemma3")
 SHOWN = 14  # kernels of a profile
 # How the row operation is done: by Triton's kernel; by the cluster kernel as it cuts rows by itself; by it with other clusters
