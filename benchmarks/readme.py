@@ -254,8 +254,8 @@ def gpu_table(path: Path) -> str:
     columns = {(row["head"], row["loss"]): f"{row['student']} ← {row['teacher']}, {row['loss']}" for row in rows}
     versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "triton", "liger-kernel", "trl"))
     return (
-        f"{facts['device']}, {versions}, {facts['date'][:10]}; {passed} of {len(checks)} checks passed. {rows[0]['tokens']:,} tokens, "
-        f"{rows[0]['dtype']}: a step's time, also over that of its four bare products, and its peak memory above inputs, returned "
+        f"{facts['device']}, {versions}, {facts['date'][:10]}; {passed} of {len(checks)} checks passed. "
+        f"{rows[0]['tokens']:,} tokens, {rows[0]['dtype']}: a step's time, also over that of its four bare products, and its peak memory above inputs, returned "
         f"gradients in it.\n\n{_grid('', columns, rows, lambda row: (row['head'], row['loss']), _on_a_gpu)}\n"
     )
 

@@ -164,9 +164,12 @@ class TestThroughTheInterpreter:
     def test_block_candidates_run_and_say_what_cannot_be_timed_here(self, run: Any) -> None:
         blocks = of(run, "blocks", "candidate")
         assert len(blocks) == 2 * 2 * len(gpu_kernels.TOY_BLOCKS)
+        assert {row["loss"] for row in blocks} == {
+            loss + dress for loss in ("forward_kl", "jsd") for dress in ("", " dressed", " capped")
+        }
         assert [row["skipped"] for row in blocks if "skipped" in row] == [
             "the interpreter's kernels are none of the profiler's"
-        ] * 2
+        ] * (2 * len(gpu_kernels.TOY_BLOCKS))
 
     def test_what_is_written_is_printed(self, run: Any) -> None:
         done, out = run
