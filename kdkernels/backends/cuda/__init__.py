@@ -1,6 +1,9 @@
-"""Kernels in CUDA C++ for NVIDIA GPUs with thread-block clusters (compute capability 9.0 and later).
+"""The row operation with one read of the logits, in CUDA C++ for NVIDIA GPUs of compute capability 9.0 and later (rows.cu).
 
-- compile.py: NVRTC compiles a kernel when it is first wanted, the driver starts it.
-
-Nothing here is imported before a GPU tensor arrives, or a test asks for it.
+Compiled at first use by NVRTC, which comes with PyTorch's CUDA wheels, and kept on disk (compile.py): what a kernel has to do is known
+only then, and an installation needs no CUDA compiler. Where it cannot run, the Triton kernel does the same.
 """
+
+from kdkernels.backends.cuda.rows import row_loss, why_not
+
+__all__ = ["row_loss", "why_not"]
