@@ -21,6 +21,7 @@ from benchmarks import launch
 from kdkernels.backends.cuda import compile
 from kdkernels.backends.cuda.compile import CompileError, DriverError, Kernel, cubin
 
+ROOT = Path(__file__).parents[2]
 KIB = 1024
 SOURCE = 'extern "C" __global__ void __cluster_dims__(2, 1, 1) k(float* x, float by) { x[threadIdx.x] *= by; }'
 OPTIONS = ("--std=c++17",)
@@ -127,7 +128,7 @@ class TestCache:
     def test_many_at_once(self, cache: Path) -> None:
         """Threads of one process, and another process: each has the whole code, and one entry is left."""
         script = "import sys; from kdkernels.backends.cuda.compile import cubin; cubin(sys.argv[1], (sys.argv[2],), 'sm_90')"
-        other = subprocess.Popen([sys.executable, "-c", script, SOURCE, *OPTIONS], cwd=Path(__file__).parent.parent)
+        other = subprocess.Popen([sys.executable, "-c", script, SOURCE, *OPTIONS], cwd=ROOT)
         with ThreadPoolExecutor(4) as pool:
             made = set(pool.map(lambda _: cubin(SOURCE, OPTIONS, "sm_90"), range(16)))
         assert other.wait() == 0
@@ -313,7 +314,7 @@ loaded = open("/proc/self/maps").read()
 assert "nvrtc" not in loaded
 assert "libcuda.so" not in loaded
 """
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
 def test_an_nvrtc_that_is_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
