@@ -67,8 +67,8 @@ class OnThisMachine:
 
 @pytest.fixture(autouse=True)
 def on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    def kernel(divergence: str, macros: tuple[tuple[str, Any], ...], shape: rows.Shape, device: torch.device) -> Any:
-        text = rows.source(divergence, {**dict(macros), **sized(shape)})
+    def kernel(divergence: str, macros: rows.Macros, shape: rows.Shape, device: torch.device) -> Any:
+        text = rows.source(divergence, macros, shape)
         kernel_source = (Path(rows.__file__).parent / "rows.cu").read_text()
         assert text.endswith(kernel_source)
         return OnThisMachine(INCLUDES + text.removesuffix(kernel_source) + DRIVER.read_text()), 1
@@ -77,10 +77,6 @@ def on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "_kernel", kernel)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: mock.Mock(cuda_stream=0))
-
-
-def sized(shape: rows.Shape) -> dict[str, int | str]:
-    return {"KD_CLUSTER": shape.cluster, "KD_SLICE": shape.slice, "KD_WARPS": shape.warps, "KD_CHUNK": shape.chunk}
 
 
 @contextlib.contextmanager
