@@ -446,7 +446,8 @@ def clusters(architecture: str, dtype: str) -> list[Compiled]:
         return []
     found = static_cluster.kernels(architecture, DTYPES[dtype], limits.shared, limits.shared_all)
     return [
-        Compiled(architecture, dtype, CLUSTER, one.label, one.registers, one.spilled, one.shared, 0, one.warps) for one in found
+        Compiled(architecture, dtype, CLUSTER, one.label, one.blocks, one.registers, one.spilled, one.shared, 0, one.warps)
+        for one in found
     ]
 
 

@@ -22,9 +22,11 @@ ROWS = 2
 
 @dataclass(frozen=True)
 class Kernel:
-    """registers: of a thread. spilled: bytes out and in. shared: bytes of a block. warps: of a block, the producer's too."""
+    """blocks: of a cluster, times the columns of each. registers: of a thread. spilled: bytes out and in. shared: bytes of a block.
+    warps: of a block, the producer's too."""
 
     label: str
+    blocks: str
     registers: int
     spilled: int
     shared: int
@@ -71,7 +73,8 @@ def compiled(divergence: str, macros: rows.Macros, shape: rows.Shape, architectu
     )
     dressing = "" if dict(macros)["KD_CE"] else ", plain"
     return Kernel(
-        f"{divergence}{dressing}, {shape.cluster} x {shape.slice}",
+        divergence + dressing,
+        f"{shape.cluster} x {shape.slice}",
         registers,
         sum(map(int, re.findall(r"(\d+) bytes spill", log))),
         shape.shared + static,
