@@ -23,6 +23,7 @@ WEIGH = {"": 0, "target": 1, "student": 2}
 # What a block holds in shared memory besides its slices, at most; 1 KiB of it the system's.
 REST = 4096
 OPTIONS = ("--std=c++17",)
+Macros = tuple[tuple[str, int | str], ...]  # names and values
 
 
 class Head(ctypes.Structure):
@@ -113,20 +114,19 @@ def _sources() -> tuple[str, str]:
     return (folder / "math.cuh").read_text(), (folder / "rows.cu").read_text()
 
 
-def source(divergence: str, macros: dict[str, int | str]) -> str:
+def source(divergence: str, macros: Macros, shape: Shape) -> str:
     """What a compiler gets for a kernel."""
     math, rows = _sources()
     pair = functors.functor(importlib.import_module("kdkernels.divergences"), divergence)
-    return "\n".join([*(f"#define {name} {value}" for name, value in macros.items()), math, pair, rows])
+    sizes = {"CLUSTER": shape.cluster, "SLICE": shape.slice, "WARPS": shape.warps, "CHUNK": shape.chunk, "BLOCKS": shape.blocks}
+    defined = [*macros, *((f"KD_{name}", value) for name, value in sizes.items())]
+    return "\n".join([*(f"#define {name} {value}" for name, value in defined), math, pair, rows])
 
 
 @functools.cache
-def _kernel(
-    divergence: str, macros: tuple[tuple[str, int | str], ...], shape: Shape, device: torch.device
-) -> tuple[compile.Kernel, int]:
+def _kernel(divergence: str, macros: Macros, shape: Shape, device: torch.device) -> tuple[compile.Kernel, int]:
     """The kernel, and how many of its clusters the device runs at the same time: none where it has no cluster of that size."""
-    sized = {"KD_CLUSTER": shape.cluster, "KD_SLICE": shape.slice, "KD_WARPS": shape.warps, "KD_CHUNK": shape.chunk}
-    text = source(divergence, {**dict(macros), **sized, "KD_BLOCKS": shape.blocks})
+    text = source(divergence, macros, shape)
     major, minor = torch.cuda.get_device_capability(device)
     kernel = compile.Kernel(compile.cubin(text, OPTIONS, f"sm_{major}{minor}"), "row_loss", shape.shared, shape.cluster)
     return kernel, kernel.clusters(shape.cluster, shape.threads, shape.shared)
