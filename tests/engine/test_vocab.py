@@ -21,9 +21,9 @@ from kdkernels.divergences import resolve
 from kdkernels.plan import block_columns, column_bytes
 from kdkernels.scratch import row_stride
 from kdkernels.vocab import merged, sums_of_one_sweep
-from tests.engine.test_cost import US, UT, N, Products, V, count
-from tests.engine.test_cost import case as counted_case
 from tests.support.cases import NATIVE_DTYPES, Case, InsideOperators, draw, dressed, parameters, running, strided
+from tests.support.counting import US, UT, N, Products, V, count
+from tests.support.counting import case as counted_case
 from tests.support.oracle import Options
 
 ONE_SWEEP = [name for name in kd.divergences() if resolve(name).one_sweep]

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.fuzz.calls import INF, NAN, Call, get, lead_of, vocab_of
-from tests.losses import test_topk
-from tests.support import oracle
+from tests.support import oracle, topk
 from tests.support.oracle import Options
 
 # How many roundings the bounds on errors allow for each that they count.
@@ -186,7 +185,7 @@ def expect(call: Call, upstream: list[Tensor]) -> Expected:
 
         def of_outcomes() -> Tensor:
             values = [
-                test_topk.divergence(*row, tail, options, left)
+                topk.divergence(*row, tail, options, left)
                 if _usual(row[2])
                 else torch.where(row[2].isnan().any(), NAN, 0.0)  # without a slot it is 0
                 for row, left in zip(rows, rests, strict=True)
@@ -197,7 +196,7 @@ def expect(call: Call, upstream: list[Tensor]) -> Expected:
             learn(
                 x, None, of_outcomes,
                 lambda: [
-                    test_topk.of_one_row(*row, tail, options, left) if _usual(row[2]) else (nothing, nothing)
+                    topk.of_one_row(*row, tail, options, left) if _usual(row[2]) else (nothing, nothing)
                     for row, left in zip(rows, rests, strict=True)
                 ],
                 log_probs, kept_labels, options, options.kd_weight * square, options.ce_weight, always=tail == "bucket",

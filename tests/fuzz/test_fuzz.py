@@ -24,7 +24,7 @@ from kdkernels.backends import native
 from tests.fuzz import check, small
 from tests.fuzz.calls import LOSSES
 from tests.fuzz.draw import draw
-from tests.losses.test_inputs import refused
+from tests.support.refusals import refused
 
 INF, NAN = torch.inf, torch.nan
 CHUNKS = 20

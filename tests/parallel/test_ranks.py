@@ -31,8 +31,19 @@ from kdkernels.backends import reference
 from kdkernels.backends.operators import STATS_COLUMNS
 from kdkernels.plan import column_bytes
 from kdkernels.vocab import merged
-from tests.losses import test_okd as okd
-from tests.support.cases import Case, InsideOperators, assert_as_good_as_eager, draw, dressed, ratios
+from tests.support import okd
+from tests.support.cases import (
+    MAIN,
+    REDUCTIONS,
+    Case,
+    InsideOperators,
+    Recorder,
+    assert_as_good_as_eager,
+    draw,
+    dressed,
+    keywords,
+    ratios,
+)
 from tests.support.oracle import Options
 
 SIZES = (2, 3)
@@ -85,7 +96,7 @@ class Problem:
 
     def loss(self, leaves: dict[str, Tensor], **more: Any) -> Any:
         student, teacher = okd.heads(self.case, leaves)
-        options = {**okd.keywords(self.case.options), "token_weight": self.case.token_weight, **self.options, **more}
+        options = {**keywords(self.case.options), "token_weight": self.case.token_weight, **self.options, **more}
         return kd.linear_kd_loss(leaves["student_hidden"], student, leaves["teacher_hidden"], teacher, self.case.labels, **options)
 
 
@@ -137,7 +148,7 @@ def _problems() -> Iterator[tuple[str, Problem]]:
     for strategy in STRATEGIES:
         small: dict[str, Any] = {"strategy": strategy, "memory_budget": SMALL[torch.float64]}
         for name in kd.divergences():
-            for reduction in okd.REDUCTIONS:
+            for reduction in REDUCTIONS:
                 asked = {**small, "reduction": reduction}
                 yield f"{name} {reduction} {strategy}", Problem(full(divergence=name, t=0.7), options=asked)
                 yield f"okd {name} {reduction} {strategy}", Problem(full(divergence=name), True, okd.EVERYTHING, asked)
@@ -185,7 +196,7 @@ def _problems() -> Iterator[tuple[str, Problem]]:
                 yield f"{name} teacher {value} {strategy}", Problem(teacher, options=small)
         small = {"strategy": strategy, "memory_budget": SMALL[torch.float32]}
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for name in okd.MAIN:
+            for name in MAIN:
                 yield f"{name} {dtype} {strategy}", Problem(full(dtype, divergence=name), options=small)
             yield f"okd {dtype} {strategy}", Problem(full(dtype), True, okd.EVERYTHING, small)
         mixed = full(torch.float32)
@@ -265,7 +276,7 @@ def products(group: Any, rank: int, size: int) -> dict[str, int]:
 def twice(group: Any, rank: int, size: int) -> bool:
     """Whether two backwards through one graph give the same, for losses of each kind, and so do two runs."""
     same = True
-    for reduction in okd.REDUCTIONS:
+    for reduction in REDUCTIONS:
         for problem in (Problem(full(torch.float32)), Problem(full(torch.float32), True, okd.EVERYTHING)):
             mine = problem.on(rank, size)
             leaves = okd.leaves_of(mine.case, mine.learn)
@@ -309,7 +320,7 @@ def compiled(group: Any, rank: int, size: int) -> dict[str, Any]:
 def checked(group: Any, rank: int, size: int) -> bool:
     """torch.library's own checks of both operators with a group."""
     for problem in (Problem(full(torch.float32)), Problem(full(torch.float32), True, okd.EVERYTHING)):
-        with okd.Recorder() as recorder:
+        with Recorder() as recorder:
             problem.on(rank, size).run(process_group=group)
         name = "linear_okd" if problem.online else "linear_kd"
         torch.library.opcheck(getattr(torch.ops.kdkernels, name).default, recorder.calls[name])
@@ -651,7 +662,7 @@ class TestAgainstTheFormulas:
         compared = {}
         for size in SIZES:
             for strategy in STRATEGIES:
-                for divergence in okd.MAIN:
+                for divergence in MAIN:
                     name = f"{divergence} {dtype} {strategy}"
                     case = problems()[name].case
                     found = whole([rank[name] for rank in ranks[size]])
