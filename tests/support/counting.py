@@ -20,7 +20,7 @@ class Products(InsideOperators):
 
     def before(self, name: str, args: tuple[Any, ...]) -> None:
         if name in ("aten::mm", "aten::addmm"):
-            left, right = args[-2:]
+            left, right = args[-2:] if name == "aten::addmm" else args[:2]
             self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
         assert name not in ("aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear"), f"{name} is not counted"
 
