@@ -1,17 +1,24 @@
-"""The roofline against published figures."""
+"""The roofline against published figures, and against the products that the benchmarks time."""
 
 from __future__ import annotations
 
+import csv
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import kdkernels as kd
+from benchmarks import contenders
 from benchmarks import roofline as published
+from benchmarks.contenders import HEADS, Head
 from benchmarks.roofline import Row, median_error, rows
-from kdkernels.roofline import (
-    DEVICES,
-)
+from kdkernels import roofline
+from kdkernels.roofline import DEVICES, seconds
+from tests.support.trace import Trace
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +73,45 @@ class TestPublished:
         for name in DEVICES:
             monkeypatch.setitem(DEVICES, name, replace(DEVICES[name], bandwidth=DEVICES[name].bandwidth / 2))
         assert median_error(rows(), "speed") > 0.25
+
+
+def test_the_row_that_the_efficiency_of_products_is_from_is_met() -> None:
+    """42 ms, rounded, for x, dH and dW of 8,192 tokens at the head of V = 151,936 and D = 4,096."""
+    with published.PUBLISHED.open(newline="") as file:
+        (row,) = (line for line in csv.DictReader(file) if line["provider"].startswith("bare head products"))
+    with Trace(0) as counted:
+        hidden, head = (torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta") for rows in (8192, 151_936))
+        logits = hidden @ head.t()
+        logits @ head, logits.t() @ hidden
+    assert round(seconds(counted.passes, DEVICES["H100"]) * 1e3) == float(row["median"]) == 42
+
+
+@pytest.mark.parametrize("tokens", [100, 4096, 10_000])
+def test_bare_products_are_those_that_the_benchmarks_time(tokens: int) -> None:
+    vocab, student, teacher = 4096, 64, 96
+    shapes = (tokens, student), (vocab, student), (tokens, teacher), (vocab, teacher)
+    given = contenders.Problem(*(torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in shapes))
+    seen: list[tuple[tuple[int, ...], ...]] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten.mm.out, torch.ops.aten.addmm.out):
+                left, right = args[-2:]
+                seen.append((*left.shape, right.shape[1]))
+            return out
+
+    with Products():
+        contenders.products(given, roofline.PRODUCTS_BLOCK)()
+    passes = roofline.products_passes(tokens, vocab, student, teacher, torch.bfloat16)
+    modelled = [shape for step in passes for shape in [step.shape] * step.times if shape is not None]
+    assert sorted(seen) == sorted((rows, inner, columns) for rows, columns, inner in modelled)
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_the_predicted_step_is_near_the_bare_products(head: Head) -> None:
+    for name, most in (("forward_kl", 1.45), ("jsd", 1.65)):
+        plan = kd.plan(8192, head.vocab, head.student_dim, head.teacher_dim, torch.bfloat16, device="H100", divergence=name)
+        assert plan.seconds is not None
+        assert plan.products_seconds is not None
+        assert 1.0 < plan.seconds / plan.products_seconds <= most

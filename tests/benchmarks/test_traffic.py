@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import traffic
-from benchmarks.traffic import Meter
+from tests.support.meter import Meter
 
 pytest.importorskip("triton")
 

@@ -12,8 +12,6 @@ from kdkernels import gradients
 from tests.support.counting import US, UT, N, Products, V, case, count
 from tests.support.oracle import Options
 
-MIB = 2**20
-
 
 class TestProducts:
     @pytest.mark.parametrize("name", kd.divergences())

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from tests.engine.test_cost import MIB
 from tests.support import ROOT
 from tests.support.cases import Case, draw
+from tests.support.counting import MIB
 
 
 def run_fresh(script: str, *arguments: object) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 import subprocess
@@ -15,12 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels as kd
-from benchmarks import roofline as published
-from benchmarks.contenders import Problem, products
-from benchmarks.roofline import Trace
 from kdkernels import roofline
 from kdkernels.compare import Predicted, compare
 from kdkernels.divergences import resolve
@@ -37,6 +32,7 @@ from kdkernels.roofline import (
     total_flops,
     vocab_passes,
 )
+from tests.support.trace import Trace
 
 N, V, STUDENT, TEACHER = 512, 4096, 64, 96
 SIZES = (N, V, STUDENT, TEACHER)
@@ -259,16 +255,6 @@ class TestTiles:
         took = [seconds([replace(one, bytes=0.0, launches=0)], NOMINAL_CPU) for one in (whole, over)]
         assert took[1] == pytest.approx(took[0] * 129 / 128)
 
-    def test_the_row_that_the_efficiency_is_from_is_met(self) -> None:
-        """42 ms, rounded, for x, dH and dW of 8,192 tokens at the head of V = 151,936 and D = 4,096."""
-        with published.PUBLISHED.open(newline="") as file:
-            (row,) = (line for line in csv.DictReader(file) if line["provider"].startswith("bare head products"))
-        with Trace(0) as counted:
-            hidden, head = (torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta") for rows in (8192, 151_936))
-            logits = hidden @ head.t()
-            logits @ head, logits.t() @ hidden
-        assert round(seconds(counted.passes, H100) * 1e3) == float(row["median"]) == 42
-
 
 class TestRowKernel:
     def test_it_takes_as_long_as_its_bytes_or_its_instructions(self) -> None:
@@ -306,26 +292,6 @@ def test_a_kernel_that_multiplies_itself_is_counted_at_its_own_rate() -> None:
 
 
 class TestBareProducts:
-    @pytest.mark.parametrize("tokens", [100, 4096, 10_000])
-    def test_they_are_those_that_the_benchmarks_time(self, tokens: int) -> None:
-        shapes = (tokens, STUDENT), (V, STUDENT), (tokens, TEACHER), (V, TEACHER)
-        given = Problem(*(torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in shapes))
-        seen: list[tuple[tuple[int, ...], ...]] = []
-
-        class Products(TorchDispatchMode):
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                out = func(*args, **(kwargs or {}))
-                if func in (torch.ops.aten.mm.out, torch.ops.aten.addmm.out):
-                    left, right = args[-2:]
-                    seen.append((*left.shape, right.shape[1]))
-                return out
-
-        with Products():
-            products(given, roofline.PRODUCTS_BLOCK)()
-        passes = roofline.products_passes(tokens, V, STUDENT, TEACHER, torch.bfloat16)
-        modelled = [shape for step in passes for shape in [step.shape] * step.times if shape is not None]
-        assert sorted(seen) == sorted((rows, inner, columns) for rows, columns, inner in modelled)
-
     def test_of_what_learns(self) -> None:
         for learned, products_ in (
             ({}, 3 * US + UT),

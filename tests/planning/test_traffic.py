@@ -14,11 +14,11 @@ from torch import Tensor
 
 import kdkernels as kd
 from benchmarks import traffic
-from benchmarks.traffic import Meter, metered
 from kdkernels import traffic as closed
 from kdkernels.plan import block_columns
 from kdkernels.scratch import ROW_ELEMENTS
 from kdkernels.traffic import Cut, Traffic
+from tests.support.meter import Meter, metered
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from kdkernels.backends.triton.blocks import Matrix

@@ -7,6 +7,7 @@ from typing import Any
 
 from tests.support.cases import Case, InsideOperators, draw
 
+MIB = 2**20
 N, V, STUDENT, TEACHER = 24, 50, 8, 12
 US, UT = 2 * N * V * STUDENT, 2 * N * V * TEACHER
 

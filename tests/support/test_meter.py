@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.traffic import metered, rows_over
+from tests.support.meter import metered, rows_over
 
 pytest.importorskip("triton")
 triton = pytest.importorskip("triton")

@@ -16,9 +16,9 @@ from tests.support.cases import NATIVE_DTYPES
 from tests.support.kernels import CPU, EPS, VOCAB
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from benchmarks.traffic import metered
 from kdkernels.backends.triton import blocks, rows
 from tests.support.interpreter import as_on_a_gpu
+from tests.support.meter import metered
 
 
 def row_arguments(x: Tensor, z: Tensor, weight: Tensor, labels: Tensor | None = None) -> tuple[Any, ...]:
