@@ -34,9 +34,9 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.import_utils import TRLExperimentalWarning
 
 import kdkernels as kd
-from benchmarks.measure import peak_above
 from kdkernels.compat import trl as compat
 from tests.support.cases import InsideOperators
+from tests.support.memory import peak_above
 from tests.support.tiny_models import VOCAB, build
 
 with warnings.catch_warnings():

@@ -21,9 +21,9 @@ pytest.importorskip("datasets")
 pytest.importorskip("peft")
 from trl.import_utils import TRLExperimentalWarning
 
-from benchmarks.readme import README
 from kdkernels.compat import trl as compat
-from tests.project.test_docs import blocks
+from tests.support import README
+from tests.support.pages import blocks
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", TRLExperimentalWarning)

@@ -38,16 +38,14 @@ def run_fresh(script: str, *arguments: object) -> list[int]:
 
 # Peak resident memory above what was there, less the returned gradients; of a step, and of what stays afterwards.
 MEASURE = """
-import functools, gc, re, sys
+import functools, gc, sys
 import torch
 import kdkernels as kd
 from kdkernels import backends
+from tests.support.memory import status as resident
 
 tokens, vocab, dim, budget, dtype = *map(int, sys.argv[1:5]), getattr(torch, sys.argv[5])
 backend, strategy, *learns = sys.argv[6:]  # of the teacher
-
-def resident(which):
-    return int(re.search(which + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
 def step(tokens, vocab):
     hidden, weight = torch.ones(tokens, dim, dtype=dtype), torch.ones(vocab, dim, dtype=dtype)

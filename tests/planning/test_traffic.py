@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from benchmarks import traffic
 from kdkernels import traffic as closed
 from kdkernels.plan import block_columns
 from kdkernels.scratch import ROW_ELEMENTS
 from kdkernels.traffic import Cut, Traffic
+from tests.support.cases import draw
 from tests.support.meter import Meter, metered
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -49,8 +49,10 @@ class Step(NamedTuple):
         return max(4, self.dtype.itemsize)
 
     def run(self, strategy: str) -> Meter:
-        tensors = traffic._inputs(self.tokens, self.vocab, self.student, self.teacher, self.dtype)
-        hidden, head, teacher_hidden, teacher_head = tensors
+        drawn = draw(0, (self.tokens,), self.vocab, (self.student, self.teacher), dtype=self.dtype)
+        hidden, head = drawn.student_hidden.requires_grad_(), drawn.student_weight.requires_grad_()
+        tensors = (hidden, head, drawn.teacher_hidden, drawn.teacher_weight)
+        teacher_hidden, teacher_head = tensors[2:]
         heads: list[Any] = [head, teacher_head]
         if self.biases:
             heads = [kd.LMHead(weight, torch.zeros(self.vocab, dtype=self.dtype)) for weight in heads]

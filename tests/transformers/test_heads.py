@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import kdkernels as kd
-from benchmarks.readme import README
-from tests.support import oracle
+from tests.support import README, oracle
 from tests.support.cases import InsideOperators, root_mean_square
 from tests.support.oracle import Options
 
