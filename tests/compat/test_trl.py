@@ -44,7 +44,6 @@ with warnings.catch_warnings():
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 STEPS, BATCH, ACCUMULATED = 5, 2, 2
 HALF = math.sqrt(torch.finfo(torch.float32).eps)  # half of the digits of float32, in which TRL's tiles are computed
 DOUBLE = math.sqrt(torch.finfo(torch.float64).eps)
@@ -53,12 +52,6 @@ TRAINERS: dict[str, tuple[Any, Any]] = {
     "distillation": (DistillationTrainer, compat.distillation_trainer_patched),
 }
 both_trainers = pytest.mark.parametrize("kind", TRAINERS)
-
-
-@pytest.fixture(autouse=True)
-def no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL reports each trainer that is made, except where it is told that these are tests."""
-    monkeypatch.setenv("CI", "1")
 
 
 def tokenizer(vocab: int = VOCAB) -> Any:

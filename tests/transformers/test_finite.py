@@ -25,8 +25,6 @@ from tests.support.tiny_models import build  # noqa: E402
 from tests.transformers.test_data import put, tokenizer  # noqa: E402
 from tests.transformers.test_trainer import ACCUMULATED, BATCH, STEPS, examples, logs, settings, weights  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
-
 NAN, INFINITE = float("nan"), float("inf")
 SPOTS = {  # in a row that the probe does not read, in one that every token goes through, in the head
     "model.embed_tokens.weight": (60, 3),
