@@ -52,7 +52,7 @@ from benchmarks import gpu_checks, gpu_kernels, gpu_report, gpu_smoke, gpu_times
 from benchmarks.gpu_parts import Part, Result, results
 from benchmarks.gpu_report import line
 from benchmarks.measure import version
-from kdkernels import info
+from kdkernels.console import info
 from kdkernels.divergences import resolve
 
 # Seconds of each stage on a GPU: the first four, and the last three, are to fit 5.5 minutes.

@@ -24,8 +24,8 @@ from benchmarks import contenders
 from benchmarks.contenders import Head, Problem, problem
 from benchmarks.gpu_parts import Result, cluster_rows, device_of, told
 from benchmarks.gpu_times import EXTENTS, OURS, milliseconds, spread, stepped
-from kdkernels import traffic
 from kdkernels.divergences import resolve
+from kdkernels.planning import traffic
 
 PROFILED = ("tokens", "tokens, cluster rows", "vocab")
 PROFILED_HEADS = ("qwen2.5", "gemma3")

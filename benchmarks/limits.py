@@ -48,7 +48,7 @@ import kdkernels as kd
 from benchmarks.contenders import CONTENDERS, Problem
 from benchmarks.linear import DTYPES
 from benchmarks.measure import MIB, in_own_process, interleaved, limit_memory, machine, seconds, why
-from kdkernels import files
+from kdkernels.console import files
 from tests.support.memory import peak_above, status
 
 RESULTS = Path(__file__).parent / "results" / "limits.json"

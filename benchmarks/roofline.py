@@ -1,4 +1,4 @@
-"""Holds the roofline of kdkernels.roofline against published GPU measurements: ``python -m benchmarks.roofline [--csv PATH]``.
+"""Holds the roofline of kdkernels.planning.roofline against published GPU measurements: ``python -m benchmarks.roofline [--csv PATH]``.
 
 benchmarks/published.csv holds measurements that others published, with their source. Nothing here was measured by us.
 
@@ -44,7 +44,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.roofline import Device, Pass, device, seconds
+from kdkernels.planning.devices import Device, device
+from kdkernels.planning.roofline import Pass, seconds
 from tests.support.trace import Trace
 
 PUBLISHED = Path(__file__).parent / "published.csv"

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels.signatures import Strategy
+from kdkernels.engine.cut import Strategy
 from tests.support.meter import KINDS, Kind, Meter, metered, rows_over
 
 RESULTS = Path(__file__).parent / "results" / "traffic.json"
@@ -109,7 +109,7 @@ def ours(strategy: Strategy, tokens: int, vocab: int, student_dim: int, teacher_
     The vocabulary is split in two, as it is where tokens are many; with the few of these shapes there would be as many splits as
     tiles, and their partial sums would count for more than they do.
     """
-    from kdkernels import products
+    from kdkernels.backends import products
     from kdkernels.backends.triton import blocks
     from tests.support.interpreter import as_on_a_gpu
 
@@ -130,8 +130,8 @@ def ours(strategy: Strategy, tokens: int, vocab: int, student_dim: int, teacher_
     with (
         as_on_a_gpu(programs=programs),
         mock.patch.object(blocks, "entry", table),
-        mock.patch("kdkernels.products.multiply", multiply),
-        mock.patch("kdkernels.products.add_multiplied", add_multiplied),
+        mock.patch("kdkernels.backends.products.multiply", multiply),
+        mock.patch("kdkernels.backends.products.add_multiplied", add_multiplied),
         metered(operators=True, logits=rows_over(vocab, columns), operands=tensors) as meter,
     ):
         loss = kd.linear_kd_loss(

@@ -53,6 +53,6 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
             stack.enter_context(as_on_a_gpu("reference"))
         else:
-            for module in ("ops", "plan", "products", "step"):
+            for module in ("losses.operators", "planning.plan", "backends.products", "engine.cut", "engine.step"):
                 monkeypatch.setattr(importlib.import_module(f"kdkernels.{module}"), "product_dtype", product_dtype)
         yield str(request.param)

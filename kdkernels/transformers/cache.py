@@ -28,11 +28,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from kdkernels import files
-from kdkernels.checks import LMHead
+from kdkernels.console import files
+from kdkernels.engine.outcomes import LEAST_REST, log_of_rest
 from kdkernels.errors import CommandError
-from kdkernels.outcomes import LEAST_REST, log_of_rest
-from kdkernels.plan import default_budget
+from kdkernels.losses.checks import LMHead
+from kdkernels.planning.plan import default_budget
 from kdkernels.scalars import temperature_of
 from kdkernels.transformers.batches import IGNORED, Inputs, documents, laid_out
 from kdkernels.transformers.data import Collator

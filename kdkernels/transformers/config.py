@@ -8,10 +8,10 @@ from typing import Any
 from transformers import TrainingArguments
 
 from kdkernels.divergences import Divergence, divergences, resolve
-from kdkernels.outcomes import TAILS
-from kdkernels.plan import STRATEGIES
+from kdkernels.engine.cut import STRATEGIES
+from kdkernels.engine.outcomes import TAILS
+from kdkernels.losses.taid import TAIDSchedule
 from kdkernels.scalars import number, temperature_of
-from kdkernels.taid import TAIDSchedule
 from kdkernels.transformers.on_policy import SCHEDULES
 
 TAID, OKD = "taid", "okd"

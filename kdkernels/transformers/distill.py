@@ -33,7 +33,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import logging as transformers_logging
 
-from kdkernels import files, terminal
+from kdkernels.console import files, terminal
 from kdkernels.errors import CommandError
 from kdkernels.transformers.batches import most_positions
 from kdkernels.transformers.cache import TOKENIZER, TopKCache, is_cache

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdkernels.arguments import MEMORY, how_to_go_on, memory, number
+from kdkernels.console.arguments import MEMORY, how_to_go_on, memory, number
 from kdkernels.divergences import divergences
 from kdkernels.errors import CommandError, to_install
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdkernels.checks import FLOATS, LMHead
+from kdkernels.losses.checks import FLOATS, LMHead
 
 # Attribute, what it does, and the model types (by their beginning) whose source does that. Read in transformers 5.23.
 MULTIPLIES, DIVIDES, ELSEWHERE = "multiplies the logits", "divides the logits", "does not touch the head's output"

@@ -22,11 +22,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from kdkernels.engine.outcomes import WEIGHED_BY_STUDENT
 from kdkernels.errors import CommandError
-from kdkernels.losses import linear_kd_loss
-from kdkernels.okd import linear_okd_loss
-from kdkernels.outcomes import WEIGHED_BY_STUDENT
-from kdkernels.topk import linear_topk_kd_loss
+from kdkernels.losses.linear import linear_kd_loss
+from kdkernels.losses.okd import linear_okd_loss
+from kdkernels.losses.topk import linear_topk_kd_loss
 from kdkernels.transformers.batches import (
     IGNORED,
     PADDING,

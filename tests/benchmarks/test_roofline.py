@@ -16,8 +16,9 @@ from benchmarks import contenders
 from benchmarks import roofline as published
 from benchmarks.contenders import HEADS, Head
 from benchmarks.roofline import Row, median_error, rows
-from kdkernels import roofline
-from kdkernels.roofline import DEVICES, seconds
+from kdkernels.planning import roofline
+from kdkernels.planning.devices import DEVICES
+from kdkernels.planning.roofline import seconds
 from tests.support.trace import Trace
 
 

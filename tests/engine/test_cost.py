@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels import gradients
+from kdkernels.engine import gradients
 from tests.support.counting import US, UT, N, Products, V, case, count
 from tests.support.oracle import Options
 

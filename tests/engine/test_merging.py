@@ -13,9 +13,9 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.backends import reference
+from kdkernels.backends.merge import merged, sums_of_one_sweep
 from kdkernels.backends.operators import STATS_COLUMNS
 from kdkernels.divergences import resolve
-from kdkernels.vocab import merged, sums_of_one_sweep
 from tests.engine.test_vocab import AT, ONE_SWEEP
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import products
+from kdkernels.backends import products
 from tests.support.cases import InsideOperators, assert_as_good_as_eager, draw, dressed, ratios
 from tests.support.interpreter import as_on_a_gpu
 from tests.support.oracle import Options

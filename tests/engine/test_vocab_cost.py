@@ -14,8 +14,8 @@ from hypothesis import strategies
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels.plan import block_columns, column_bytes
-from kdkernels.scratch import row_stride
+from kdkernels.engine.cut import block_columns, column_bytes
+from kdkernels.engine.scratch import row_stride
 from tests.engine.test_vocab import EVERYTHING, ONE_SWEEP, TWO_SWEEPS, budget, every_backend, run
 from tests.support.cases import NATIVE_DTYPES, Case, InsideOperators, draw, dressed, running
 from tests.support.counting import US, UT, N, Products, V, count
@@ -198,13 +198,13 @@ class TestBlockColumns:
     @pytest.mark.parametrize("columns", [1, 16, 40, 150])
     def test_the_loss_runs_these_blocks(self, columns: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         case, seen = draw(tokens=(18,), vocab=150, dtype=dtype), []
-        add = kd.gradients.Gradients.add_columns
+        add = kd.engine.gradients.Gradients.add_columns
 
         def spied(grads: Any, head: Any, dx: Tensor, hidden: Tensor, block: slice, buffer: Tensor) -> None:
             seen.append((block.start, block.stop, tuple(dx.shape)))
             add(grads, head, dx, hidden, block, buffer)
 
-        monkeypatch.setattr(kd.gradients.Gradients, "add_columns", spied)
+        monkeypatch.setattr(kd.engine.gradients.Gradients, "add_columns", spied)
         run(case, strategy="vocab", memory_budget=budget(case, columns))
         width = block_columns(
             *(18, 150, column_bytes(dtype, dtype, torch.device("cpu")), budget(case, columns)), torch.device("cpu")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import checks
+from kdkernels.losses import checks
 from tests.support.refusals import CASE, LABELS, LINEAR, OPTIONS, STUDENT, TEACHER, TOKENS, VOCAB, forbid_work, refused
 
 X, Z = (logits.float() for logits in CASE.logits())

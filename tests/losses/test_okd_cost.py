@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels import gradients, tokens, vocab
+from kdkernels.engine import gradients, tokens, vocab
 from tests.support.cases import (
     NATIVE_DTYPES,
     Case,

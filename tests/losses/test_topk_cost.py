@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdkernels import outcomes
+from kdkernels.engine import outcomes
 from tests.support.cases import (
     DTYPES,
     InsideOperators,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import step
+from kdkernels.engine import step
 from tests.support.cases import (
     draw,
 )

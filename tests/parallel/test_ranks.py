@@ -20,9 +20,9 @@ import torch
 
 import kdkernels as kd
 from kdkernels.backends import reference
+from kdkernels.backends.merge import merged
 from kdkernels.backends.operators import STATS_COLUMNS
-from kdkernels.plan import column_bytes
-from kdkernels.vocab import merged
+from kdkernels.engine.cut import column_bytes
 from tests.parallel.problems import (
     HEADS,
     HIDDEN,

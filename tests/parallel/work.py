@@ -180,7 +180,7 @@ def refusals(group: Any, rank: int, size: int) -> dict[str, tuple[str, str]]:
     error = refusal(listed if rank == 0 else lambda: mine.run(process_group=group))
     found["one rank's tensors"] = (type(error).__name__, str(error))
     # a backend that serves no tensors of this device, as NCCL on a CPU
-    serves = mock.patch("kdkernels.ranks._serves", side_effect=[False, True]) if rank == 0 else nullcontext()
+    serves = mock.patch("kdkernels.parallel.ranks._serves", side_effect=[False, True]) if rank == 0 else nullcontext()
     with serves:
         error = refusal(lambda: mine.run(process_group=group))
     found["one rank's device"] = (type(error).__name__, str(error))

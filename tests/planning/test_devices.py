@@ -10,18 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kdkernels import roofline
 from kdkernels.cli import main
-from kdkernels.roofline import (
-    DEVICES,
-    NOMINAL_CPU,
-    Pass,
-    device,
-    eager_passes,
-    seconds,
-    tokens_passes,
-    vocab_passes,
-)
+from kdkernels.planning import devices
+from kdkernels.planning.devices import DEVICES, NOMINAL_CPU, device
+from kdkernels.planning.roofline import Pass, eager_passes, seconds, tokens_passes, vocab_passes
 from tests.planning.test_roofline import H100, SIZES
 from tests.support import ROOT
 
@@ -77,9 +69,9 @@ class TestDevices:
     ) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: called)
-        roofline.this_gpu.cache_clear()
-        found = roofline.this_gpu(torch.device("cuda"))
-        roofline.this_gpu.cache_clear()
+        devices.this_gpu.cache_clear()
+        found = devices.this_gpu(torch.device("cuda"))
+        devices.this_gpu.cache_clear()
         assert (found and found.name) == known
 
     def test_the_datasheets_of_what_people_rent_most(self) -> None:
@@ -109,8 +101,8 @@ class TestDevices:
                 return 0.01
             return 0.004 + 0.001 * len(inspect.getclosurevars(run).nonlocals["hidden"])
 
-        monkeypatch.setattr(roofline, "_best_seconds", took)
-        roofline.measured_cpu.cache_clear()
+        monkeypatch.setattr(devices, "_best_seconds", took)
+        devices.measured_cpu.cache_clear()
         try:
             one = device("cpu")
             assert device("CPU") is one
@@ -120,7 +112,7 @@ class TestDevices:
             assert one.bandwidth == pytest.approx(2 * 32 * 2**20 / 0.01)
             assert seconds([Pass(one.rate(torch.float32), 0, launches=0)], one) == pytest.approx(1.0), "nothing is taken off"
         finally:
-            roofline.measured_cpu.cache_clear()
+            devices.measured_cpu.cache_clear()
 
     def test_a_processor_multiplies_when_the_operands_are_there_and_a_gpu_meanwhile(self) -> None:
         work = Pass(0.25 * NOMINAL_CPU.rate(torch.float32), 0.5 * NOMINAL_CPU.operand_bandwidth[torch.float32], launches=0)

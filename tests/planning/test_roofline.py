@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import roofline
-from kdkernels.compare import Predicted, compare
+from kdkernels.cli.compare import Predicted, compare
 from kdkernels.divergences import resolve
-from kdkernels.roofline import (
-    DEVICES,
+from kdkernels.planning import roofline
+from kdkernels.planning.devices import DEVICES, NOMINAL_CPU
+from kdkernels.planning.roofline import (
     EAGER_TRAFFIC,
-    NOMINAL_CPU,
     Pass,
     eager_passes,
     filled,
@@ -366,5 +365,5 @@ class TestCompare:
 
 def test_it_needs_torch_alone() -> None:
     names = ("triton", "matplotlib", "transformers")
-    script = f"import sys\nfor name in {names}: sys.modules[name] = None\nimport kdkernels.roofline, kdkernels.models"
+    script = f"import sys\nfor name in {names}: sys.modules[name] = None\nimport kdkernels.planning.roofline, kdkernels.cli.models"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import traffic as closed
-from kdkernels.plan import block_columns
-from kdkernels.scratch import ROW_ELEMENTS
-from kdkernels.traffic import Cut, Traffic
+from kdkernels.engine.cut import block_columns
+from kdkernels.engine.scratch import ROW_ELEMENTS
+from kdkernels.planning import traffic as closed
+from kdkernels.planning.traffic import Cut, Traffic
 from tests.support.cases import draw
 from tests.support.meter import Meter, metered
 

@@ -23,7 +23,7 @@ from types import ModuleType
 import pytest
 
 import kdkernels as kd
-from kdkernels import cli
+from kdkernels.cli import commands as cli
 from kdkernels.errors import CommandError, to_install
 from kdkernels.transformers import distill_command
 from tests.support import README, ROOT

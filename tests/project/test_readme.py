@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import kdkernels as kd
-from kdkernels.roofline import device_names
+from kdkernels.planning.devices import device_names
 from kdkernels.transformers import KDConfig, KDTrainer
 from tests.support import README
 from tests.support.pages import blocks

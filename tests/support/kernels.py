@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdkernels.backends.base import Step, Terms
 from kdkernels.backends.operators import STATS_COLUMNS
 from kdkernels.divergences import resolve
-from kdkernels.step import Step, Terms, prepare
+from kdkernels.engine.step import prepare
 from tests.support.cases import Case, draw, dressed
 from tests.support.oracle import Options
 

@@ -13,7 +13,7 @@ import torch
 
 import kdkernels as kd
 from kdkernels import backends
-from kdkernels.products import HeadProducts
+from kdkernels.backends.products import HeadProducts
 from tests.support.cases import draw
 
 TOKENS, VOCAB, STUDENT, TEACHER = 6, 37, 8, 12

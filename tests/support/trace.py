@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdkernels.roofline import Pass
+from kdkernels.planning.roofline import Pass
 
 aten = torch.ops.aten
 # Sweeps of PyTorch's softmax kernels over each of their tensors where the row does not stay in the cache: maximum, sum, result; in

@@ -24,8 +24,8 @@ from huggingface_hub import constants
 
 import kdkernels as kd
 from kdkernels.cli import main
+from kdkernels.engine.outcomes import TAILS
 from kdkernels.errors import CommandError, to_install
-from kdkernels.outcomes import TAILS
 from kdkernels.transformers import distill_command
 from kdkernels.transformers.config import methods
 from kdkernels.transformers.distill import last_checkpoint

@@ -13,9 +13,9 @@ import torch
 
 from kdkernels import backends
 from kdkernels.backends import reference
+from kdkernels.backends.merge import sums_of_one_sweep
 from kdkernels.backends.operators import STATS_COLUMNS
 from kdkernels.divergences import resolve
-from kdkernels.vocab import sums_of_one_sweep
 from tests.support.cases import draw, dressed
 from tests.support.kernels import AT, DIMS, EPS, SPLITS, TOKENS, VOCAB, assert_close, large, of_logits, run, step_of, sweeps_of
 from tests.support.oracle import Options
