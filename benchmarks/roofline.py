@@ -1,4 +1,4 @@
-"""Holds the roofline of kdkernels.planning.roofline against published GPU measurements: ``python -m benchmarks.roofline [--csv PATH]``.
+"""Holds kdkernels.planning.roofline against published GPU measurements: ``python -m benchmarks.roofline [--csv PATH]``.
 
 benchmarks/published.csv holds measurements that others published, with their source. Nothing here was measured by us.
 
