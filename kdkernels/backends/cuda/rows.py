@@ -128,7 +128,7 @@ def _kernel(
     sized = {"KD_CLUSTER": shape.cluster, "KD_SLICE": shape.slice, "KD_WARPS": shape.warps, "KD_CHUNK": shape.chunk}
     text = source(divergence, {**dict(macros), **sized, "KD_BLOCKS": shape.blocks})
     major, minor = torch.cuda.get_device_capability(device)
-    kernel = compile.Kernel(compile.cubin(text, OPTIONS, f"sm_{major}{minor}"), "row_loss")
+    kernel = compile.Kernel(compile.cubin(text, OPTIONS, f"sm_{major}{minor}"), "row_loss", shape.shared, shape.cluster)
     return kernel, kernel.clusters(shape.cluster, shape.threads, shape.shared)
 
 
