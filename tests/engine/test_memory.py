@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-import textwrap
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -20,34 +20,15 @@ from tests.support import ROOT
 from tests.support.cases import Case, draw
 from tests.support.counting import MIB
 
-
-def run_fresh(script: str, *arguments: object) -> list[int]:
-    """Numbers that the script prints, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        # What is freed leaves the process at once: else glibc keeps some of it, and the peak is not what was allocated.
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [int(number) for number in done.stdout.split()]
-
-
 # Peak resident memory above what was there, less the returned gradients; of a step, and of what stays afterwards.
 MEASURE = """
-import functools, gc, sys
+import functools, gc, json, sys
 import torch
 import kdkernels as kd
 from kdkernels import backends
-from tests.support.memory import status as resident
+from tests.support.memory import status
 
-tokens, vocab, dim, budget, dtype = *map(int, sys.argv[1:5]), getattr(torch, sys.argv[5])
-backend, strategy, *learns = sys.argv[6:]  # of the teacher
-
-def step(tokens, vocab):
+def step(tokens, vocab, dim, budget, dtype, strategy, learns):
     hidden, weight = torch.ones(tokens, dim, dtype=dtype), torch.ones(vocab, dim, dtype=dtype)
     teacher, teacher_weight = torch.ones(tokens, dim, dtype=dtype), torch.ones(vocab, dim, dtype=dtype)
     labels = torch.zeros(tokens, dtype=torch.int64)
@@ -57,7 +38,7 @@ def step(tokens, vocab):
         leaf.requires_grad_()
     gc.collect()
     open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
-    before = resident("VmRSS")
+    before = status("VmRSS")
     if strategy == "eager":
         log_q, log_p = ((rows @ head.mT).float().log_softmax(-1) for rows, head in ((hidden, weight), (teacher, teacher_weight)))
         kl = functools.partial(torch.nn.functional.kl_div, reduction="batchmean", log_target=True)
@@ -70,16 +51,33 @@ def step(tokens, vocab):
         (both.student + both.teacher).backward()
     else:
         kd.linear_kd_loss(hidden, weight, teacher, teacher_weight, strategy=strategy, memory_budget=budget).backward()
-    return resident("VmHWM") - before - sum(leaf.nbytes for leaf in learned)
+    return status("VmHWM") - before - sum(leaf.nbytes for leaf in learned)
 
-with backends.use(backend):
-    step(64, 512)
-    kd.free_scratch()
-    print(step(tokens, vocab))
-    held = resident("VmRSS")
-    kd.free_scratch()
-    print(held - resident("VmRSS"))
+for tokens, vocab, dim, budget, dtype, backend, strategy, *learns in json.loads(sys.argv[1]):
+    sizes = dim, budget, getattr(torch, dtype), strategy, learns  # learns: of the teacher
+    with backends.use(backend):
+        step(64, 512, *sizes)
+        kd.free_scratch()
+        peak = step(tokens, vocab, *sizes)
+        held = status("VmRSS")
+        kd.free_scratch()
+        print(peak, held - status("VmRSS"))
 """
+
+
+def measured(*steps: tuple[Any, ...]) -> list[tuple[int, int]]:
+    """(peak, held) of each step, one after the other in a process of their own: see MEASURE for what a step is."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, json.dumps(steps)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        # What is freed leaves the process at once: else glibc keeps some of it, and the peak is not what was allocated.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [(int(peak), int(held)) for peak, held in map(str.split, done.stdout.splitlines())]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc, which only Linux has")
@@ -87,40 +85,41 @@ class TestMemory:
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_peak_is_the_budget_whatever_the_token_count(self, dtype: str) -> None:
         vocab, dim, budget = 32768, 64, 64 * MIB
-        peaks = {}
-        for count_ in (1024, 4096):
-            peaks[count_], held = run_fresh(MEASURE, count_, vocab, dim, budget, dtype, kd.backend(), "tokens")
+        counts, peaks = (512, 2048), {}
+        found = measured(*((count_, vocab, dim, budget, dtype, kd.backend(), "tokens") for count_ in counts))
+        for count_, (peak, held) in zip(counts, found, strict=True):
+            peaks[count_] = peak
             plan = kd.plan(count_, vocab, dim, dim, getattr(torch, dtype), memory_budget=budget, strategy="tokens")
             assert plan.logits_bytes <= budget
-            assert peaks[count_] <= plan.scratch_bytes + 16 * MIB
-            assert peaks[count_] >= plan.scratch_bytes - 16 * MIB, "the plan asks for more than is used"
+            assert peak <= plan.scratch_bytes + 16 * MIB
+            assert peak >= plan.scratch_bytes - 16 * MIB, "the plan asks for more than is used"
             assert held <= budget + 9 * MIB  # with the block of a widened head
-        assert abs(peaks[4096] - peaks[1024]) <= 16 * MIB
+        assert abs(peaks[2048] - peaks[512]) <= 16 * MIB
 
     def test_the_reference_keeps_to_it_too(self) -> None:
         vocab, dim, budget = 32768, 64, 64 * MIB
-        for strategy in ("tokens", "vocab"):
-            peak, _ = run_fresh(MEASURE, 1024, vocab, dim, budget, "float32", "reference", strategy)
+        for peak, _ in measured(*((512, vocab, dim, budget, "float32", "reference", strategy) for strategy in ("tokens", "vocab"))):
             assert peak <= budget + 16 * MIB
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     @pytest.mark.parametrize("strategy", ["tokens", "vocab", "eager"])
     def test_the_planned_peak_is_within_a_tenth_of_the_measured_one(self, strategy: str, dtype: str) -> None:
-        tokens, vocab, dim = 2048, 40_000, 128
-        for budget in (64 * MIB, 256 * MIB)[: 1 if strategy == "eager" else 2]:
-            peak, _ = run_fresh(MEASURE, tokens, vocab, dim, budget, dtype, kd.backend(), strategy)
+        tokens, vocab, dim = 1024, 40_000, 128
+        budgets = (64 * MIB, 256 * MIB)[: 1 if strategy == "eager" else 2]
+        found = measured(*((tokens, vocab, dim, budget, dtype, kd.backend(), strategy) for budget in budgets))
+        for budget, (peak, _) in zip(budgets, found, strict=True):
             asked = "tokens" if strategy == "eager" else strategy
             plan = kd.plan(tokens, vocab, dim, dim, getattr(torch, dtype), memory_budget=budget, strategy=asked)
             own = plan.eager_scratch_bytes if strategy == "eager" else plan.scratch_bytes
             inputs_and_gradients = plan.peak_bytes - plan.scratch_bytes
-            measured = peak + inputs_and_gradients
-            assert own + inputs_and_gradients == pytest.approx(measured, rel=0.1), f"own: {own / MIB:.0f} of {peak / MIB:.0f} MiB"
+            whole = peak + inputs_and_gradients
+            assert own + inputs_and_gradients == pytest.approx(whole, rel=0.1), f"own: {own / MIB:.0f} of {peak / MIB:.0f} MiB"
 
     @pytest.mark.parametrize(("dtype", "dim"), [("float32", 16), ("bfloat16", 256)])
     def test_many_tokens_take_no_copy_of_their_gradient(self, dtype: str, dim: int) -> None:
         """By blocks of columns, 16-bit parts of dH are added to a float32 sum: that took half of it again, and more."""
         tokens, vocab, budget = 32_768, 8192, 64 * MIB
-        peak, _ = run_fresh(MEASURE, tokens, vocab, dim, budget, dtype, kd.backend(), "vocab")
+        ((peak, _),) = measured((tokens, vocab, dim, budget, dtype, kd.backend(), "vocab"))
         plan = kd.plan(tokens, vocab, dim, dim, getattr(torch, dtype), memory_budget=budget, strategy="vocab")
         assert peak == pytest.approx(plan.scratch_bytes, rel=0.1), f"{peak / MIB:.0f} of {plan.scratch_bytes / MIB:.0f} MiB"
 
@@ -131,7 +130,7 @@ class TestMemory:
     )
     def test_that_of_two_learners_too(self, strategy: str, learns: tuple[str, ...], dtype: str) -> None:
         count_, width, dim, budget = 1024, 40_000, 128, 64 * MIB
-        peak, _ = run_fresh(MEASURE, count_, width, dim, budget, dtype, kd.backend(), strategy, *learns)
+        ((peak, _),) = measured((count_, width, dim, budget, dtype, kd.backend(), strategy, *learns))
         plan = kd.plan(
             *(count_, width, dim, dim, getattr(torch, dtype)),
             memory_budget=budget,

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels.engine import step
-from tests.support.cases import (
-    draw,
-)
+from tests.support.cases import draw
 from tests.support.refusals import OPTIONS, forbid_work, refused
 from tests.support.topk import keep
 
@@ -89,7 +86,7 @@ def test_bad_input_is_refused_before_any_work(
 @pytest.mark.parametrize("wrong", [37, -1, int(KEPT.ids[3, 0])])
 def test_bad_ids_are_found_in_whatever_pieces_they_are_looked_at(wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for slots in (1, 8, 100):
-        monkeypatch.setattr(step, "SLOTS", slots)
+        monkeypatch.setattr("kdkernels.engine.keep.SLOTS", slots)
         assert call().isfinite()
         with refused(ValueError, f"topk_ids holds {wrong}"):
             call(topk_ids=with_id(wrong))
