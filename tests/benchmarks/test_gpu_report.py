@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import kdkernels as kd
-from benchmarks import contenders, gpu, gpu_checks, gpu_report
+from benchmarks import contenders, gpu, gpu_checks, gpu_report, gpu_times
 from tests.benchmarks.test_gpu_suite import Record
 
 H100: Record = {"device": "NVIDIA H100", "memory_bytes": 80 * 2**30, "date": "2026-11-27", "command": "python -m benchmarks.gpu"}
@@ -119,7 +119,7 @@ class TestPlan:
         items = [(*part.arguments, *item) for part in gpu.parts(size)["checks"] for item in part.items]
         assert len(items) == len(set(items))
         of_divergence = {item[:3] for item in items if item[2] is not None}
-        assert len(of_divergence) == len(gpu.STRATEGIES) * len(gpu_checks.DTYPES) * len(kd.divergences())
+        assert len(of_divergence) == (len(gpu.STRATEGIES) + 1) * len(gpu_checks.DTYPES) * len(kd.divergences())
         assert {item[4] for item in items if item[3] == "accuracy"} == set(gpu_checks.SPREADS)
 
     def test_small_losses_compile_what_ours_times(self) -> None:
@@ -143,7 +143,7 @@ class TestPlan:
             (f"time {head}", (8192, loss, name))
             for head in contenders.HEADS
             for loss in ("forward_kl", "jsd")
-            for name in ("tokens", "tokens 8 GiB", "vocab", "vocab 8 GiB", "eager")
+            for name in ("tokens", "tokens 1 GiB", gpu_times.CLUSTERED, "vocab", "eager")
         ]
         (others,) = short["others"]
         assert [item[2] for item in others.items[::2]] == ["liger", "liger triton", "trl", "compiled"]
@@ -153,6 +153,8 @@ class TestPlan:
         assert set(gpu_checks.SHORT) <= set(gpu_checks.SETTINGS)
 
     def test_only_keeps_the_items_whose_name_contains_it(self) -> None:
-        found = gpu.chosen("short", ["ours", "rows"], "gemma3 8192 jsd vocab")
+        found = gpu.chosen("short", ["ours", "rows"], "gemma3 8192 jsd tokens")
         assert list(found) == ["ours"]
-        assert [part.items for part in found["ours"]] == [((8192, "jsd", "vocab"), (8192, "jsd", "vocab 8 GiB"))]
+        assert [part.items for part in found["ours"]] == [
+            tuple((8192, "jsd", name) for name in ("tokens", "tokens 1 GiB", gpu_times.CLUSTERED))
+        ]
