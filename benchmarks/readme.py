@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import contenders, gpu_report
-from benchmarks.gpu_times import GIB
+from benchmarks import contenders, gpu_report, gpu_times
 from benchmarks.limits import limits_table
 from benchmarks.linear import DTYPES, LOSSES, RESULTS, SHAPES, Case, name
 from benchmarks.measure import MIB
@@ -241,23 +240,26 @@ def growth_table(results: dict[str, Any]) -> str:
 
 
 def _on_a_gpu(row: Row) -> str:
-    return f"{row['median_ms']:.1f} ms, {row['ratio']:.2f}; {row['peak_bytes'] / GIB:.1f} GiB"
+    return f"{row['median_ms']:.1f} ms, {row['ratio']:.2f}; {row['peak_bytes'] / gpu_times.GIB:.1f} GiB"
 
 
 def gpu_table(path: Path) -> str:
     """Times and memory of a result file of benchmarks.gpu, and how its checks went."""
     machines, found, _ = gpu_report.read(path)
     facts, results = machines[-1], gpu_report.latest(found)
-    rows = [row for row in results if row["stage"] in ("ours", "others") and "ratio" in row]
+    timed = {*gpu_times.OURS, *gpu_times.EXTENTS["short"].others}
+    rows = [row for row in results if row["stage"] in ("ours", "others") and "ratio" in row and row["contender"] in timed]
     checks = [row for row in results if "check" in row and "skipped" not in row]
     passed = sum(row["passed"] for row in checks)
     columns = {(row["head"], row["loss"]): f"{row['student']} ← {row['teacher']}, {row['loss']}" for row in rows}
-    versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "triton", "liger-kernel", "trl"))
-    return (
+    known = {name: version for machine in machines for name, version in machine["versions"].items() if version}
+    versions = ", ".join(f"{name} {known[name]}" for name in ("torch", "triton", "liger-kernel", "trl"))
+    title = (
         f"{facts['device']}, {versions}, {facts['date'][:10]}; {passed} of {len(checks)} checks passed. "
-        f"{rows[0]['tokens']:,} tokens, {rows[0]['dtype']}: a step's time, also over that of its four bare products, and its peak memory above inputs, returned "
-        f"gradients in it.\n\n{_grid('', columns, rows, lambda row: (row['head'], row['loss']), _on_a_gpu)}\n"
+        f"{rows[0]['tokens']:,} tokens, {rows[0]['dtype']}: a step's time, also over that of its four bare products, and its peak "
+        "memory above inputs, returned gradients in it."
     )
+    return f"{title}\n\n{_grid('', columns, rows, lambda row: (row['head'], row['loss']), _on_a_gpu)}\n"
 
 
 def _between(readme: str, mark: str, content: str) -> str:
