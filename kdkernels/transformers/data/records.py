@@ -8,74 +8,21 @@ token's position, as transformers has them; the trainer shifts.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import constants
-from torch import Tensor
-
 from kdkernels.errors import CommandError
-from kdkernels.transformers import hub
 from kdkernels.transformers.batches import IGNORED
-from kdkernels.transformers.conversations import Unusable, Written, asked, tools_of, turns, without_nulls, written
-from kdkernels.transformers.conversations import what as _what
+from kdkernels.transformers.data.conversations import Unusable, Written, asked, tools_of, turns, without_nulls, written
+from kdkernels.transformers.data.conversations import what as _what
+from kdkernels.transformers.data.sources import checked_record, is_pair, is_prompt, read
 
-KINDS = (
-    '"text" (a string), "messages" (a list of {"role", "content"}), or "prompt" and "completion" (two strings, or two such lists)'
-)
-ALONE = '; a "prompt" alone only to learn from, where the student writes every batch (--on-policy-fraction 1)'
 # of a record, what is conversations or belongs to them
 CONVERSED = ("messages", "prompt", "completion", "tools", "chat_template_kwargs")
-TABLES = (".csv", ".tsv", ".parquet", ".arrow")
-# a missing file of these names is not looked for on the hub
-FILES = (".txt", ".md", ".json", ".jsonl", ".ndjson", *TABLES)
-
 Example = dict[str, list[int]]
-
-
-def read(source: str | Path, *, split: str = "train", prompts: bool = False) -> Sequence[Mapping[str, Any]]:
-    """The raw records of a source, each with "text", "messages", or "prompt" and "completion".
-
-    source: one of
-        - a text file in UTF-8, of any name: one record, the whole file;
-        - a .jsonl or .ndjson file: one record a line, empty lines skipped; a .json file: a list of records;
-        - a folder that ``datasets`` saved with ``save_to_disk``, of a Dataset or of a DatasetDict;
-        - a name that ``datasets.load_dataset`` knows, as NAME or NAME:CONFIGURATION.
-    split: of the last two. What has no splits has only "train". prompts: a "prompt" may stand alone.
-
-    Raises CommandError where the source is missing or cannot be read, with file and line where there are such.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _saved(path, split)
-    if not path.exists():
-        return _named(str(source), split)
-    if split != "train":
-        raise CommandError(f"{path} has no split {split!r}: a file is all one split, train")
-    suffix = path.suffix.lower()
-    if suffix in TABLES:
-        raise CommandError(f"{path} is a table; accepted: text, .jsonl, .json, or a folder that datasets saved")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")  # as it stands: text mode would change line ends
-    except UnicodeDecodeError as error:
-        raise CommandError(f"{path} is not text in UTF-8 (byte {error.start:,}); accepted: text, .jsonl, .json") from error
-    except OSError as error:
-        raise CommandError(f"{path} cannot be read: {error.strerror}") from error
-    if suffix in (".jsonl", ".ndjson"):
-        # by "\n" alone: splitlines would also cut at separators that JSON lets stand inside a string
-        lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-        return [_checked(_json(line, f"{path}, line {number}"), f"{path}, line {number}", prompts) for number, line in lines]
-    if suffix == ".json":
-        records = _json(text, str(path))
-        if not isinstance(records, list):
-            raise CommandError(f"{path} holds {_what(records)}; accepted in a .json file: a list of records")
-        return [_checked(record, f"{path}, record {number}", prompts) for number, record in enumerate(records, 1)]
-    return [{"text": text}]
 
 
 @dataclass(frozen=True)
@@ -256,77 +203,13 @@ class _Notes:
         return tuple(found)
 
 
-class Collator:
-    """Examples to a batch: input_ids, attention_mask and labels, int64 (B, S), padded on the right to the longest of them.
-
-    pad_token_id: stands in input_ids at padding, where attention_mask is 0 and labels are -100; what it is does not matter then,
-        and None is 0.
-    An example has "input_ids", and may have "labels" (else they are the ids, where the mask is not 0) and "attention_mask" (else
-    all 1), of the same length. Further columns go along: numbers of the length of input_ids padded with 0, others stacked where
-    they have one shape (as transformers' default_data_collator does), and as a list where they have not, or are no numbers. Where
-    no example has a token, one of padding stands for each. Raises ValueError where lengths differ and for an empty batch.
-    """
-
-    def __init__(self, pad_token_id: int | None) -> None:
-        self.pad_token_id = 0 if pad_token_id is None else pad_token_id
-
-    def __call__(self, batch: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        if not batch:
-            raise ValueError("a batch has at least one example, got none")
-        rows = [self._row(example) for example in batch]
-        padding = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
-        made: dict[str, Any] = {name: _padded([row[name] for row in rows], value) for name, value in padding.items()}
-        for name in dict.fromkeys(name for example in batch for name in example if name not in padding):
-            values = [_numbers(example.get(name)) for example in batch]
-            if all(value is None for value in values):
-                continue
-            if not all(isinstance(value, Tensor) for value in values):
-                made[name] = values
-            elif all(value.dim() and value.shape[:1] == row["input_ids"].shape for value, row in zip(values, rows, strict=True)):
-                made[name] = _padded(values, 0) if len({value.shape[1:] for value in values}) == 1 else values
-            else:
-                made[name] = torch.stack(values) if len({value.shape for value in values}) == 1 else values
-        return made
-
-    def _row(self, example: Mapping[str, Any]) -> dict[str, Tensor]:
-        if not isinstance(example, Mapping):
-            raise ValueError(f"an example is a mapping with input_ids, got {type(example).__name__}")
-        if example.get("input_ids") is None:
-            raise ValueError(f"an example has no input_ids; it has {', '.join(map(str, example)) or 'nothing'}")
-        ids = torch.as_tensor(example["input_ids"], dtype=torch.int64)
-        mask, labels = example.get("attention_mask"), example.get("labels")
-        mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
-        mask = mask.long() if mask.dtype == torch.bool else mask
-        labels = ids.where(mask != 0, IGNORED) if labels is None else torch.as_tensor(labels, dtype=torch.int64)
-        if not ids.shape == mask.shape == labels.shape or ids.dim() != 1:
-            shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("attention_mask", mask), ("labels", labels)))
-            raise ValueError(f"an example's lists have one length: input_ids {tuple(ids.shape)}, {shapes}")
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def _padded(values: list[Tensor], value: float) -> Tensor:
-    made = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=value)
-    # models take no sequence of no tokens
-    return made if made.shape[1] else made.new_full((len(values), 1, *made.shape[2:]), value)
-
-
-def _numbers(value: Any) -> Any:
-    """A tensor, where there is one to be made."""
-    if value is None or isinstance(value, (str, bytes, Mapping, Tensor)):
-        return value
-    try:
-        return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError):
-        return value
-
-
 def _tokenized(
     record: Mapping[str, Any], tokenizer: Any, template: Any, max_length: int, where: str, notes: _Notes
 ) -> Iterator[Example]:
-    _checked(record, where)
-    if record.get("messages") is not None or (_is_pair(record) and not isinstance(record["prompt"], str)):
+    checked_record(record, where)
+    if record.get("messages") is not None or (is_pair(record) and not isinstance(record["prompt"], str)):
         yield _conversation(record, tokenizer, template, where, notes)
-    elif _is_pair(record):
+    elif is_pair(record):
         yield _completion(record["prompt"], record["completion"], tokenizer)
     elif record["text"]:
         ids = _ended(tokenizer(record["text"], verbose=False)["input_ids"], tokenizer)
@@ -337,9 +220,9 @@ def _tokenized(
 
 def _asked(record: Mapping[str, Any], tokenizer: Any, template: Any, where: str) -> list[int] | None:
     """The tokens of a record that only asks, with what the template opens the answer with; None for one that has an answer."""
-    _checked(record, where, prompts=True)
+    checked_record(record, where, prompts=True)
     messages = record.get("messages")
-    alone = _is_prompt(record)
+    alone = is_prompt(record)
     if alone and isinstance(record["prompt"], str):
         text, special = record["prompt"], True
     elif (alone and record["prompt"]) or (messages and all(message["role"] != "assistant" for message in messages)):
@@ -410,95 +293,3 @@ def _labelled(text: str, spans: list[tuple[int, int]], tokenizer: Any, *, add_sp
         if any(start < last and end > first for first, last in spans):
             labels[place] = ids[place]
     return ids, labels
-
-
-def _is_pair(record: Mapping[str, Any]) -> bool:
-    return record.get("prompt") is not None and record.get("completion") is not None
-
-
-def _is_prompt(record: Mapping[str, Any]) -> bool:
-    """Whether it is a prompt alone."""
-    return record.get("prompt") is not None and all(record.get(name) is None for name in ("completion", "messages", "text"))
-
-
-def _checked(record: Any, where: str, prompts: bool = False) -> Mapping[str, Any]:
-    """The record, if it is of a known kind; where several are there, messages come before prompts, and prompts before text."""
-    if not isinstance(record, Mapping):
-        raise CommandError(f"{where}: holds {_what(record)}; accepted: a record with {KINDS}")
-    messages = record.get("messages")
-    pair = [record["prompt"], record["completion"]] if _is_pair(record) else []
-    if messages is not None:
-        known = _is_list(messages)
-        if known:
-            turns(messages, f"{where}, message")
-    elif pair:
-        known = all(isinstance(part, str) for part in pair) or all(map(_is_list, pair))
-        for name, part in zip(("prompt", "completion"), pair, strict=True):
-            if known and not isinstance(part, str):
-                turns(part, f"{where}, {name} message")
-    elif prompts and _is_prompt(record):
-        known = isinstance(record["prompt"], str) or _is_list(record["prompt"])
-        if known and not isinstance(record["prompt"], str):
-            turns(record["prompt"], f"{where}, prompt message")
-    else:
-        known = isinstance(record.get("text"), str)
-    if not known:
-        held = ", ".join(f'"{name}" ({_what(value)})' for name, value in record.items()) or "nothing"
-        hint = '; "conversations" as ShareGPT has them are to be named so' if "conversations" in record else ""
-        raise CommandError(f"{where}: holds {held}; accepted: {KINDS}{ALONE if _is_prompt(record) else hint}")
-    return record
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise CommandError(f"{where}: not JSON ({error})") from error
-
-
-def _saved(path: Path, split: str) -> Sequence[Mapping[str, Any]]:
-    if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        cache = " (a cache has its examples: as --teacher it needs no --data)" if (path / "kdkernels-cache.json").is_file() else ""
-        raise CommandError(
-            f"{path} is a folder that datasets' save_to_disk did not write{cache}; accepted: such a folder, or a file"
-        )
-    datasets = _datasets(str(path))
-    try:
-        found = datasets.load_from_disk(str(path))
-    except Exception as error:  # of Arrow, JSON or the file system
-        raise CommandError(f"{path} cannot be read by datasets: {' '.join(str(error).split())}") from error
-    splits = found if isinstance(found, Mapping) else {"train": found}
-    if split not in splits:
-        raise CommandError(f"{path} has no split {split!r}; it has {', '.join(splits)}")
-    records: Sequence[Mapping[str, Any]] = splits[split]
-    return records
-
-
-def _named(source: str, split: str) -> Sequence[Mapping[str, Any]]:
-    name, _, configuration = source.partition(":")
-    if not hub.NAME.fullmatch(name) or Path(name).suffix.lower() in FILES:
-        raise CommandError(f"{source!r}: there is no such file or folder")
-    datasets = _datasets(source)
-    offline = datasets.config.HF_HUB_OFFLINE
-    try:
-        with hub.asked():
-            datasets.config.HF_HUB_OFFLINE = offline or constants.HF_HUB_OFFLINE  # it has a copy
-            records: Sequence[Mapping[str, Any]] = datasets.load_dataset(name, configuration or None, split=split)
-    except Exception as error:  # of the network, the hub, or the files' format
-        reason = " ".join(str(error).split())
-        raise CommandError(f"{source!r} is no file or folder here, and datasets cannot load it: {reason}") from error
-    finally:
-        datasets.config.HF_HUB_OFFLINE = offline
-    return records
-
-
-def _datasets(source: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise CommandError(f"{source!r} needs the datasets library, not installed here: pip install datasets") from error
-    return datasets
