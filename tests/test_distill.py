@@ -27,11 +27,11 @@ from kdkernels.cli import main
 from kdkernels.errors import CommandError, to_install
 from kdkernels.outcomes import TAILS
 from kdkernels.transformers import distill_command
-from kdkernels.transformers.config import methods
 from kdkernels.transformers.distill import last_checkpoint
 from kdkernels.transformers.distill_command import BY_NAME, merged, read_config
 from kdkernels.transformers.distill_report import Watch
 from kdkernels.transformers.load import load_model, load_tokenizer
+from kdkernels.transformers.methods import methods
 from tests.test_data import CHAT, put, tokenizer
 from tests.tiny_models import build
 
