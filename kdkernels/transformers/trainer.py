@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,43 +19,33 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from kdkernels.errors import CommandError
 from kdkernels.taid import TAIDSchedule
+from kdkernels.transformers import checkpoints, given
 from kdkernels.transformers.batches import (
     IGNORED,
     PADDING,
     TARGETS,
+    Collated,
     Inputs,
     Prepared,
-    check_examples,
     document_numbers,
-    looked_at,
     next_tokens,
 )
-from kdkernels.transformers.cache import TOKENIZER, TopKCache, is_cache
 from kdkernels.transformers.config import KDConfig
 from kdkernels.transformers.data import Collator
-from kdkernels.transformers.finite import Losses, NotFinite, Watch, check_weights, wrong_weights
-from kdkernels.transformers.heads import lm_head, output_module, unwrapped
+from kdkernels.transformers.finite import Losses, NotFinite, Watch, check_weights
+from kdkernels.transformers.heads import lm_head
 from kdkernels.transformers.hidden import hidden_states
-from kdkernels.transformers.load import is_causal, load_model
 from kdkernels.transformers.means import TokenMeans, floats
-from kdkernels.transformers.methods import METHODS, SETTINGS
-from kdkernels.transformers.methods.base import Lesson, Means, Part
-from kdkernels.transformers.methods.cached import Cached
-from kdkernels.transformers.methods.fixed import Fixed, Live
-from kdkernels.transformers.methods.on_policy import OnPolicySettings, Writing
+from kdkernels.transformers.methods import parts_of
+from kdkernels.transformers.methods.base import Lesson, Means
 from kdkernels.transformers.modes import evaluate, evaluating
 from kdkernels.transformers.on_policy import OnPolicy
 from kdkernels.transformers.online import OnlineTeacher
-from kdkernels.transformers.padding import common_rows, tokenizer_at
 from kdkernels.transformers.padding import tokenizer_of as saved_tokenizer
-from kdkernels.transformers.verify import mixes_documents, verify_lm_head
-from kdkernels.transformers.vocabularies import token_ids
+from kdkernels.transformers.verify import check_documents, verify_lm_head
 
 logger = logging.getLogger(__name__)
-
-STATE = "distillation.pt"
 
 
 class _Steps(TrainerCallback):
@@ -75,24 +64,6 @@ class _Steps(TrainerCallback):
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         check_weights(self.trainer.model, "student")
-
-
-class _Batches:
-    """A collator whose batches are what both models read, and carry a cached teacher's log-probabilities."""
-
-    def __init__(self, collator: Callable[[Any], Any], inputs: Inputs, cache: TopKCache | None) -> None:
-        self.collator, self.inputs, self.cache = collator, inputs, cache
-
-    def __call__(self, features: Any) -> Prepared:
-        return self.prepared(self.collator(features))
-
-    def prepared(self, batch: Mapping[str, Any]) -> Prepared:
-        if isinstance(batch, Prepared):
-            return batch
-        made = self.inputs(batch)
-        if self.cache is not None and "topk_ids" not in made:
-            made.update(self.cache.batch(**self.inputs.readable(made)))
-        return made
 
 
 class KDTrainer(Trainer):
@@ -149,22 +120,14 @@ class KDTrainer(Trainer):
         teacher_processing_class: Any = None,
         **options: Any,
     ) -> None:
-        if not isinstance(args, KDConfig):
-            raise TypeError(f"args is a KDConfig, got {type(args).__name__}")
-        for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func", "model_init"):
-            if options.get(name) is not None:
-                raise ValueError(f"{name} is not accepted: the loss is the trainer's own, of the given model, and makes no logits")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"one process sees {args.n_gpu} GPUs, which transformers would run as DataParallel: start one for each"
-            )
-        _check_student(model)
-        _check_tokenizers(processing_class, teacher_processing_class)
-        _check_model(model, "model")
-        self.cache = _cache(teacher)
-        self.teacher: Any = _model(teacher, model) if self.cache is None else None
+        given.check_options(args, options)
+        given.check_student(model)
+        given.check_tokenizers(processing_class, teacher_processing_class)
+        given.check_model(model, "model")
+        self.cache = given.cache_of(teacher)
+        self.teacher: Any = given.teacher_of(teacher, model) if self.cache is None else None
         if self.cache is not None:
-            train_dataset = _learned_from(self.cache, args, train_dataset)
+            train_dataset = given.learned_from(self.cache, args, train_dataset)
         if processing_class is None:
             processing_class = saved_tokenizer(model)
         own_collator = data_collator is not None
@@ -175,23 +138,23 @@ class KDTrainer(Trainer):
 
         self.model_accepts_loss_kwargs = True  # the loss divides by the tokens of the whole step
         self._loss_shifts_labels = True
-        self.parts: tuple[Part, ...] = ()
         self._prepared = False  # its parts
         if not self.is_fsdp_enabled:  # there it waits until the weights are where they belong
             verify_lm_head(model, role="student")
         if self.teacher is not None:
             self._place_teacher()
             verify_lm_head(self.teacher, role="teacher")
-        self.vocab_size, self.known_tokens = self._in_common(teacher_processing_class)
+        self.vocab_size, self.known_tokens = given.in_common(
+            self.model, self.teacher, self.cache, self.processing_class, teacher_processing_class, args.vocab_size
+        )
         models = {"model": self.model} if self.teacher is None else {"model": self.model, "teacher": self.teacher}
         self.inputs = Inputs.of(models, None if args.vocab_size is not None else self.known_tokens)
         if not own_collator:
-            self._look_at(train_dataset=self.train_dataset, eval_dataset=self.eval_dataset)
-        self._collate = _Batches(self.data_collator, self.inputs, self.cache)
+            given.look_at(self.data_collator, self.inputs, train_dataset=self.train_dataset, eval_dataset=self.eval_dataset)
+        self._collate = Collated(self.data_collator, self.inputs, self.cache)
         self.data_collator = self._collate
-        target = Live(self.teacher, self.inputs) if self.cache is None else Cached(args.topk_tail, self.vocab_size)
-        self.method = METHODS.get(args.method, Fixed)(self, target)
-        self.parts = (self.method, *([Writing(self)] if OnPolicySettings.asked_for(args) else []))
+        self.method, *others = parts_of(self)
+        self.parts = (self.method, *others)
         self._logged, self._evaluated = TokenMeans(), TokenMeans()
         steps_within_backward = any(kind in str(args.optim) for kind in ("lomo", "layerwise"))
         self._watch, self._evaluated_losses = Watch(model, keeps_gradients=not steps_within_backward), Losses("batch")
@@ -215,44 +178,7 @@ class KDTrainer(Trainer):
     @property
     def on_policy(self) -> OnPolicy | None:
         """Where the student writes, what decides when."""
-        return next((part.on_policy for part in self.parts if isinstance(part, Writing)), None)
-
-    def _in_common(self, theirs: Any) -> tuple[int | None, int | None]:
-        """How many rows of both heads are compared, and how many of them are tokens that both know; None for all.
-
-        theirs: the teacher's tokenizer, or None.
-        """
-        heads = [lm_head(self.model).weight.shape[0]]
-        heads.append(lm_head(self.teacher).weight.shape[0] if self.cache is None else self.cache.vocab_size)
-        given = self.args.vocab_size
-        if given is not None and not 1 <= given <= min(heads):
-            raise ValueError(f"vocab_size={given}; accepted: 1 to {min(heads)}, the rows that both heads have")
-        if theirs is None:
-            theirs = saved_tokenizer(self.teacher) if self.cache is None else tokenizer_at(self.cache.folder / TOKENIZER)
-        found = common_rows(heads, (self.processing_class, theirs), ("processing_class", "teacher_processing_class"), given)
-        if found.agreed is None and given is None:
-            logger.warning(
-                "The vocabularies of teacher and student were not compared: pass processing_class and teacher_processing_class."
-            )
-        for note in found.notes:
-            logger.warning(note)
-        cut = None if given is None and set(heads) == {found.rows} else found.rows
-        return cut, min([size for size in (cut, found.agreed) if size is not None], default=None)
-
-    def _look_at(self, **datasets: Any) -> None:
-        """What can be known of the data before any work: that the models read it, and that there is something to learn."""
-        parts = {name: part for name, dataset in datasets.items() for name, part in _parts(name, dataset)}
-        for name, dataset in parts.items():
-            if name == "train_dataset" and hasattr(dataset, "__len__") and len(dataset) == 0:
-                raise ValueError("train_dataset has no examples; accepted: at least one")
-            numbers = looked_at(dataset)
-            learns = check_examples(name, dataset, numbers, self.data_collator, self.inputs)
-            if learns or not 0 < len(numbers) == len(dataset):
-                continue
-            text = f"{name} has {len(dataset):,} examples and not one token to learn: no label but {IGNORED} behind a real token"
-            if name == "train_dataset":
-                raise ValueError(text)
-            logger.warning("%s", text)
+        return next((part.on_policy for part in self.parts if hasattr(part, "on_policy")), None)
 
     def _place_teacher(self) -> None:
         evaluate(self.teacher)
@@ -345,18 +271,15 @@ class KDTrainer(Trainer):
         if "labels" not in batch and "shift_labels" not in batch:
             raise ValueError(f"the batch has no labels, which the loss needs; it has {', '.join(batch)}")
         labels = next_tokens(batch)
-        if PADDING in batch:
-            self._check_documents(len(labels))
-        args = self.args
+        # Of each model once; where a forward is one of all ranks, not at all.
+        if PADDING in batch and not (self._apart or self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            check_documents({"model": self.model, "teacher": self.teacher}, len(labels))
+            self._apart = True
         options = {
-            "divergence": args.resolved_divergence(),
-            "temperature": args.temperature,
-            "kd_weight": args.kd_weight,
-            "ce_weight": args.ce_weight,
+            **self.args.loss_options(),
+            "divergence": self.args.resolved_divergence(),
             "normalizer": normalizer if normalizer is None or isinstance(normalizer, Tensor) else float(normalizer),
             "vocab_size": self.vocab_size,
-            "strategy": args.strategy,
-            "memory_budget": args.memory_budget,
             "return_metrics": True,
         }
         read = {name: value for name, value in batch.items() if name not in TARGETS}
@@ -370,21 +293,6 @@ class KDTrainer(Trainer):
         )
         loss, means = self.method.loss(lesson)
         return loss, self._per_token(means, loss, normalizer)
-
-    def _check_documents(self, rows: int) -> None:
-        """Of each model once: that it keeps apart the documents of a row."""
-        if self._apart or self.is_fsdp_enabled or self.is_deepspeed_enabled:  # there a forward is one of all ranks
-            return
-        for name, model in {"model": self.model, "teacher": self.teacher}.items():
-            if model is not None and mixes_documents(model, min(rows, 2)):
-                base = unwrapped(model)
-                attention = getattr(base.config, "_attn_implementation", None)
-                raise ValueError(
-                    f"the batch has several documents in a row (position_ids restart), and in {rows} rows the {name} "
-                    f"({type(base).__name__}, attention {attention}) mixes them; accepted: a document a row, or a model and "
-                    "attention that keep them apart"
-                )
-        self._apart = True
 
     def _per_token(self, means: Means, loss: Tensor, normalizer: Tensor | int | None) -> Means:
         """The metrics and the loss, whatever it was divided by, as means over the batch's tokens."""
@@ -453,13 +361,8 @@ class KDTrainer(Trainer):
         means = self._evaluated.drained()
         self._tell(not float(means.get("tokens", 0.0)), f"An evaluation ({metric_key_prefix})")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in floats(means).items()}
-        loss = metrics.get(f"{metric_key_prefix}_loss", 0.0)
-        if not math.isfinite(loss):
-            wrong = self._evaluated_losses.wrong(torch.stack(self._evaluated_losses.values).tolist())
-            where = "a batch of another process" if wrong is None else self._evaluated_losses.where(wrong)
-            weights = wrong_weights(self.model)
-            cause = "" if weights is None else f"; the student's {weights}"
-            raise NotFinite(f"{metric_key_prefix}_loss is {loss} after {self.state.global_step} steps{cause}; {where}")
+        name = f"{metric_key_prefix}_loss"
+        self._evaluated_losses.check_mean(name, metrics.get(name, 0.0), self.model, self.state.global_step)
         return output._replace(metrics={**(output.metrics or {}), **metrics})
 
     def _evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
@@ -484,129 +387,14 @@ class KDTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        states = {part: part.state_dict() for part in self.parts}
-        if self.args.should_save:
-            shared = {part.key: state for part, state in states.items() if not part.per_rank and state is not None}
-            torch.save({"method": self.args.method, **shared}, Path(output_dir) / STATE)
-        for part in self.parts:
-            if part.per_rank:
-                Path(output_dir).mkdir(parents=True, exist_ok=True)  # this rank may be here before the first one
-                torch.save(states[part], self._of_rank(part, output_dir))
+        checkpoints.save(self.parts, Path(output_dir), self.args)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint) / STATE
-        if not path.exists():
-            raise ValueError(
-                f"resume_from_checkpoint={checkpoint} has no {STATE}: it was not made by KDTrainer, or save_only_model"
-            )
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["method"] != self.args.method:
-            raise ValueError(f"{checkpoint} was made with method {state['method']!r}; this run has method={self.args.method!r}")
-        for part in self.parts:
-            if part.per_rank:
-                own = self._of_rank(part, checkpoint)
-                if not own.exists():
-                    raise ValueError(f"resume_from_checkpoint={checkpoint} has no {own.name}: {part.absent}")
-                part.load_state_dict(torch.load(own, map_location="cpu", weights_only=True))
-            elif part.key:
-                part.load_state_dict(state[part.key])
+        if checkpoint is not None:
+            checkpoints.load(self.parts, Path(checkpoint), self.args)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        path = Path(self.state.best_model_checkpoint or ".") / STATE
-        if self.method.key and path.exists():
-            self.method.load_best(torch.load(path, map_location="cpu", weights_only=True)[self.method.key])
-
-    def _of_rank(self, part: Part, folder: str) -> Path:
-        return Path(folder) / f"{part.key}_{self.args.process_index}.pt"
-
-
-def _check_student(model: Any) -> None:
-    """It learns something, and what it learns from is this loss alone."""
-    base = unwrapped(model)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"model ({type(base).__name__}) has no parameter that requires a gradient: there is nothing to train")
-    if getattr(getattr(base, "config", None), "output_router_logits", False):
-        raise ValueError(
-            "model.config.output_router_logits asks for a loss that balances experts, which this loss does not add; accepted: False"
-        )
-
-
-def _check_tokenizers(processing_class: Any, teacher_processing_class: Any) -> None:
-    """Before any model is loaded: both can be compared, and the student's can be saved with it."""
-    for name, given in (("processing_class", processing_class), ("teacher_processing_class", teacher_processing_class)):
-        if given is not None:
-            token_ids(given, name)
-    if processing_class is not None and not hasattr(processing_class, "save_pretrained"):
-        raise TypeError(
-            f"processing_class is saved with the student, and {type(processing_class).__name__} has no save_pretrained; accepted: "
-            "a tokenizer of transformers, for example PreTrainedTokenizerFast(tokenizer_object=...)"
-        )
-
-
-def _check_model(model: Any, role: str) -> None:
-    """It has its weights, and predicts a token without having seen it."""
-    base = unwrapped(model)
-    output_module(base)
-    config = getattr(base, "config", None)
-    empty = [name for name, parameter in base.named_parameters() if parameter.is_meta]
-    if empty and getattr(base, "hf_device_map", None) is None:  # accelerate keeps what it offloads elsewhere
-        wrong = f"has weights on the meta device, {empty[0]} for one: load them first"
-    elif getattr(config, "is_encoder_decoder", False):
-        wrong = "is an encoder-decoder"
-    elif config is None or getattr(config, "is_decoder", True) or is_causal(base):
-        return
-    else:
-        wrong = "lets a token see the tokens after it"
-    raise ValueError(f"{role} ({type(base).__name__}) {wrong}; accepted: a causal language model, such as LlamaForCausalLM")
-
-
-def _parts(name: str, dataset: Any) -> list[tuple[str, Any]]:
-    """A data set, or the several that an evaluation may have, by their names."""
-    if isinstance(dataset, Mapping):
-        return [(f"{name}[{key!r}]", part) for key, part in dataset.items()]
-    return [] if dataset is None else [(name, dataset)]
-
-
-def _cache(teacher: Any) -> TopKCache | None:
-    if isinstance(teacher, TopKCache):
-        return teacher
-    return TopKCache(teacher) if isinstance(teacher, (str, Path)) and is_cache(teacher) else None
-
-
-def _model(teacher: Any, student: Any) -> Any:
-    """The teacher, loaded and checked."""
-    found = _loaded(teacher)
-    _check_model(found, "teacher")
-    if unwrapped(found) is unwrapped(student):
-        raise ValueError("teacher and model are one and the same model; load it twice")
-    return found
-
-
-def _loaded(teacher: Any) -> Any:
-    if isinstance(teacher, nn.Module):
-        return teacher
-    if not isinstance(teacher, (str, Path)):
-        raise TypeError(
-            "teacher is a causal language model, its folder or name, or a folder made by `python -m kdkernels cache`, got "
-            f"{type(teacher).__name__}"
-        )
-    try:
-        return load_model(teacher)
-    except CommandError as error:
-        raise ValueError(f"teacher {error}") from error
-
-
-def _learned_from(cache: TopKCache, args: KDConfig, dataset: Any) -> Any:
-    """The data set that goes with a cache: the one given, or the cache's own examples."""
-    for settings in SETTINGS:
-        settings.check_cached(args, cache)
-    if dataset is None and cache.columns:
-        raise ValueError(
-            f"train_dataset is None, and the cache holds its examples without {', '.join(cache.columns)}, with which "
-            "the teacher read them; accepted: the data that it was made from"
-        )
-    return cache.examples() if dataset is None else dataset
+        if self.state.best_model_checkpoint is not None:
+            checkpoints.load_best(self.parts, Path(self.state.best_model_checkpoint))

@@ -1,6 +1,6 @@
 """Batches as every path here has them: how they are laid out, what models take of them, and what both models of a run read."""
 
-from kdkernels.transformers.batches.inputs import Inputs, check_examples, looked_at
+from kdkernels.transformers.batches.inputs import Collated, Inputs, check_examples, looked_at
 from kdkernels.transformers.batches.layout import (
     IGNORED,
     PADDING,
@@ -19,6 +19,7 @@ __all__ = [
     "IGNORED",
     "PADDING",
     "TARGETS",
+    "Collated",
     "Inputs",
     "Limits",
     "Prepared",

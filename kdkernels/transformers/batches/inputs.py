@@ -120,6 +120,27 @@ class Inputs:
             logger.warning("Columns of the data that %s do not take are left out: %s.", names, ", ".join(new))
 
 
+class Collated:
+    """A collator whose batches are what both models read, and carry a cached teacher's log-probabilities.
+
+    cache: a TopKCache, or None.
+    """
+
+    def __init__(self, collator: Callable[[Any], Any], inputs: Inputs, cache: Any) -> None:
+        self.collator, self.inputs, self.cache = collator, inputs, cache
+
+    def __call__(self, features: Any) -> Prepared:
+        return self.prepared(self.collator(features))
+
+    def prepared(self, batch: Mapping[str, Any]) -> Prepared:
+        if isinstance(batch, Prepared):
+            return batch
+        made = self.inputs(batch)
+        if self.cache is not None and "topk_ids" not in made:
+            made.update(self.cache.batch(**self.inputs.readable(made)))
+        return made
+
+
 def _about_examples(value: Any) -> bool:
     """A text, a number, and other things that are no input of a model."""
     if isinstance(value, Tensor):

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 from kdkernels.divergences import Divergence, divergences, resolve
 from kdkernels.scalars import one_of as check_one_of
-from kdkernels.transformers.methods.cached import CachedSettings
-from kdkernels.transformers.methods.fixed import Fixed, LossSettings
+from kdkernels.transformers.methods.cached import Cached, CachedSettings
+from kdkernels.transformers.methods.fixed import Fixed, Live, LossSettings
 from kdkernels.transformers.methods.okd import OKD, OKDSettings
-from kdkernels.transformers.methods.on_policy import OnPolicySettings
+from kdkernels.transformers.methods.on_policy import OnPolicySettings, Writing
 from kdkernels.transformers.methods.taid import TAID, TAIDSettings
 from kdkernels.transformers.settings import NUMBER, Flag, Settings, one_of, said
 
@@ -59,3 +59,11 @@ class AllSettings(CachedSettings, OnPolicySettings, OKDSettings, TAIDSettings, L
 
 
 SETTINGS: tuple[type[Settings], ...] = tuple(reversed(AllSettings.__bases__))
+
+
+def parts_of(trainer: Any) -> tuple[Any, ...]:
+    """The method of a KDTrainer whose models are in their places, and what goes along with it."""
+    args = trainer.args
+    target = Live(trainer.teacher, trainer.inputs) if trainer.cache is None else Cached(args.topk_tail, trainer.vocab_size)
+    method = METHODS.get(args.method, Fixed)(trainer, target)
+    return (method, *([Writing(trainer)] if OnPolicySettings.asked_for(args) else []))

@@ -40,6 +40,11 @@ class LossSettings(Settings):
         int | None, BYTES, Flag("BYTES", "for the loss's logits of both models (default: what the loss itself takes)")
     ] = said(None, "Bytes for the loss's logits.")
 
+    def loss_options(self) -> dict[str, Any]:
+        """Of a loss of this library, as they are."""
+        names = ("temperature", "kd_weight", "ce_weight", "strategy", "memory_budget")
+        return {name: getattr(self, name) for name in names}
+
 
 class Live:
     """A target that the teacher's own forward makes."""
