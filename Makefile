@@ -66,7 +66,8 @@ sanitize: setup
 	cd $(SANITIZED) && KDKERNELS_SANITIZE=1 LD_PRELOAD="$(SANITIZERS)" \
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 		$(CURDIR)/$(PY) -m pytest -n auto --maxprocesses 4 -k "not triton and not reference and not 30.0" --fuzz-cases=2000 \
-		tests/test_sanitize.py tests/test_backends.py tests/test_blocks.py tests/test_special_values.py tests/test_fuzz.py
+		tests/backends/test_sanitize.py tests/backends/test_backends.py tests/backends/test_blocks.py \
+		tests/losses/test_special_values.py tests/fuzz
 
 lint: setup
 	.venv/bin/ruff check .

@@ -23,10 +23,10 @@ Memory. The high-water mark of the resident memory, reset before the first whole
 libraries, the returned gradients included, and with whatever a library keeps for its next step. Compiled contenders are measured
 in their second step. A process may hold ``--memory`` GiB of data (Linux: RLIMIT_DATA); more is an allocation that fails.
 
-Error. The value and the gradients of that step against float64: tests/oracle.py over the inputs as rounded to the row's dtype, a
-few tokens at a time. Of dW ``SAMPLE`` rows are compared, evenly spread over the vocabulary. Errors are relative: norm of the
-difference over norm of the float64 result. Hidden states and heads are random, student and teacher independent, and the logits have
-standard deviation 3: a few tokens hold most of the probability, as in a trained model. Near-uniform logits would hide errors.
+Error. The value and the gradients of that step against float64: tests/support/oracle.py over the inputs as rounded to the row's
+dtype, a few tokens at a time. Of dW ``SAMPLE`` rows are compared, evenly spread over the vocabulary. Errors are relative: norm of
+the difference over norm of the float64 result. Hidden states and heads are random, student and teacher independent, and the logits
+have standard deviation 3: a few tokens hold most of the probability, as in a trained model. Near-uniform logits would hide errors.
 
 Results: compare.json (heads) and growth.json (tokens, vocab), each {"machine": …, "rows": [...]}, written after every process. A
 row that failed, or whose contender has no such loss, says why in "failed" or "skipped". Needs Linux, for /proc.
@@ -54,7 +54,7 @@ from benchmarks.contenders import COMPILED, IGNORED, LOSSES, PUBLISHED, TAID_T, 
 from benchmarks.measure import in_own_process, interleaved, limit_memory, machine, peak_above, seconds, why
 from kdkernels import files
 from kdkernels.products import product_dtype
-from tests import oracle
+from tests.support import oracle
 
 MODULE = "benchmarks.compare"
 RESULTS = Path(__file__).parent / "results"

@@ -1,8 +1,8 @@
 """What a GPU has to get right before its times mean anything: the contract of the README's "Numbers you can trust".
 
 Values and gradients are held against float64 autograd on the CPU over formulas that share no code with the library
-(tests/oracle.py); the bound is the error of eager PyTorch in the same dtype on the same device, twice, plus one rounding
-(tests/cases.py). A check is a dict with ``passed`` true, or false and a ``reason``, or with ``skipped`` and why it means
+(tests/support/oracle.py); the bound is the error of eager PyTorch in the same dtype on the same device, twice, plus one rounding
+(tests/support/cases.py). A check is a dict with ``passed`` true, or false and a ``reason``, or with ``skipped`` and why it means
 nothing here.
 """
 
@@ -20,8 +20,8 @@ from torch import Tensor
 import kdkernels as kd
 from benchmarks.gpu_parts import Result, device_of, why
 from benchmarks.gpu_times import peak_bytes
-from tests.cases import Case, assert_as_good_as_eager, draw, dressed, ratios
-from tests.oracle import Options
+from tests.support.cases import Case, assert_as_good_as_eager, draw, dressed, ratios
+from tests.support.oracle import Options
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIB = 2**20

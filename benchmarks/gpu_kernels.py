@@ -40,18 +40,22 @@ ROW_CANDIDATES: tuple[dict[str, int], ...] = (
     {"maxnreg": 64},
 )
 ROW_TOKENS, ROW_VOCABULARIES = 2048, (151_936, 262_144)
-# block_n, block_v, block_d, num_warps, num_stages
+# block_n, block_v, block_d, num_warps, num_stages, group; a group of 1024 blocks leaves the grid in its own order
 BLOCK_CANDIDATES = (
-    (64, 128, 64, 8, 3),
-    (64, 128, 64, 8, 4),
-    (64, 128, 128, 8, 3),
-    (128, 64, 64, 8, 4),
-    (128, 128, 64, 8, 3),
-    (128, 128, 64, 8, 4),
-    (64, 256, 64, 8, 3),
-    (64, 64, 64, 4, 4),
+    (64, 128, 64, 8, 3, 1024),
+    (64, 128, 64, 8, 3, 16),
+    (64, 128, 64, 8, 4, 8),
+    (64, 128, 64, 4, 3, 16),
+    (64, 128, 64, 4, 4, 16),
+    (64, 64, 64, 4, 4, 16),
+    (64, 64, 128, 4, 3, 16),
+    (128, 64, 64, 8, 4, 16),
+    (128, 64, 64, 4, 4, 16),
+    (128, 128, 64, 8, 3, 16),
+    (128, 128, 64, 8, 4, 16),
+    (128, 128, 64, 8, 4, 8),
 )
-TOY_BLOCKS = ((16, 32, 16, 4, 1),)
+TOY_BLOCKS = ((16, 32, 16, 4, 1, 2),)
 BLOCK_HEAD = "qwen2.5"
 # As many columns as a compiler needs to see the same divisible sizes that the measured problem has.
 COMPILED_TOKENS, COMPILED_VOCAB = 256, 4096
@@ -177,7 +181,7 @@ def opened_blocks(size: str, compile_only: bool) -> Callable[..., Iterator[Resul
             "head": name,
             "loss": loss,
             "tokens": tokens,
-            "candidate": "{} x {} x {}, {} warps, {} stages".format(*candidate),
+            "candidate": "{} x {} x {}, {} warps, {} stages, group {}".format(*candidate),
         }
         yield told(facts, lambda: measure(loss, candidate))
         given.hidden.grad = given.head.grad = None

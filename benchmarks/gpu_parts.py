@@ -93,7 +93,7 @@ def work(size: str, part: Part, sender: Connection) -> None:
                 warnings.filterwarnings(
                     "ignore", category=RuntimeWarning, module="triton.runtime.interpreter"
                 )  # inf - inf in NumPy
-                from benchmarks.interpreter import as_on_a_gpu  # Triton may not be installed
+                from tests.support.interpreter import as_on_a_gpu  # Triton may not be installed
 
                 stack.enter_context(as_on_a_gpu(BACKEND))
             run = part.opened(size, *part.arguments)

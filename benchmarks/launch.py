@@ -44,7 +44,7 @@ from benchmarks.contenders import HEADS, Head
 from benchmarks.gpu_checks import DTYPES, MIB
 from benchmarks.static import KERNELS
 from kdkernels import backends
-from tests.cases import Case, InsideOperators
+from tests.support.cases import Case, InsideOperators
 
 ROOT = Path(__file__).parent.parent
 BUILT = ROOT / "build" / "launch"
@@ -189,7 +189,7 @@ def _aliases(operator: Any) -> tuple[bool, str | None]:
 @contextlib.contextmanager
 def as_on_a_gpu(architecture: str) -> Iterator[None]:
     """The library takes CPU tensors to lie on a device of that architecture."""
-    from benchmarks.interpreter import GPU_CHOICES
+    from tests.support.interpreter import GPU_CHOICES
 
     replaced = {
         **GPU_CHOICES,

@@ -386,9 +386,9 @@ def ours(strategy: Strategy, tokens: int, vocab: int, student_dim: int, teacher_
     The vocabulary is split in two, as it is where tokens are many; with the few of these shapes there would be as many splits as
     tiles, and their partial sums would count for more than they do.
     """
-    from benchmarks.interpreter import as_on_a_gpu
     from kdkernels import products
     from kdkernels.backends.triton import blocks
+    from tests.support.interpreter import as_on_a_gpu
 
     table, add_multiplied = blocks.entry, products.add_multiplied
     tensors = _inputs(tokens, vocab, student_dim, teacher_dim, dtype)

@@ -405,7 +405,7 @@ def product(rows: int, inner: int, columns: int, dtype: torch.dtype, out_bytes: 
 # How often eager PyTorch goes over a float32 [N, V] tensor in the plain formula of each divergence, given both log-softmaxes: reads
 # and writes of the forward, its kernels, reads and writes of the backward down to the gradient of the student's log-softmax, its
 # kernels. exp and log are 2, a - b and a * b are 3, a sum is 1; where the upstream gradient is one number it is not read.
-# A divergence that is not listed is counted as the longest. tests/test_roofline.py counts them again, operation by operation.
+# A divergence that is not listed is counted as the longest. tests/planning/test_roofline.py counts them again.
 EAGER_TRAFFIC: dict[str, tuple[int, int, int, int]] = {
     "forward_kl": (9, 4, 4, 2),
     "reverse_kl": (9, 4, 10, 4),

@@ -1,4 +1,4 @@
-"""Bytes that the GPU's kernels load and store, in closed form. tests/test_traffic.py holds them to a count in Triton's interpreter.
+"""Bytes that the GPU's kernels load and store, in closed form. Triton's interpreter counts them in tests/planning/test_traffic.py.
 
 All of it is as the programs issue it: a second load of the same address counts again, and so does every program's own copy. For
 logits that is what main memory delivers, since a vocabulary's row is larger than what a processor keeps. Of the operands of the

@@ -19,7 +19,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatabl
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fuzz-cases", type=int, default=10_000, help="random calls of tests/test_fuzz.py (default 10000)")
+    parser.addoption("--fuzz-cases", type=int, default=10_000, help="random calls of tests/fuzz/test_fuzz.py (default 10000)")
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels.backends import reference
 from kdkernels.divergences import FLAT, bind, resolve
-from tests import oracle
-from tests.cases import VARIANTS, parameters, running
+from tests.support import ROOT, oracle
+from tests.support.cases import VARIANTS, parameters, running
 
 PARAMETERS = {"jsd": (0.1, 0.5, 0.9), "skew_forward_kl": (0.1, 0.5), "skew_reverse_kl": (0.1, 0.5)}
 CHOSEN = [(name, parameter) for name in kd.divergences() for parameter in PARAMETERS.get(name, (None,))]
@@ -243,10 +243,9 @@ generate.write(Path(sys.argv[2]))
 
 
 def test_the_build_reads_the_formulas_without_the_package(tmp_path: Path) -> None:
-    root = Path(__file__).parent.parent
     for name in ("csrc", "kdkernels"):
         (tmp_path / name).mkdir()
-    shutil.copy(root / "kdkernels" / "divergences.py", tmp_path / "kdkernels")
-    subprocess.run([sys.executable, "-c", GENERATE, str(root / "csrc"), str(tmp_path)], check=True, cwd=tmp_path)
+    shutil.copy(ROOT / "kdkernels" / "divergences.py", tmp_path / "kdkernels")
+    subprocess.run([sys.executable, "-c", GENERATE, str(ROOT / "csrc"), str(tmp_path)], check=True, cwd=tmp_path)
     listed = (tmp_path / "csrc" / "generated" / "names.inc").read_text()
     assert all(f"KD_DIVERGENCE({name})" in listed for name in kd.divergences())

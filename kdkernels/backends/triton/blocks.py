@@ -14,16 +14,18 @@ from kdkernels.backends.triton.launch import ENTRIES, architecture
 
 @dataclass(frozen=True)
 class Matrix:
-    """Blocks of a kernel that multiplies: tokens x vocabulary tiles, ``block_d`` of the hidden size at a time."""
+    """Blocks of a kernel that multiplies: tokens x vocabulary tiles, ``block_d`` of the hidden size at a time; ``group`` blocks of
+    tokens share the cache (vocabulary._place)."""
 
     block_n: int
     block_v: int
     block_d: int
     num_warps: int
     num_stages: int
+    group: int = 16
 
     def blocks(self) -> dict[str, int]:
-        return {"BLOCK_N": self.block_n, "BLOCK_V": self.block_v, "BLOCK_D": self.block_d}
+        return {"BLOCK_N": self.block_n, "BLOCK_V": self.block_v, "BLOCK_D": self.block_d, "GROUP": self.group}
 
     def options(self) -> dict[str, int]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}

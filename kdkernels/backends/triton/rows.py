@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdkernels.backends import cuda
 from kdkernels.backends.operators import ROW_COLUMNS
 from kdkernels.backends.triton import blocks, device, launch
 from kdkernels.divergences import flat, resolve
@@ -166,10 +167,16 @@ def row_loss(
 ) -> Tensor:
     """As backends/operators.py says. ``out`` may have another dtype than x."""
     rows, vocab = x.shape
+    dx = None if not grad else x if out is None else out
+    if rows and x.device.type == "cuda":
+        found = cuda.row_loss(
+            x, z, x_bias, z_bias, labels, weight, t, divergence, a, temperature, kd_scale, ce_scale, head, dx, metrics
+        )
+        if found is not None:
+            return found
     columns = torch.empty((rows, len(ROW_COLUMNS)), dtype=torch.float32, device=x.device)
     if rows == 0:
         return columns
-    dx = None if not grad else x if out is None else out
     wanted = labels is not None and (ce_scale != 0.0 or metrics)
     # Running sums cancel where p is close to q, and in flat distributions to nothing.
     weigh = "" if metrics or kd_scale == 0.0 or flat(temperature) else resolve(divergence).one_sweep

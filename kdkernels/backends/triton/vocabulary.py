@@ -28,6 +28,20 @@ PROGRAMS = 1024
 
 
 @triton.jit
+def _place(GROUP: tl.constexpr):
+    """Token block and place in the grid's other dimension of this program. Programs that run at the same time share GROUP token
+    blocks, whose hidden states then stay in the cache while the heads stream past them once for each group; in the grid's own order
+    all hidden states would stream past every tile of a head."""
+    blocks = tl.num_programs(0)
+    others = tl.num_programs(1)
+    at = tl.program_id(1) * blocks + tl.program_id(0)
+    first = at // (GROUP * others) * GROUP
+    inside = at - first * others
+    size = min(blocks - first, GROUP)
+    return first + inside % size, inside // size
+
+
+@triton.jit
 def _product(
     hidden, weight, layout, n0, v0, tokens, vocab, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -113,10 +127,11 @@ def statistics_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     CE: tl.constexpr = labels_ptr is not None
-    n0 = tl.program_id(0) * BLOCK_N
-    split = tl.program_id(1)
+    block, split = _place(GROUP)
+    n0 = block * BLOCK_N
     rows = n0 + tl.arange(0, BLOCK_N)
     t = tl.load(t_ptr)
     labels = None
@@ -154,9 +169,10 @@ def sums_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    n0 = tl.program_id(0) * BLOCK_N
-    split = tl.program_id(1)
+    block, split = _place(GROUP)
+    n0 = block * BLOCK_N
     rows = n0 + tl.arange(0, BLOCK_N)
     t = tl.load(t_ptr)
     stats = _read(stats_ptr, rows, tokens, 13, 8)
@@ -194,9 +210,11 @@ def gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    n0 = tl.program_id(0) * BLOCK_N
-    v0 = begin + tl.program_id(1) * BLOCK_V
+    block, place = _place(GROUP)
+    n0 = block * BLOCK_N
+    v0 = begin + place * BLOCK_V
     rows = n0 + tl.arange(0, BLOCK_N)
     columns = (v0 + tl.arange(0, BLOCK_V))[None, :]
     t = tl.load(t_ptr)

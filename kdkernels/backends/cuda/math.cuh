@@ -1,0 +1,271 @@
+// What the cluster row kernel (rows.cu) does to logits in registers: heads, target, statistics, sums, gradient, as
+// backends/triton/device.py has them. The pair function of a divergence, generated from divergences.py, stands in this namespace too.
+// Plain C++ where no GPU compiler reads it, so that the arithmetic can be held to the oracle on a CPU.
+//
+// Macros that a compilation sets: KD_FLAT (the temperature alone makes any two distributions close), KD_WEIGH (whose exponentials the
+// moments are weighed by: 0 nobody's, 1 the target's, 2 the student's), KD_CE (cross-entropy), KD_TEMPERED (a temperature other than
+// 1), KD_X_BIAS, KD_Z_BIAS, KD_X_SOFTCAP, KD_Z_SOFTCAP, each 0 or 1.
+#ifdef __CUDACC__
+#define KD_INLINE __device__ __forceinline__
+#else
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#define KD_INLINE inline
+#endif
+
+namespace kd {
+
+#ifdef __CUDACC__
+KD_INLINE float float_of(int bits) { return __int_as_float(bits); }
+KD_INLINE int bits_of(float v) { return __float_as_int(v); }
+KD_INLINE float divided(float v, float by) { return __fdividef(v, by); }
+KD_INLINE float log_of_sum(float v) { return ::logf(v); }
+KD_INLINE float maximum(float v, float w) { return ::fmaxf(v, w); }
+// The hardware's power of two; numbers below 2^-126 are taken for 0.
+KD_INLINE float exp(float v) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v * 1.4426950408889634f));
+  return result;
+}
+#else
+KD_INLINE float float_of(int bits) {
+  float v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+KD_INLINE int bits_of(float v) {
+  int bits;
+  std::memcpy(&bits, &v, sizeof v);
+  return bits;
+}
+KD_INLINE float divided(float v, float by) { return v / by; }
+KD_INLINE float log_of_sum(float v) { return std::log(v); }
+KD_INLINE float maximum(float v, float w) { return std::fmax(v, w); }
+KD_INLINE float exp(float v) { return std::exp2(v * 1.4426950408889634f); }
+#endif
+
+KD_INLINE float infinity() { return float_of(0x7F800000); }
+KD_INLINE float abs(float v) { return float_of(bits_of(v) & 0x7FFFFFFF); }
+KD_INLINE float where(bool condition, float yes, float no) { return condition ? yes : no; }
+KD_INLINE bool banned(float v) { return v == -infinity(); }
+
+// Of positive normal numbers; NaN stays NaN. v = 2^k m with m in [2/3, 4/3), as backends/triton/functions.py has it.
+KD_INLINE float log(float v) {
+  const int bits = bits_of(v), power = (bits - 0x3F2AAAAB) & ~0x7FFFFF;  // k << 23
+  const float f = float_of(bits - power) - 1.f;
+  float r = f * 0.13820123672485352f - 0.1512213796377182f;
+  r = r * f + 0.14042332768440247f;
+  r = r * f - 0.16472333669662476f;
+  r = r * f + 0.20007917284965515f;
+  r = r * f - 0.2500423789024353f;
+  r = r * f + 0.3333326578140259f;
+  r = r * f - 0.5f;
+  r = r * (f * f) + f;
+  return v * 0.f + (static_cast<float>(power) * 8.262958293901244e-08f + r);  // 2^-23 log 2
+}
+
+// Odd polynomial near 0, where 1 - e^-2v would lose digits.
+KD_INLINE float tanh(float v) {
+  const float e = exp(-2.f * abs(v)), far = divided(1.f - e, 1.f + e), square = v * v;
+  float p = square * 0.00211801799f - 0.00815069769f;
+  p = p * square + 0.0216901544f;
+  p = p * square - 0.0539448895f;
+  p = p * square + 0.13333191f;
+  p = p * square - 0.333333313f;
+  return square < 0.4f ? v + v * square * p : v < 0.f ? -far : far;
+}
+
+KD_INLINE bool near([[maybe_unused]] float d) {
+#if KD_FLAT
+  return abs(d) < 0.25f;
+#else
+  return false;
+#endif
+}
+
+// e^d - 1 - d where d is near 0.
+KD_INLINE float excess(float d) {
+  float r = d * 0.0013895341f + 0.00834883936f;
+  r = r * d + 0.0416667163f;
+  r = r * d + 0.166666418f;
+  r = r * d + 0.5f;
+  return d * d * r;
+}
+
+// g - log(1 + g) where g is near 0.
+KD_INLINE float deficit(float g) {
+  float r = g * -0.0989790931f + 0.135521948f;
+  r = r * g - 0.144471601f;
+  r = r * g + 0.16632323f;
+  r = r * g - 0.199954972f;
+  r = r * g + 0.250003725f;
+  r = r * g - 0.333333611f;
+  r = r * g + 0.5f;
+  return g * g * r;
+}
+
+struct Head {
+  const float* bias;
+  float scale, softcap;
+};
+
+struct Terms {
+  float share, rest, temperature, kd, ce;               // kd over the temperature
+  float value_0, value_1, slope_0, slope_1, balance;    // Divergence.linear and balance, where one sweep is enough
+};
+
+// Logits over T from what the product left.
+template <bool BIAS, bool SOFTCAP>
+KD_INLINE float after_head(float v, const Head& head, float temperature, int column) {
+  if constexpr (BIAS) v += head.bias[column];
+  v *= head.scale;
+  if constexpr (SOFTCAP) v = head.softcap * tanh(divided(v, head.softcap));
+#if KD_TEMPERED
+  v = divided(v, temperature);
+#endif
+  return v;
+}
+
+// The student's logits at temperature 1.
+KD_INLINE float at_one(float x, [[maybe_unused]] float temperature) {
+#if KD_TEMPERED
+  return x * temperature;
+#else
+  return x;
+#endif
+}
+
+// y = (1 - t) x + t z from the nearer end; banned where a model with a share bans. NaN and +inf of the teacher make it NaN or +inf at
+// every t, and +inf makes the row's sums NaN.
+KD_INLINE float mixed(float x, float z, float t) {
+  const float share = t < 0.5f ? t : t - 1.f, base = t < 0.5f ? x : z, other = t < 0.5f ? z : x;
+  if (!(banned(x) || banned(z))) return base + share * (z - x);
+  // A model without a share neither bans nor hides: 0 times its entry, from 0 up.
+  if (share == 0.f) return base + 0.f * (other > 0.f || other != other ? other : 0.f);
+  return base + other;
+}
+
+// Of a part of a row: largest entries, sums of exponentials counted from them, and moments counted from both models' largest.
+struct Statistics {
+  float x_max, x_sum, y_max, y_sum, one_sum, mass, moment, label_logit;
+};
+
+KD_INLINE Statistics no_statistics() { return {-infinity(), 0.f, -infinity(), 0.f, 0.f, 0.f, 0.f, 0.f}; }
+
+KD_INLINE float counted_from(float largest) { return banned(largest) ? 0.f : largest; }
+
+// The same counted from larger entries.
+KD_INLINE void raise(Statistics& of, float x_max, float y_max, [[maybe_unused]] float temperature) {
+  const float x_down = of.x_max - counted_from(x_max), y_down = of.y_max - counted_from(y_max);
+  of.x_sum *= exp(x_down);
+  of.y_sum *= exp(y_down);
+#if KD_CE && KD_TEMPERED
+  of.one_sum *= exp(at_one(of.x_max, temperature) - at_one(counted_from(x_max), temperature));
+#endif
+#if KD_WEIGH
+  const float own = KD_WEIGH == 1 ? y_down : x_down, other = KD_WEIGH == 1 ? x_down : y_down;
+  const bool empty = of.mass == 0.f;  // the shifts may be infinite then
+  const float factor = empty ? 0.f : exp(own);
+  of.mass *= factor;
+  of.moment = empty ? 0.f : factor * of.moment + of.mass * (own - other);
+#endif
+  of.x_max = x_max;
+  of.y_max = y_max;
+}
+
+// COUNT entries more.
+template <int COUNT>
+KD_INLINE void add(Statistics& to, const float* x, const float* y, [[maybe_unused]] float temperature) {
+  float x_max = to.x_max, y_max = to.y_max;
+#pragma unroll
+  for (int k = 0; k < COUNT; k++) {
+    x_max = maximum(x_max, x[k]);
+    y_max = maximum(y_max, y[k]);
+  }
+  if (x_max != to.x_max || y_max != to.y_max) raise(to, x_max, y_max, temperature);
+  const float x_from = counted_from(x_max), y_from = counted_from(y_max);
+#pragma unroll
+  for (int k = 0; k < COUNT; k++) {
+    const float u = x[k] - x_from, v = y[k] - y_from, e_u = exp(u), e_v = exp(v);
+    to.x_sum += e_u;
+    to.y_sum += e_v;
+#if KD_CE && KD_TEMPERED
+    to.one_sum += exp(at_one(x[k], temperature) - at_one(x_from, temperature));
+#endif
+#if KD_WEIGH
+    const bool none = banned(x[k]) || banned(y[k]);
+    to.mass += none ? 0.f : KD_WEIGH == 1 ? e_v : e_u;
+    to.moment += none ? 0.f : KD_WEIGH == 1 ? e_v * (v - u) : e_u * (u - v);
+#endif
+  }
+}
+
+KD_INLINE void merge(Statistics& to, Statistics from, float temperature) {
+  const float x_max = maximum(to.x_max, from.x_max), y_max = maximum(to.y_max, from.y_max);
+  raise(to, x_max, y_max, temperature);
+  raise(from, x_max, y_max, temperature);
+  to.x_sum += from.x_sum;
+  to.y_sum += from.y_sum;
+  to.one_sum += from.one_sum;
+  to.mass += from.mass;
+  to.moment += from.moment;
+  to.label_logit += from.label_logit;
+}
+
+// Of a whole row.
+struct Row {
+  float x_max, x_log, y_max, y_log, one_max, one_log, label_logit;
+};
+
+KD_INLINE Row finished(const Statistics& of, float temperature) {
+  Row row{of.x_max, log_of_sum(of.x_sum), of.y_max, log_of_sum(of.y_sum), 0.f, 0.f, of.label_logit};
+  row.one_max = at_one(of.x_max, temperature);
+  row.one_log = KD_CE && KD_TEMPERED ? log_of_sum(of.one_sum) : row.x_log;
+  return row;
+}
+
+KD_INLINE float cross_entropy(const Row& row) { return row.one_log - (row.label_logit - row.one_max); }
+
+struct Sums {
+  float value, slope;
+};
+
+// A slope that compares (total variation) can hide a NaN that the value shows.
+KD_INLINE Sums shown(Sums sums) { return {sums.value, sums.value == sums.value ? sums.slope : sums.value}; }
+
+KD_INLINE Sums sums_of_one_sweep(const Statistics& of, const Row& row, const Terms& terms) {
+  const float own = KD_WEIGH == 1 ? row.y_log : row.x_log, other = KD_WEIGH == 1 ? row.x_log : row.y_log;
+  const float scale = exp(-own), mass = of.mass * scale, moment = of.moment * scale + mass * (other - own);
+  return shown({terms.value_0 * mass + terms.value_1 * moment, terms.slope_0 * mass + terms.slope_1 * moment + terms.balance});
+}
+
+// Value and slope of an entry, with the c (q - p) and c q in them that sum to nothing over a row (divergences.py).
+template <class Pair>
+KD_INLINE Sums value_and_slope(float x, float y, const Row& row, const Terms& terms) {
+  const float above_x = x - row.x_max, above_y = y - row.y_max, lp = above_y - row.y_log, lq = above_x - row.x_log;
+  Sums of;
+  const float c = Pair::template apply<float>(lp, lq, (above_x - above_y) - (row.x_log - row.y_log), terms.share, terms.rest,
+                                              terms.temperature, of.value, of.slope);
+  if (banned(lp) || banned(lq)) {
+    const float q = exp(lq);
+    of = {c * (q - exp(lp)), c * q};
+  }
+  return of;
+}
+
+// dx of an entry: kd (slope - q sum slope) + ce (softmax(x) - e_label), through the head's chain rule. factor: weight times scale.
+KD_INLINE float gradient(float x, float slope, const Row& row, float slope_sum, [[maybe_unused]] bool is_label, float factor,
+                         [[maybe_unused]] const Head& head, const Terms& terms) {
+  const float q = exp((x - row.x_max) - row.x_log);
+  float dx = terms.kd * (slope - q * slope_sum);
+#if KD_CE
+  const float at = KD_TEMPERED ? exp((at_one(x, terms.temperature) - row.one_max) - row.one_log) : q;
+  dx += terms.ce * (at - (is_label ? 1.f : 0.f));
+#endif
+#if KD_X_SOFTCAP
+  const float over_cap = divided(at_one(x, terms.temperature), head.softcap);
+  dx *= 1.f - over_cap * over_cap;
+#endif
+  return dx * factor;
+}

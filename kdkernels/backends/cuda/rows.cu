@@ -1,0 +1,337 @@
+// The row operation with one read of the logits: a cluster of thread blocks takes a row, each of its blocks a slice of both models'
+// logits in shared memory, where all sweeps run. (Continues math.cuh and a divergence's functor; namespace kd closes below.)
+//
+// Clusters are persistent: each takes every so many-th row. A warp of its own, the producer, copies a chunk of the next row to where
+// the gradient pass has just left one of this row, so that memory is read while the others compute. What a block found of its slice it
+// sends to all blocks of the cluster, and each merges all of it in the same order; two sets of places, by turns, keep a block that is
+// a row ahead from writing over what another still reads.
+//
+// Macros besides math.cuh's: KD_PAIR (the functor), KD_CLUSTER (blocks of a cluster), KD_WARPS (that compute), KD_CHUNK (logits of a
+// model that are copied together), KD_SLICE (of a block, at most), KD_BLOCKS (that a multiprocessor holds), KD_SCALED (a head's scale is
+// not 1), KD_GRAD, KD_OUT (of dx: 0 float32, 1 bfloat16, 2 float16).
+
+constexpr int CLUSTER = KD_CLUSTER, WARPS = KD_WARPS, THREADS = WARPS * 32, CHUNK = KD_CHUNK, SLICE = KD_SLICE;
+constexpr int CHUNKS = (SLICE + CHUNK - 1) / CHUNK;
+constexpr int WIDE = 8;  // entries of dx that a thread stores together
+constexpr bool ONE_SWEEP = KD_WEIGH != 0;
+typedef long long int64;
+typedef unsigned long long barrier;
+
+__device__ __forceinline__ unsigned address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+
+// The same place in the shared memory of another block of the cluster.
+__device__ __forceinline__ unsigned in_block(unsigned place, int block) {
+  unsigned there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(place), "r"(block));
+  return there;
+}
+
+__device__ __forceinline__ void set_up(barrier* b, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address(b)), "r"(arrivals));
+}
+
+__device__ __forceinline__ void arrive(barrier* b) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(address(b)) : "memory");
+}
+
+// Arrives, and makes the phase wait for so many bytes.
+__device__ __forceinline__ void expect(barrier* b, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address(b)), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void await(barrier* b, int parity) {
+  asm volatile("{\n.reg .pred done;\nWAIT: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n@!done bra WAIT;\n}" ::
+                   "r"(address(b)), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ void copy(float* to, const float* from, int bytes, barrier* b) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address(to)), "l"(from),
+               "r"(bytes), "r"(address(b)) : "memory");
+}
+
+__device__ __forceinline__ void send(unsigned to, float4 v, unsigned b) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+               "r"(bits_of(v.x)), "r"(bits_of(v.y)), "r"(bits_of(v.z)), "r"(bits_of(v.w)), "r"(b) : "memory");
+}
+
+// Of the warps that compute.
+__device__ __forceinline__ void together() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+
+__device__ __forceinline__ void cluster_together() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ float exchanged(float v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
+
+// Of the parts that the lanes of a warp hold, in every lane.
+__device__ __forceinline__ void merge_lanes(Statistics& of, float temperature) {
+  for (int mask = 16; mask; mask /= 2)
+    merge(of,
+          {exchanged(of.x_max, mask), exchanged(of.x_sum, mask), exchanged(of.y_max, mask), exchanged(of.y_sum, mask),
+           exchanged(of.one_sum, mask), exchanged(of.mass, mask), exchanged(of.moment, mask), exchanged(of.label_logit, mask)},
+          temperature);
+}
+
+__device__ __forceinline__ void merge_lanes(Sums& of) {
+  for (int mask = 16; mask; mask /= 2) {
+    of.value += exchanged(of.value, mask);
+    of.slope += exchanged(of.slope, mask);
+  }
+}
+
+#if KD_OUT == 0
+typedef float Out;
+__device__ __forceinline__ void store(Out* to, const float (&dx)[WIDE]) {
+  reinterpret_cast<float4*>(to)[0] = {dx[0], dx[1], dx[2], dx[3]};
+  reinterpret_cast<float4*>(to)[1] = {dx[4], dx[5], dx[6], dx[7]};
+}
+#else
+typedef unsigned short Out;
+__device__ __forceinline__ unsigned rounded(float low, float high) {
+  unsigned pair;
+#if KD_OUT == 1
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#endif
+  return pair;
+}
+__device__ __forceinline__ void store(Out* to, const float (&dx)[WIDE]) {
+  *reinterpret_cast<uint4*>(to) = {rounded(dx[0], dx[1]), rounded(dx[2], dx[3]), rounded(dx[4], dx[5]), rounded(dx[6], dx[7])};
+}
+#endif
+
+struct Arguments {
+  const float *x, *z;  // [rows, vocab]; room behind each row to a multiple of 8, rows 16 bytes aligned
+  Out* dx;             // likewise, may be x
+  int64 x_stride, z_stride, dx_stride;
+  float* columns;       // [rows, ROW_COLUMNS]
+  const int64* labels;  // [rows], with KD_CE
+  const float *weight, *t;
+  Head x_head, z_head;
+  Terms terms;
+  int rows, vocab, slice;  // slice: a multiple of 64
+};
+
+// What the blocks of a cluster tell each other, by turns in one of two sets.
+struct Shared {
+  barrier full[CHUNKS], empty[CHUNKS], statistics_sent[2], sums_sent[2];
+  float4 statistics[2][CLUSTER][2], sums[2][CLUSTER];
+  Statistics of_warps[WARPS];
+  Sums sums_of_warps[WARPS];
+};
+
+// Writes over raw logits what the sweeps after the first need, unless they are that already.
+template <bool AT_ONE>
+constexpr bool DRESSED = !AT_ONE || KD_X_BIAS || KD_Z_BIAS || KD_X_SOFTCAP || KD_Z_SOFTCAP || KD_TEMPERED || KD_SCALED;
+
+template <bool AT_ONE>
+__device__ __forceinline__ Statistics statistics(float* x, float* y, int begin, int count, float t, int parity, Shared& shared,
+                                                 const Arguments& of) {
+  Statistics found = no_statistics();
+  const float temperature = of.terms.temperature;
+  for (int chunk = 0; chunk * CHUNK < count; chunk++) {
+    await(shared.full + chunk, parity);
+    const int end = min(chunk * CHUNK + CHUNK, count), filled = (end + WIDE - 1) / WIDE * WIDE;
+    for (int at = chunk * CHUNK + threadIdx.x * 4; at < filled; at += THREADS * 4) {
+      float4 a = *reinterpret_cast<float4*>(x + at), b = *reinterpret_cast<float4*>(y + at);
+      float u[4] = {a.x, a.y, a.z, a.w}, v[4] = {b.x, b.y, b.z, b.w};
+      const bool last = at + 4 > end;
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const bool outside = last && at + k >= end;
+        if constexpr (DRESSED<AT_ONE>) {
+          const int column = outside ? begin : begin + at + k;
+          u[k] = after_head<KD_X_BIAS, KD_X_SOFTCAP>(u[k], of.x_head, temperature, column);
+          v[k] = after_head<KD_Z_BIAS, KD_Z_SOFTCAP>(v[k], of.z_head, temperature, column);
+          if constexpr (!AT_ONE) v[k] = mixed(u[k], v[k], t);
+        }
+        if (outside) u[k] = v[k] = -infinity();
+      }
+      if (DRESSED<AT_ONE> || last) {
+        *reinterpret_cast<float4*>(x + at) = {u[0], u[1], u[2], u[3]};
+        *reinterpret_cast<float4*>(y + at) = {v[0], v[1], v[2], v[3]};
+      }
+      add<4>(found, u, v, temperature);
+    }
+  }
+  return found;
+}
+
+// The slopes over y's place.
+__device__ __forceinline__ Sums sums(const float* x, float* y, int count, const Row& row, const Arguments& of) {
+  Sums found{0.f, 0.f};
+  const int filled = (count + WIDE - 1) / WIDE * WIDE;
+  for (int at = threadIdx.x * 4; at < filled; at += THREADS * 4) {
+    const float4 a = *reinterpret_cast<const float4*>(x + at), b = *reinterpret_cast<float4*>(y + at);
+    const float u[4] = {a.x, a.y, a.z, a.w}, v[4] = {b.x, b.y, b.z, b.w};
+    float slopes[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const Sums entry = value_and_slope<KD_PAIR>(u[k], v[k], row, of.terms);
+      found.value += entry.value;
+      found.slope += slopes[k] = entry.slope;
+    }
+    *reinterpret_cast<float4*>(y + at) = {slopes[0], slopes[1], slopes[2], slopes[3]};
+  }
+  return found;
+}
+
+// y: the target's logits, or slopes where there were sums. A chunk is the producer's again when all warps have read it.
+__device__ __forceinline__ void gradients(const float* x, const float* y, int begin, int count, int64 label, const Row& row,
+                                          float slope_sum, float weight, Out* dx, Shared& shared, const Arguments& of) {
+  const float factor = weight * of.x_head.scale;
+  for (int chunk = 0; chunk * CHUNK < count; chunk++) {
+#if KD_GRAD
+    const int end = min(chunk * CHUNK + CHUNK, count);
+    for (int at = chunk * CHUNK + threadIdx.x * WIDE; at < end; at += THREADS * WIDE) {
+      float made[WIDE];
+#pragma unroll
+      for (int half = 0; half < WIDE; half += 4) {
+        const float4 a = *reinterpret_cast<const float4*>(x + at + half), b = *reinterpret_cast<const float4*>(y + at + half);
+        const float u[4] = {a.x, a.y, a.z, a.w}, v[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+          const float slope = ONE_SWEEP ? value_and_slope<KD_PAIR>(u[k], v[k], row, of.terms).slope : v[k];
+          const bool is_label = KD_CE && begin + at + half + k == label;
+          const float one = gradient(u[k], slope, row, slope_sum, is_label, factor, of.x_head, of.terms);
+          made[half + k] = at + half + k < end ? one : 0.f;
+        }
+      }
+      store(dx + at, made);
+    }
+#endif
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(shared.empty + chunk);
+  }
+}
+
+template <bool AT_ONE>
+__device__ __forceinline__ void compute(float* x, float* y, int begin, int count, float t, Shared& shared, const Arguments& of) {
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, rank = blockIdx.x % CLUSTER;
+  int turn = 0;
+  for (int64 r = blockIdx.x / CLUSTER; r < of.rows; r += gridDim.x / CLUSTER) {
+    const float weight = of.weight[r], temperature = of.terms.temperature;
+    Out* dx = KD_GRAD ? of.dx + r * of.dx_stride + begin : nullptr;
+    float* columns = of.columns + r * 6;
+    if (rank == 0 && thread < 6) columns[thread] = 0.f;
+    if (weight == 0.f) {  // not computed
+      const float zeros[WIDE] = {};
+      if (KD_GRAD)
+        for (int at = thread * WIDE; at < count; at += THREADS * WIDE) store(dx + at, zeros);
+      continue;
+    }
+    const int parity = turn & 1, used = turn >> 1 & 1;
+    turn++;
+    const int64 label = KD_CE ? of.labels[r] : -1;
+    if (thread == 0) {
+      expect(shared.statistics_sent + parity, CLUSTER * 32);
+      if (!ONE_SWEEP) expect(shared.sums_sent + parity, CLUSTER * 16);
+    }
+
+    Statistics found = statistics<AT_ONE>(x, y, begin, count, t, parity, shared, of);
+    merge_lanes(found, temperature);
+    if (lane == 0) shared.of_warps[warp] = found;
+    together();
+    if (warp == 0) {
+      found = lane < WARPS ? shared.of_warps[lane] : no_statistics();
+      merge_lanes(found, temperature);
+      if (KD_CE && label >= begin && label < begin + count) {
+        // what the first sweep wrote over the logits, or the logits as they came
+        found.label_logit = at_one(x[label - begin], temperature);
+      }
+      if (lane < CLUSTER) {
+        const unsigned sent = in_block(address(shared.statistics_sent + parity), lane);
+        const unsigned place = in_block(address(shared.statistics[parity][rank]), lane);
+        send(place, {found.x_max, found.x_sum, found.y_max, found.y_sum}, sent);
+        send(place + 16, {found.one_sum, found.mass, found.moment, found.label_logit}, sent);
+      }
+    }
+    await(shared.statistics_sent + parity, used);
+    found = no_statistics();
+    if (lane < CLUSTER) {
+      const float4 a = shared.statistics[parity][lane][0], b = shared.statistics[parity][lane][1];
+      found = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    }
+    merge_lanes(found, temperature);
+    const Row row = finished(found, temperature);
+
+    Sums total;
+    if constexpr (ONE_SWEEP) {
+      total = sums_of_one_sweep(found, row, of.terms);
+    } else {
+      total = sums(x, y, count, row, of);
+      merge_lanes(total);
+      if (lane == 0) shared.sums_of_warps[warp] = total;
+      together();
+      if (warp == 0) {
+        total = lane < WARPS ? shared.sums_of_warps[lane] : Sums{0.f, 0.f};
+        merge_lanes(total);
+        if (lane < CLUSTER)
+          send(in_block(address(shared.sums[parity] + rank), lane), {total.value, total.slope, 0.f, 0.f},
+               in_block(address(shared.sums_sent + parity), lane));
+      }
+      await(shared.sums_sent + parity, used);
+      const float4 part = lane < CLUSTER ? shared.sums[parity][lane] : float4{0.f, 0.f, 0.f, 0.f};
+      total = {part.x, part.y};
+      merge_lanes(total);
+      total = shown(total);
+    }
+    if (rank == 0 && thread == 0) {
+      columns[0] = total.value;
+      if (KD_CE) columns[1] = cross_entropy(row);
+    }
+    gradients(x, y, begin, count, label, row, total.slope, weight, dx, shared, of);
+  }
+}
+
+__device__ __forceinline__ void produce(float* x, float* z, int begin, int count, Shared& shared, const Arguments& of) {
+  int turn = 0;
+  for (int64 r = blockIdx.x / CLUSTER; r < of.rows; r += gridDim.x / CLUSTER) {
+    if (of.weight[r] == 0.f) continue;
+    const float *from_x = of.x + r * of.x_stride + begin, *from_z = of.z + r * of.z_stride + begin;
+    for (int chunk = 0; chunk * CHUNK < count; chunk++) {
+      if (turn) await(shared.empty + chunk, (turn - 1) & 1);
+      const int at = chunk * CHUNK, bytes = (min(CHUNK, count - at) * 4 + 15) / 16 * 16;
+      expect(shared.full + chunk, 2 * bytes);
+      copy(x + at, from_x + at, bytes, shared.full + chunk);
+      copy(z + at, from_z + at, bytes, shared.full + chunk);
+    }
+    turn++;
+  }
+}
+
+}  // namespace kd
+
+extern "C" __global__ void __cluster_dims__(KD_CLUSTER, 1, 1) __launch_bounds__(KD_WARPS * 32 + 32, KD_BLOCKS)
+    row_loss(const __grid_constant__ kd::Arguments of) {
+  using namespace kd;
+  extern __shared__ __align__(128) float slices[];
+  __shared__ Shared shared;
+  float *x = slices, *z = slices + SLICE;
+  const int begin = static_cast<int>(blockIdx.x % CLUSTER) * of.slice, count = max(0, min(of.slice, of.vocab - begin));
+  if (threadIdx.x == 0) {
+    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+      set_up(shared.full + chunk, 1);
+      set_up(shared.empty + chunk, WARPS);
+    }
+    for (int turn = 0; turn < 2; turn++) {
+      set_up(shared.statistics_sent + turn, 1);
+      set_up(shared.sums_sent + turn, 1);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;");
+  }
+  cluster_together();
+  if (threadIdx.x >= THREADS) {
+    if (threadIdx.x == THREADS) produce(x, z, begin, count, shared, of);
+  } else {
+    const float t = *of.t;
+    if (t == 1.f)
+      compute<true>(x, z, begin, count, t, shared, of);
+    else
+      compute<false>(x, z, begin, count, t, shared, of);
+  }
+  __syncwarp();
+  cluster_together();  // until then others may send to this block
+}

@@ -1,0 +1,221 @@
+"""Which rows the cluster kernel takes, how they are cut into slices, and its launch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kdkernels.backends import functors
+from kdkernels.backends.cuda import compile
+from kdkernels.backends.operators import ROW_COLUMNS
+from kdkernels.divergences import flat, resolve
+
+WIDE = 8  # entries of dx that a thread stores together
+OUT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+WEIGH = {"": 0, "target": 1, "student": 2}
+# What a block holds in shared memory besides its slices, at most; 1 KiB of it the system's.
+REST = 4096
+OPTIONS = ("--std=c++17",)
+
+
+class Head(ctypes.Structure):
+    _fields_ = (("bias", ctypes.c_void_p), ("scale", ctypes.c_float), ("softcap", ctypes.c_float))
+
+
+class Terms(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_float)
+        for name in (*("share", "rest", "temperature", "kd", "ce"), *("value_0", "value_1", "slope_0", "slope_1", "balance"))
+    )
+
+
+class Arguments(ctypes.Structure):
+    """As in rows.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "z", "dx")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "z_stride", "dx_stride")),
+        *((name, ctypes.c_void_p) for name in ("columns", "labels", "weight", "t")),
+        *((name, Head) for name in ("x_head", "z_head")),
+        ("terms", Terms),
+        *((name, ctypes.c_int) for name in ("rows", "vocab", "slice")),
+    )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """cluster: blocks that share a row. slice: columns of a block, a multiple of 64. warps: of a block, that compute. blocks: that a
+    multiprocessor holds."""
+
+    cluster: int
+    slice: int
+    warps: int
+    blocks: int
+
+    @property
+    def threads(self) -> int:
+        return self.warps * 32 + 32
+
+    @property
+    def chunk(self) -> int:
+        """Columns that are copied together: what the threads store at a time."""
+        return self.warps * 32 * WIDE
+
+    @property
+    def shared(self) -> int:
+        """Bytes of a block's slices of both models."""
+        return 2 * 4 * self.slice
+
+
+def shape_of(vocab: int, of_block: int, of_multiprocessor: int) -> Shape | None:
+    """The cut of a row. of_block, of_multiprocessor: bytes of shared memory. None where 16 blocks cannot hold a row.
+
+    Three blocks on a multiprocessor wait for each other least; of a longer row there is one, with twice the warps.
+    """
+    for blocks, warps in ((3, 8), (1, 16)):
+        for cluster in (1, 2, 4, 8, 16):
+            shape = Shape(cluster, -(-vocab // (cluster * 64)) * 64, warps, blocks)
+            if shape.shared + REST <= min(of_block, of_multiprocessor // blocks):
+                return shape
+    return None
+
+
+@functools.cache
+def _shape(vocab: int, device: torch.device) -> Shape | None:
+    properties = torch.cuda.get_device_properties(device)
+    return shape_of(vocab, properties.shared_memory_per_block_optin, properties.shared_memory_per_multiprocessor)
+
+
+@functools.cache
+def _sources() -> tuple[str, str]:
+    folder = Path(__file__).parent
+    return (folder / "math.cuh").read_text(), (folder / "rows.cu").read_text()
+
+
+def source(divergence: str, macros: dict[str, int | str]) -> str:
+    """What a compiler gets for a kernel."""
+    math, rows = _sources()
+    pair = functors.functor(importlib.import_module("kdkernels.divergences"), divergence)
+    return "\n".join([*(f"#define {name} {value}" for name, value in macros.items()), math, pair, rows])
+
+
+@functools.cache
+def _kernel(divergence: str, macros: tuple[tuple[str, int | str], ...], shape: Shape, device: torch.device) -> tuple[compile.Kernel, int]:
+    """The kernel, and how many of its clusters the device runs at the same time: none where it has no cluster of that size."""
+    sized = {"KD_CLUSTER": shape.cluster, "KD_SLICE": shape.slice, "KD_WARPS": shape.warps, "KD_CHUNK": shape.chunk}
+    text = source(divergence, {**dict(macros), **sized, "KD_BLOCKS": shape.blocks})
+    major, minor = torch.cuda.get_device_capability(device)
+    kernel = compile.Kernel(compile.cubin(text, OPTIONS, f"sm_{major}{minor}"), "row_loss")
+    return kernel, kernel.clusters(shape.cluster, shape.threads, shape.shared)
+
+
+def wanted() -> bool:
+    return os.environ.get("KDKERNELS_ROWS") == "cluster"
+
+
+def why_not(device: torch.device) -> str:
+    """Why Triton's kernel does the rows of a device; empty where this one does."""
+    if not wanted():
+        return "KDKERNELS_ROWS=cluster is not set"
+    return compile.missing(device)
+
+
+def _takes(x: Tensor, z: Tensor, dx: Tensor | None, kd_scale: float, metrics: bool) -> bool:
+    return (
+        not metrics
+        and kd_scale != 0.0
+        and x.dtype == z.dtype == torch.float32
+        and not why_not(x.device)
+        and (dx is None or dx.dtype in OUT)
+        and all(_has_room(side) for side in (x, z, dx) if side is not None)
+    )
+
+
+def _has_room(rows: Tensor) -> bool:
+    """Whether rows start at multiples of 16 bytes, and the memory behind each reaches to a multiple of WIDE entries."""
+    count, vocab = rows.shape
+    end = vocab + -vocab % WIDE
+    return (
+        rows.stride(1) == 1
+        and rows.data_ptr() % 16 == 0
+        and rows.stride(0) * rows.itemsize % 16 == 0
+        and rows.stride(0) >= end
+        and (rows.storage_offset() + (count - 1) * rows.stride(0) + end) * rows.itemsize <= rows.untyped_storage().nbytes()
+    )
+
+
+def row_loss(
+    x: Tensor,
+    z: Tensor,
+    x_bias: Tensor | None,
+    z_bias: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor,
+    t: Tensor,
+    divergence: str,
+    a: float,
+    temperature: float,
+    kd_scale: float,
+    ce_scale: float,
+    head: list[float],
+    dx: Tensor | None,
+    metrics: bool,
+) -> Tensor | None:
+    """As backends/operators.py says, or None for what the kernel does not take: it does float32 logits with room behind each row, and
+    no metrics. dx: where the gradient goes, which may be x; None for no gradient."""
+    rows, vocab = x.shape
+    shape = _shape(vocab, x.device) if _takes(x, z, dx, kd_scale, metrics) else None
+    if shape is None:
+        return None
+    of = replace(resolve(divergence), a=a)
+    # Running sums cancel in flat distributions to nothing.
+    weigh = "" if flat(temperature) else of.one_sweep
+    x_scale, x_softcap, z_scale, z_softcap = head
+    labels = labels if ce_scale != 0.0 else None
+    macros = {
+        "KD_PAIR": divergence,
+        "KD_WEIGH": WEIGH[weigh],
+        "KD_FLAT": flat(temperature),
+        "KD_CE": labels is not None,
+        "KD_TEMPERED": temperature != 1.0,
+        "KD_SCALED": (x_scale, z_scale) != (1.0, 1.0),
+        "KD_X_BIAS": x_bias is not None,
+        "KD_Z_BIAS": z_bias is not None,
+        "KD_X_SOFTCAP": x_softcap != 0.0,
+        "KD_Z_SOFTCAP": z_softcap != 0.0,
+        "KD_GRAD": dx is not None,
+        "KD_OUT": OUT[torch.float32 if dx is None else dx.dtype],
+    }
+    plain = tuple((name, value if isinstance(value, str) else int(value)) for name, value in macros.items())
+    columns = torch.empty((rows, len(ROW_COLUMNS)), dtype=torch.float32, device=x.device)
+    linear, balance = (of.linear(), of.balance()) if weigh else (((0.0, 0.0), (0.0, 0.0)), 0.0)
+    # Held until the launch, as the arguments name only their addresses.
+    biases = [None if bias is None else bias.to(torch.float32).contiguous() for bias in (x_bias, z_bias)]
+    labels = None if labels is None else labels.contiguous()
+    weight, t = weight.to(torch.float32).contiguous(), t.to(torch.float32)
+    share, rest, _ = of.shares(temperature)
+    arguments = Arguments(
+        *(side if side is None else side.data_ptr() for side in (x, z, dx)),
+        *(0 if side is None else side.stride(0) for side in (x, z, dx)),
+        *(None if side is None else side.data_ptr() for side in (columns, labels, weight, t)),
+        *(
+            Head(None if bias is None else bias.data_ptr(), scale, softcap)
+            for bias, scale, softcap in zip(biases, head[::2], head[1::2], strict=True)
+        ),
+        Terms(share, rest, temperature, kd_scale / temperature, ce_scale, *linear[0], *linear[1], balance),
+        *(rows, vocab, shape.slice),
+    )
+    with torch.cuda.device(x.device):
+        kernel, clusters = _kernel(divergence, plain, shape, x.device)
+        if clusters == 0:
+            return None
+        grid = min(rows, clusters) * shape.cluster
+        kernel.launch(grid, shape.threads, shape.shared, torch.cuda.current_stream().cuda_stream, (arguments,))
+    return columns

@@ -1,0 +1,600 @@
+"""The GPU suite runs as a whole at toy size through the Triton interpreter, so that it is ready when there is a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kdkernels as kd
+from benchmarks import contenders, gpu, gpu_checks, gpu_kernels, gpu_parts, gpu_report, gpu_smoke, gpu_times
+from benchmarks.gpu_parts import Part
+from tests.support import ROOT
+from tests.support.cases import draw, dressed
+
+Record = dict[str, Any]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def suite(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        timeout=600,
+        check=False,
+    )
+
+
+def lines(path: Path) -> list[Record]:
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """The whole suite at toy size, once for all workers of a test run: how it ended, and where it wrote."""
+    session, root = os.environ.get("PYTEST_XDIST_TESTRUNUID"), tmp_path_factory.getbasetemp()
+    folder = root.parent / f"gpu-{session}" if session else root / "gpu"
+    out, ended = folder / "toy.jsonl", folder / "ended"
+    try:
+        folder.mkdir()
+    except FileExistsError:  # another worker runs it
+        wait_until(ended.exists, seconds=600)
+    else:
+        done = suite("--out", out, "--interpret")
+        (folder / "ended.part").write_bytes(pickle.dumps(done))
+        (folder / "ended.part").rename(ended)
+    return pickle.loads(ended.read_bytes()), out
+
+
+def of(run: Any, stage: str, key: str) -> list[Record]:
+    """The results of a stage that have this key."""
+    return [record for record in lines(run[1])[1:] if record["stage"] == stage and key in record]
+
+
+@needs_triton
+class TestThroughTheInterpreter:
+    def test_the_first_line_says_where_the_rest_comes_from(self, run: Any) -> None:
+        facts = lines(run[1])[0]
+        assert facts["interpreter"] is True
+        assert "interpreter" in facts["device"]
+        assert facts["versions"]["torch"] == torch.__version__
+        assert facts["versions"]["triton"]
+        assert facts["command"].endswith("--interpret")
+        assert facts["date"]
+
+    def test_every_stage_ends_with_nothing_broken_or_left_over(self, run: Any) -> None:
+        done, out = run
+        assert done.returncode == 0, done.stderr
+        assert [record for record in lines(out) if "broken" in record] == []
+        ended = [record for record in lines(out) if "not_run" in record]
+        assert [record["stage"] for record in ended] == list(gpu.LIMITS)
+        assert all(record["not_run"] == [] and record["seconds"] < record["limit_s"] for record in ended)
+
+    def test_smoke_holds_small_losses_to_float64_and_takes_rates(self, run: Any) -> None:
+        losses = [check for check in of(run, "smoke", "check") if check["check"] == "small_loss"]
+        assert len(losses) == 2 * len(gpu_checks.TOY_DIVERGENCES) * 2
+        for check in losses:
+            assert check["passed"], check
+            assert 0 < max(check["relative_errors"]) <= gpu_smoke.BOUND[check["dtype"]]
+        rates = of(run, "smoke", "rate")
+        assert [rate["rate"].split()[-1] for rate in rates] == ["bfloat16", "float32", "copy"]
+        assert all(rate["per_second"] > 0 for rate in rates)
+        served = [check for check in of(run, "smoke", "check") if check["check"] == "backend"]
+        assert [(check["dtype"], check["backend"]) for check in served] == [(dtype, "triton") for dtype in gpu_checks.DTYPES]
+
+    def test_every_check_passes_or_says_why_it_means_nothing_here(self, run: Any) -> None:
+        checks = of(run, "checks", "check")
+        assert [check for check in checks if check.get("passed") is False] == []
+        passed = {(check["check"], check["strategy"], check["dtype"]) for check in checks if check.get("passed")}
+        for strategy in gpu.STRATEGIES:
+            for dtype in gpu_checks.DTYPES:
+                for check in ("accuracy", "two_runs", "backward_twice", "special_values"):
+                    assert (check, strategy, dtype) in passed
+        assert all(check["skipped"] for check in checks if "passed" not in check)
+
+    @pytest.mark.parametrize(("stage", "names"), [("ours", gpu_times.OURS), ("others", gpu_times.EXTENTS["toy"].others)])
+    def test_every_contender_has_times_or_a_reason(self, run: Any, stage: str, names: Any) -> None:
+        extent = gpu_times.EXTENTS["toy"]
+        rows = of(run, stage, "contender")
+        assert {(row["loss"], row["tokens"], row["contender"]) for row in rows} == {
+            (loss, tokens, name) for loss in extent.losses for tokens in extent.tokens for name in names
+        }
+        for row in rows:
+            if "failed" in row:
+                assert row["contender"] in gpu_times.WHEELS, row
+                assert gpu_times.WHEELS[row["contender"]] in row["failed"]
+                continue
+            assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+            assert len(row["ratios"]) == extent.repeats
+            assert min(row["first_s"], row["ratio"], row["share_of_product_rate"]) > 0
+
+    def test_the_contenders_computed_the_same_loss(self, run: Any) -> None:
+        values: dict[str, list[float]] = {}
+        for row in of(run, "ours", "loss_value") + of(run, "others", "loss_value"):
+            values.setdefault(row["loss"], []).append(row["loss_value"])
+        for some in values.values():
+            assert some == pytest.approx([some[0]] * len(some), rel=1e-4)
+
+    def test_a_profile_lists_what_a_step_was_made_of(self, run: Any) -> None:
+        profiles = of(run, "profile", "contender")
+        assert {(row["loss"], row["contender"]) for row in profiles} == {
+            (loss, name) for loss in ("forward_kl", "jsd") for name in gpu_kernels.PROFILED
+        }
+        for row in profiles:
+            assert 0 < len(row["kernels"]) <= gpu_kernels.SHOWN
+            times = [kernel["ms"] for kernel in row["kernels"]]
+            assert times == sorted(times, reverse=True)
+            assert row["kernel_ms"] >= sum(times) * 0.999
+            assert "kdkernels::linear_kd" in {kernel["name"] for kernel in row["kernels"]}
+
+    def test_row_candidates_are_compiled_and_then_timed(self, run: Any) -> None:
+        rows = of(run, "rows", "candidate")
+        assert all(row["first_s"] > 0 for row in rows)
+        timed = [row for row in rows if "median_ms" in row]
+        assert 2 * len(timed) == len(rows)
+        assert {(row["loss"], row["candidate"]) for row in timed} == {
+            (loss, gpu_kernels.label(candidate)) for loss in ("forward_kl", "jsd") for candidate in gpu_kernels.ROW_CANDIDATES[:2]
+        }
+        # three sweeps of two float32 matrices and one of dx for jsd, two for a divergence with its value in one sweep
+        entries = 4 * 150
+        for row in timed:
+            assert row["bytes"] == pytest.approx(entries * (8 * (3 if row["loss"] == "jsd" else 2) + 2), rel=0.03)
+            assert row["bytes_per_second"] == pytest.approx(row["bytes"] / row["median_ms"] * 1e3)
+
+    def test_block_candidates_run_and_say_what_cannot_be_timed_here(self, run: Any) -> None:
+        blocks = of(run, "blocks", "candidate")
+        assert len(blocks) == 2 * 2 * len(gpu_kernels.TOY_BLOCKS)
+        assert [row["skipped"] for row in blocks if "skipped" in row] == [
+            "the interpreter's kernels are none of the profiler's"
+        ] * 2
+
+    def test_what_is_written_is_printed(self, run: Any) -> None:
+        done, out = run
+        for record in lines(out)[1:]:
+            assert gpu_report.line(record) in done.stdout
+
+    def test_the_report_shows_every_stage(self, run: Any) -> None:
+        done = suite("--report", run[1])
+        assert done.returncode == 0, done.stderr
+        assert " 0 failed," in done.stdout
+        for row in of(run, "ours", "median_ms"):
+            assert f"{row['median_ms']:.2f}" in done.stdout
+        for row in of(run, "rows", "median_ms"):
+            assert f"{row['median_ms']:.3f}" in done.stdout
+        for kernel in of(run, "profile", "kernels")[0]["kernels"]:
+            assert kernel["name"] in done.stdout
+
+
+class Command:
+    """``python -m benchmarks.gpu`` in this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: object) -> int:
+        self.monkeypatch.setattr(sys, "argv", ["gpu", *map(str, arguments)])
+        return gpu.main()
+
+    def refused(self, *arguments: object) -> str:
+        """What it says on stderr when it ends with exit status 2."""
+        with pytest.raises(SystemExit) as ended:
+            self(*arguments)
+        assert ended.value.code == 2
+        return self.capsys.readouterr().err
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(monkeypatch, capsys)
+
+
+class TestRefusals:
+    """Exit status 2, a reason on stderr, and no work."""
+
+    def test_an_existing_file_is_not_overwritten(self, tmp_path: Path, command: Command) -> None:
+        out = tmp_path / "there.jsonl"
+        out.write_text("precious")
+        assert "exists" in command.refused("--out", out, "--interpret")
+        assert out.read_text() == "precious"
+
+    def test_results_of_two_devices_are_not_mixed(self, tmp_path: Path, command: Command) -> None:
+        out = tmp_path / "there.jsonl"
+        out.write_text('{"device": "NVIDIA Other"}\n')
+        said = command.refused("--out", out, "--interpret", "--append")
+        assert "'NVIDIA Other'" in said
+        assert "through the Triton interpreter" in said
+        assert out.read_text() == '{"device": "NVIDIA Other"}\n'
+
+    def test_no_gpu(self, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert "no GPU" in command.refused("--out", tmp_path / "new.jsonl")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("arguments", "reason"),
+        [
+            (("--only", "nothing"), "time toy"),
+            (("--stages", "smoke,mirrors"), "'mirrors' is none of smoke, checks"),
+            (("--full",), "not allowed"),
+            (("--append",), "No such file"),
+            (("--report", "FILE"), "not allowed"),
+            ((), "no folder"),
+        ],
+    )
+    def test_what_cannot_be_run(self, arguments: tuple[str, ...], reason: str, tmp_path: Path, command: Command) -> None:
+        out = tmp_path / "new.jsonl" if arguments else tmp_path / "nowhere" / "new.jsonl"
+        assert reason in command.refused("--out", out, "--interpret", *arguments)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("content", [None, "", '{"stage": "smoke"}\n', "[1]\n"])
+    def test_a_report_of_something_else(self, content: str | None, tmp_path: Path, command: Command) -> None:
+        path = tmp_path / "other.jsonl"
+        if content is not None:
+            path.write_text(content)
+        assert str(path) in command.refused("--report", path)
+
+
+def test_results_of_the_same_device_are_added_to(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, made = tmp_path / "some.jsonl", {"rate": "copy", "unit": "bytes", "median_ms": 1.0, "per_second": 1e12}
+    monkeypatch.setattr(gpu, "results", lambda *_: iter([made]))
+    for more in ((), ("--append",)):
+        assert command("--out", out, "--interpret", "--stages", "rows,smoke", *more) == 0
+    first, second = lines(out)[:3], lines(out)[3:]
+    assert [record["stage"] for record in first[1:]] == ["smoke", "rows"]  # in order of worth, whatever was asked first
+    assert first[0]["device"] == second[0]["device"]
+    assert (first[0]["command"].split()[-1], second[0]["command"].split()[-1]) == ("rows,smoke", "--append")
+
+
+def misbehaves(_: str, folder: str) -> Callable[[str], Iterator[Record]]:
+    """What a part's process runs: each item does what it is called."""
+
+    def run(what: str) -> Iterator[Record]:
+        if what == "hang":
+            # with a process of its own, as a compiler would have
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+            (Path(folder) / "pids").write_text(f"{os.getpid()} {child.pid}")
+            time.sleep(600)
+        if what == "die":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if what == "leave":
+            os._exit(3)
+        if what == "raise":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if what in ("left", "right"):  # returns when the other one is there
+            (Path(folder) / what).touch()
+            other = Path(folder) / {"left": "right", "right": "left"}[what]
+            while not other.exists():
+                time.sleep(0.05)
+        yield {"did": what}
+
+    return run
+
+
+def not_opened(_: str, __: str) -> Callable[[str], Iterator[Record]]:
+    raise LookupError("no such head")
+
+
+def part(folder: Path, *items: str, limit: float = 30.0, together: bool = False, opened: Any = misbehaves) -> Part:
+    return Part("part", opened, (str(folder),), tuple((item,) for item in items), limit, together)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended; what is left of it until its parent asks counts as ended."""
+    try:
+        return ") Z" in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return True
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@needs_triton
+class TestParts:
+    def told(self, *parts: Part, limit: float = 300.0, done: set[Part] | None = None) -> tuple[list[Record], Record]:
+        *results, last = gpu_parts.results("toy", parts, limit, set() if done is None else done)
+        return results, last
+
+    def test_a_hang_costs_its_item_alone_and_leaves_no_process(self, tmp_path: Path) -> None:
+        results, last = self.told(part(tmp_path, "first", "hang", "last", limit=3))
+        assert results == [{"did": "first"}, {"part": "part hang", "broken": "not done after 3 s"}, {"did": "last"}]
+        assert last["not_run"] == []
+        for pid in map(int, (tmp_path / "pids").read_text().split()):
+            wait_until(lambda pid=pid: gone(pid))
+
+    @pytest.mark.parametrize(
+        ("what", "reason"),
+        [
+            ("die", "the process ended by signal SIGSEGV"),
+            ("leave", "the process ended with exit status 3"),
+            ("raise", "RuntimeError: CUDA error: an illegal memory access was encountered"),
+        ],
+    )
+    def test_a_process_that_ends_costs_its_item_alone(self, what: str, reason: str, tmp_path: Path) -> None:
+        results, last = self.told(part(tmp_path, what, "next"))
+        assert results == [{"part": f"part {what}", "broken": reason}, {"did": "next"}]
+        assert last["not_run"] == []
+
+    def test_a_part_that_cannot_begin_is_not_tried_again(self, tmp_path: Path) -> None:
+        done: set[Part] = set()
+        broken, other = part(tmp_path, "one", "two", opened=not_opened), part(tmp_path, "other")
+        results, last = self.told(broken, other, done=done)
+        assert done == {other}
+        assert results == [{"part": "part one", "broken": "LookupError: no such head"}, {"did": "other"}]
+        assert last["not_run"] == ["part two"]
+
+    def test_a_stage_ends_in_time_and_lists_what_it_did_not_run(self, tmp_path: Path) -> None:
+        start = time.monotonic()
+        results, last = self.told(part(tmp_path, "hang", "second"), part(tmp_path, "third"), limit=1)
+        assert time.monotonic() - start < 10
+        assert results == [{"part": "part hang", "broken": "the stage's 1 s were over"}]
+        assert last["not_run"] == ["part second", "part third"]
+
+    def test_a_part_that_ran_before_is_not_run_again(self, tmp_path: Path) -> None:
+        before = part(tmp_path, "one")
+        results, last = self.told(before, done={before})
+        assert results == []
+        assert last["not_run"] == []
+
+    def test_parts_run_side_by_side_where_they_may(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gpu_parts, "side_by_side", lambda: 2)
+        both = [part(tmp_path, side, together=True) for side in ("left", "right")]
+        results, _ = self.told(*both)
+        assert sorted(result["did"] for result in results) == ["left", "right"]
+
+    @pytest.mark.parametrize("together", [(False, True), (True, False)])
+    def test_a_part_that_must_be_alone_is(self, together: tuple[bool, bool], tmp_path: Path) -> None:
+        one_by_one = [part(tmp_path, side, limit=3, together=may) for side, may in zip(("left", "right"), together, strict=True)]
+        results, _ = self.told(*one_by_one)
+        assert results == [{"part": "part left", "broken": "not done after 3 s"}, {"did": "right"}]
+
+    def test_a_part_ends_with_the_suite(self, tmp_path: Path) -> None:
+        code = f"""
+from pathlib import Path
+from benchmarks.gpu_parts import results
+from tests.benchmarks.test_gpu_suite import part
+if __name__ == "__main__":
+    list(results("toy", [part(Path({str(tmp_path)!r}), "hang", limit=600)], 600, set()))
+"""
+        parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+        pids = tmp_path / "pids"
+        wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+        parent.kill()
+        parent.wait()
+        for pid in map(int, pids.read_text().split()):
+            wait_until(lambda pid=pid: gone(pid))
+
+    def test_what_breaks_off_is_written_and_fails_the_run(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "broken.jsonl"
+        assert gpu.measure(out, "toy", {"smoke": [part(tmp_path, "die")], "rows": [part(tmp_path, "leave")]}) == 1
+        assert [record["stage"] for record in lines(out) if "broken" in record] == ["smoke", "rows"]
+        assert capfd.readouterr().out.count("BROKE part die: the process ended by signal SIGSEGV") == 2
+
+
+class TestFailures:
+    def test_a_contender_that_fails_is_a_row_that_says_why(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def out_of_memory(loss: str) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+        def missing(loss: str) -> Any:
+            raise ModuleNotFoundError("No module named 'datasets'")
+
+        monkeypatch.setattr(
+            gpu_times, "CONTENDERS", {"large": out_of_memory, "trl": missing, "eager": contenders.CONTENDERS["eager"]}
+        )
+        time_of = gpu_times.opened("toy", "toy")
+        rows = [row for name in gpu_times.CONTENDERS for row in time_of(6, "jsd", name)]
+        assert [row.get("failed") for row in rows] == [
+            "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB",
+            "ModuleNotFoundError: No module named 'datasets'; the wheels that bring it: trl, datasets, dill and multiprocess",
+            None,
+        ]
+        assert "out of memory" in gpu_report.line({"stage": "others", **rows[0]})
+
+    def test_a_compiler_s_error_is_told_with_the_line_that_says_what_is_wrong(self) -> None:
+        error = RuntimeError("at 67:7:\n    if teacher is None:\n       ^\nUnsupported type\n")
+        assert gpu_parts.why(error) == "RuntimeError: at 67:7:: Unsupported type"
+
+    def test_a_wrong_gradient_fails_its_check(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        right = gpu_checks.Case.run
+        monkeypatch.setattr(
+            gpu_checks.Case, "run", lambda case, **_: {**right(case), "student_weight": right(case)["student_weight"] * 1.01}
+        )
+        found = gpu_checks.checked({}, gpu_checks.accuracy, "jsd", "tokens", torch.float32, 3.0, "toy", "cpu")
+        assert found["passed"] is False
+        assert "student_weight" in found["reason"]
+
+    def test_a_difference_between_two_runs_fails_its_check(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        runs = iter([1.0, 1.0 + 2**-23])
+        monkeypatch.setattr(gpu_checks.Case, "run", lambda case, **_: {"loss": torch.tensor(next(runs))})
+        found = gpu_checks.checked({}, gpu_checks.two_runs, dressed(draw()), "tokens")
+        assert found == {"passed": False, "reason": "ArithmeticError: loss differs by up to 1.19e-07"}
+
+    @pytest.mark.parametrize("wrong", [1.001, torch.nan])
+    def test_a_wrong_small_loss_fails_its_check(self, wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        right = kd.linear_kd_loss
+        monkeypatch.setattr(
+            kd, "linear_kd_loss", lambda *args, **more: right(*args, **more) * (1.0 if args[0].dtype == torch.float64 else wrong)
+        )
+        found = gpu_checks.checked({}, gpu_smoke.small_loss, "toy", "tokens", "jsd", "fp32")
+        assert found["passed"] is False
+        assert "relative error" in found["reason"]
+
+
+H100: Record = {"device": "NVIDIA H100", "memory_bytes": 80 * 2**30, "date": "2026-11-27", "command": "python -m benchmarks.gpu"}
+
+
+def row(contender: str, milliseconds: float, value: float = 1.0) -> Record:
+    return {
+        **{"stage": "ours", "head": "qwen2.5", "loss": "jsd", "tokens": 8192, "contender": contender},
+        **{"median_ms": milliseconds, "ratio": milliseconds / 20, "products_ms": 20.0, "share_of_product_rate": 20 / milliseconds},
+        **{"peak_bytes": 3 * 2**30, "first_s": 1.5, "loss_value": value},
+    }
+
+
+def blocks_row(candidate: str, statistics: float, gradient: float) -> Record:
+    return {
+        **{"stage": "blocks", "head": "qwen2.5", "loss": "jsd", "tokens": 8192, "candidate": candidate, "first_s": 1.0},
+        **{"kernels": {"statistics_kernel": statistics, "gradient_kernel": gradient}, "median_ms": statistics + gradient},
+    }
+
+
+class TestReport:
+    def text(self, tmp_path: Path, *records: Record, tail: str = "") -> str:
+        path = tmp_path / "results.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records) + tail)
+        return gpu_report.text(path)
+
+    def test_a_line_that_was_cut_off_is_ignored_and_said(self, tmp_path: Path) -> None:
+        text = self.text(tmp_path, H100, row("vocab", 50.0), tail='{"stage": "ours", "head')
+        assert "50.00" in text
+        assert "1 line of" in text
+        assert "cut off" in text
+
+    def test_results_go_on_behind_a_line_that_was_cut_off(self, tmp_path: Path) -> None:
+        self.text(tmp_path, H100, tail='{"stage": "ours", "head')
+        gpu.append(tmp_path / "results.jsonl", row("vocab", 50.0))
+        machines, found, cut = gpu_report.read(tmp_path / "results.jsonl")
+        assert (machines, found, cut) == ([H100], [row("vocab", 50.0)], 1)
+
+    def test_time_ratio_memory_and_share_stand_beside_the_contender(self, tmp_path: Path) -> None:
+        text = self.text(tmp_path, H100, row("tokens 8 GiB", 40.0), {**row("vocab", 1.0), "failed": "OutOfMemoryError: 9 GiB"})
+        assert "qwen2.5, jsd, 8192 tokens: the bare products take 20.00 ms" in text
+        assert "40.00 2.00 3.00 50% 1.5 tokens 8 GiB" in " ".join(text.split())
+        assert "vocab: OutOfMemoryError: 9 GiB" in text
+
+    def test_the_later_of_two_results_counts(self, tmp_path: Path) -> None:
+        text = self.text(tmp_path, H100, row("vocab", 50.0), {**H100, "date": "2026-11-28"}, row("vocab", 30.0))
+        assert "30.00" in text
+        assert "50.00" not in text
+        assert "2026-11-28" in text
+
+    def test_contenders_whose_losses_differ_are_shown(self, tmp_path: Path) -> None:
+        assert "DIFFER" not in self.text(tmp_path, H100, row("vocab", 50.0), row("eager", 90.0, 1.001))
+        assert "THE VALUES OF THE LOSS DIFFER: vocab 1, eager 1.1" in self.text(
+            tmp_path, H100, row("vocab", 50.0), row("eager", 90.0, 1.1)
+        )
+
+    def test_the_best_blocks_are_marked_for_each_kernel_and_together(self, tmp_path: Path) -> None:
+        text = self.text(tmp_path, H100, blocks_row("wide", 20.0, 9.0), blocks_row("tall", 15.0, 10.0))
+        words = [line.split() for line in text.splitlines()]
+        assert ["*25.000", "*15.00", "10.00", "tall"] in words
+        assert ["29.000", "20.00", "*9.00", "wide"] in words
+        assert words.index(["*25.000", "*15.00", "10.00", "tall"]) < words.index(["29.000", "20.00", "*9.00", "wide"])
+
+    def test_failed_checks_say_why_and_skipped_ones_are_counted(self, tmp_path: Path) -> None:
+        check = {"stage": "checks", "check": "accuracy", "strategy": "vocab", "dtype": "bf16"}
+        text = self.text(
+            *(tmp_path, H100, {**check, "divergence": "jsd", "passed": False, "reason": "loss: error 3"}),
+            *({**check, "divergence": "forward_kl", "passed": True}, {**check, "divergence": "taid", "skipped": "no memory"}),
+        )
+        assert "checks: 1 passed, 1 failed, 1 skipped" in text
+        assert "FAIL  accuracy vocab bf16 jsd: loss: error 3" in text
+        assert "skipped 1: no memory" in text
+
+    def test_a_profile_shows_its_kernels_and_the_share_without_one(self, tmp_path: Path) -> None:
+        kernels = [{"name": "gradient_kernel", "calls": 3, "ms": 7.25}]
+        facts = {"stage": "profile", "head": "gemma3", "loss": "jsd", "tokens": 8192, "contender": "vocab"}
+        text = self.text(
+            tmp_path, H100, {**facts, "step_ms": 10.0, "kernel_ms": 7.25, "share_without_kernel": 0.275, "kernels": kernels}
+        )
+        assert "gemma3 jsd 8192 tokens, vocab: a step takes 10.00 ms, 27.5% of it without a kernel" in text
+        assert "7.250 3 gradient_kernel" in " ".join(text.split())
+
+    def test_what_broke_off_and_what_was_not_run_is_listed(self, tmp_path: Path) -> None:
+        text = self.text(
+            *(tmp_path, H100, {"stage": "ours", "part": "time gemma3 8192 jsd vocab", "broken": "not done after 40 s"}),
+            {"stage": "ours", "seconds": 90.0, "limit_s": 90, "not_run": ["time gemma3 8192 jsd eager"]},
+        )
+        assert "BROKE time gemma3 8192 jsd vocab: not done after 40 s" in text
+        assert "ours: 90 of 90 s; not run: time gemma3 8192 jsd eager" in text
+
+
+def test_the_bare_products_are_those_of_the_loss() -> None:
+    """x, z, dH and dW once each, however many blocks they come in: 3 Us + Ut operations."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    head = contenders.Head("student", "teacher", 50, 60, 8, 12)
+    given = contenders.problem(head, 24, torch.float32, "cpu")
+    for block in (7, 24, 100):
+        with FlopCounterMode(display=False) as counter:
+            contenders.products(given, block)()
+        assert counter.get_total_flops() == 2 * 24 * 50 * (3 * 8 + 12)
+
+
+class TestPlan:
+    """What a lease is spent on."""
+
+    def test_four_stages_and_three_fit_five_and_a_half_minutes_each(self) -> None:
+        limits = list(gpu.LIMITS.values())
+        assert list(gpu.LIMITS) == ["smoke", "checks", "ours", "profile", "rows", "blocks", "others"]
+        assert sum(limits[:4]) <= 330
+        assert sum(limits[4:]) <= 330
+        assert list(gpu.parts("short")) == list(gpu.LIMITS)
+
+    def test_no_item_may_take_its_whole_stage(self) -> None:
+        for stage, parts in gpu.parts("short").items():
+            assert all(part.limit < gpu.LIMITS[stage] for part in parts)
+
+    @pytest.mark.parametrize("size", ["short", "full"])
+    def test_every_check_of_the_library_is_run(self, size: str) -> None:
+        items = [(*part.arguments, *item) for part in gpu.parts(size)["checks"] for item in part.items]
+        assert len(items) == len(set(items))
+        of_divergence = {item[:3] for item in items if item[2] is not None}
+        assert len(of_divergence) == len(gpu.STRATEGIES) * len(gpu_checks.DTYPES) * len(kd.divergences())
+        assert {item[4] for item in items if item[3] == "accuracy"} == set(gpu_checks.SPREADS)
+
+    def test_small_losses_compile_what_ours_times(self) -> None:
+        stages = gpu.parts("short")
+        first = [part for part in stages["ours"] if part.together]
+        assert {(*part.arguments, *part.items[0]) for part in first} == {
+            (strategy, loss, "bf16") for strategy in gpu.STRATEGIES for loss in ("forward_kl", "jsd")
+        }
+        assert set(first) <= set(stages["smoke"])
+        assert set(first) <= set(stages["profile"])
+
+    def test_only_what_takes_no_times_runs_side_by_side(self) -> None:
+        for stage, parts in gpu.parts("short").items():
+            for part in parts:
+                assert part.together == (part.name.split()[0] in ("loss", "check", "compile")), (stage, part.name)
+
+    def test_heads_losses_and_contenders(self) -> None:
+        short, full = gpu.parts("short"), gpu.parts("full")
+        timed = [(part.name, item) for part in short["ours"] if not part.together for item in part.items]
+        assert timed == [
+            (f"time {head}", (8192, loss, name))
+            for head in contenders.HEADS
+            for loss in ("forward_kl", "jsd")
+            for name in ("tokens", "tokens 8 GiB", "vocab", "vocab 8 GiB", "eager")
+        ]
+        (others,) = short["others"]
+        assert [item[2] for item in others.items[::2]] == ["liger", "liger triton", "trl", "compiled"]
+        assert {item[:2] for item in full["ours"][-1].items} == {
+            (tokens, loss) for tokens in (2048, 4096, 8192, 16_384, 32_768) for loss in contenders.LOSSES
+        }
+        assert set(gpu_checks.SHORT) <= set(gpu_checks.SETTINGS)
+
+    def test_only_keeps_the_items_whose_name_contains_it(self) -> None:
+        found = gpu.chosen("short", ["ours", "rows"], "gemma3 8192 jsd vocab")
+        assert list(found) == ["ours"]
+        assert [part.items for part in found["ours"]] == [((8192, "jsd", "vocab"), (8192, "jsd", "vocab 8 GiB"))]

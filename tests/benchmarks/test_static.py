@@ -1,0 +1,261 @@
+"""The compile-only report: it compiles every kernel that the launchers start, and what a GPU would suffer from is a fault."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+import kdkernels as kd
+from kdkernels.divergences import resolve
+
+pytest.importorskip("triton")
+
+from benchmarks import static
+from benchmarks.static import ODD, PLAIN, VALUE, Compiled, Launch, Sweep
+from kdkernels.roofline import ROW_INSTRUCTIONS
+from tests.support import ROOT
+
+GOOD = Compiled("sm_90", "bf16", "sums", "jsd", registers=128, spilled=0, shared=64 * 1024, tensor_cores=8, warps=8)
+SWEEP = Sweep(instructions=200, exchanges=0, widths=(128,))
+ROW = replace(GOOD, kernel="row_loss", tensor_cores=0, sweeps=(SWEEP,) * 6)
+
+
+@pytest.fixture(scope="module")
+def found() -> list[Launch]:
+    return static.launches("sm_90", torch.bfloat16)
+
+
+class TestLaunches:
+    def test_every_kernel_is_there(self, found: list[Launch]) -> None:
+        assert {launch.name for launch in found} == set(static.KERNELS)
+
+    def test_every_divergence_is_there_with_and_without_metrics(self, found: list[Launch]) -> None:
+        labels = {kernel: [launch.label for launch in found if launch.name == kernel] for kernel in static.KERNELS}
+        names, measured = set(kd.divergences()), {f"{name}, metrics" for name in kd.divergences()}
+        assert set(labels["row_loss"]) == names | measured | {name + kind for name in names for kind in (PLAIN, VALUE, ODD)}
+        assert set(labels["gradient"]) == names
+        assert set(labels["sums"]) == measured | {name for name in names if not resolve(name).one_sweep}
+        # no moments, weighed by either side, and with metrics
+        constants = {(launch.keywords["WEIGH"], launch.keywords["METRICS"]) for launch in found if launch.name == "statistics"}
+        assert constants == {(0, False), (1, False), (2, False), (0, True)}
+        assert all(len(set(each)) == len(each) for each in labels.values()), "each once"
+
+    def test_everything_a_loss_can_have_is_switched_on(self, found: list[Launch]) -> None:
+        for launch in found:
+            if launch.label.endswith((PLAIN, VALUE, ODD)):
+                continue
+            arguments = dict(zip(inspect.signature(launch.kernel.fn).parameters, launch.arguments, strict=False))
+            heads = [arguments[name] for name in ("x_head", "z_head") if name in arguments]
+            heads = heads or [arguments[model][1] for model in ("student", "teacher")]
+            assert all(None not in head for head in heads), "bias, scale, softcap"
+            if "terms" in arguments:
+                assert None not in arguments["terms"]
+            if "labels_ptr" in arguments:
+                assert arguments["labels_ptr"] is not None
+
+    def test_blocks_are_those_of_the_architecture(self) -> None:
+        from kdkernels.backends.triton.blocks import TABLE
+
+        for architecture in static.TARGETS:
+            for dtype in (torch.float32, torch.bfloat16):
+                for launch in static.launches(architecture, dtype):
+                    if launch.name != "row_loss":
+                        matrix = getattr(TABLE[architecture, dtype.itemsize], launch.name)
+                        assert launch.keywords.items() >= {**matrix.blocks(), **matrix.options()}.items()
+
+    def test_nothing_is_run_and_the_launchers_are_put_back(self, found: list[Launch]) -> None:
+        from kdkernels.backends.triton import rows
+
+        assert not isinstance(rows.row_loss_kernel, static.Recorder)
+        assert all(launch.kernel is not None for launch in found)
+
+
+class TestFaults:
+    def test_none(self) -> None:
+        assert GOOD.faults() == ROW.faults() == []
+
+    @pytest.mark.parametrize(
+        ("bad", "said"),
+        [
+            (replace(GOOD, spilled=8), "spills 8 bytes"),
+            (replace(ROW, spilled=4), "spills 4 bytes"),
+            (replace(GOOD, tensor_cores=0), "has no tensor-core instruction"),
+            (replace(GOOD, shared=227 * 1024 + 1), "takes 232449 bytes of shared memory of 232448"),
+            (
+                replace(ROW, label="jsd" + ODD, sweeps=(SWEEP, SWEEP, SWEEP, replace(SWEEP, exchanges=1, widths=(32,)))),
+                "has 1 barriers, shuffles and accesses to shared memory inside its sweeps",
+            ),
+            (replace(GOOD, stores=(16, 128)), "stores the gradient by 16 bits"),
+            (replace(ROW, sweeps=()), "has 0 loops; at t = 1 and at t < 1 it has two sweeps or three"),
+            (
+                replace(ROW, sweeps=(SWEEP, SWEEP, SWEEP, replace(SWEEP, exchanges=2))),
+                "has 2 barriers, shuffles and accesses to shared memory inside its sweeps",
+            ),
+            (
+                replace(ROW, sweeps=(SWEEP, SWEEP, SWEEP, replace(SWEEP, widths=(32, 128)))),
+                "accesses memory by 32 bits inside its sweeps",
+            ),
+            (replace(GOOD, architecture="sm_80", shared=163 * 1024 + 1), "takes 166913 bytes of shared memory of 166912"),
+            (replace(GOOD, architecture="gfx942", shared=64 * 1024 + 1), "takes 65537 bytes of shared memory of 65536"),
+        ],
+    )
+    def test_each_says_what_and_where(self, bad: Compiled, said: str) -> None:
+        assert bad.faults() == [f"{bad.architecture} bf16 {bad.kernel} {bad.label}: {said}"]
+
+    def test_float32_products_need_no_tensor_cores_on_nvidia(self) -> None:
+        single = replace(GOOD, dtype="fp32", tensor_cores=0)
+        assert single.faults() == []
+        assert replace(single, tensor_cores=8).faults() == [
+            "sm_90 fp32 sums jsd: multiplies float32 by matrix units, which cut it to TF32"
+        ]
+        assert replace(single, architecture="gfx942").faults() != []
+
+    def test_the_plan_states_the_row_kernels_instructions(self) -> None:
+        """At t < 1, the larger half of the loops: eight logits to a thread and turn."""
+        counts = ROW_INSTRUCTIONS["jsd"]
+        right = tuple(replace(SWEEP, instructions=8 * count) for count in (20, 50, 50, *counts))
+        one = replace(ROW, label="jsd" + PLAIN, sweeps=right)
+        assert one.faults() == []
+        more = replace(one, sweeps=(*right[:5], replace(SWEEP, instructions=8 * (counts[2] + 4))))
+        found = [*counts[:2], counts[2] + 4]
+        assert more.faults() == [
+            f"sm_90 bf16 row_loss jsd{PLAIN}: takes {found} instructions per logit in its sweeps; roofline.ROW_INSTRUCTIONS states "
+            f"{[*counts]}"
+        ]
+        for elsewhere in (replace(more, dtype="fp32"), replace(more, architecture="sm_80"), replace(more, label="jsd")):
+            assert elsewhere.faults() == []
+        assert set(ROW_INSTRUCTIONS) == set(kd.divergences())
+
+    def test_all_are_reported(self) -> None:
+        assert len(replace(GOOD, spilled=8, tensor_cores=0, shared=10**6).faults()) == 3
+
+    @pytest.mark.parametrize(
+        ("one", "share"),
+        [
+            (replace(ROW, shared=0, registers=32), 1.0),
+            (replace(ROW, shared=0, registers=128), 0.25),  # 65536 / (128 * 256) = 2 programs of 8 warps of 64
+            (replace(ROW, shared=0, registers=121), 0.25),  # given out by 8
+            (replace(ROW, shared=100 * 1024, registers=32), 0.25),  # two fit 228 KiB
+            (replace(ROW, architecture="gfx942", shared=0, registers=64, warps=4), 1.0),
+        ],
+    )
+    def test_occupancy(self, one: Compiled, share: float) -> None:
+        assert one.occupancy == share
+
+
+# As nvdisasm prints it, cut down: a loop of two instructions within one of more, and a label that is only jumped to forward.
+MACHINE_CODE = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_2:
+        /*0010*/                   IADD3 R2, R2, 0x1, RZ ;
+.L_x_1:
+        /*0020*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0030*/              @!P0 BRA `(.L_x_1) ;
+        /*0040*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0050*/               @P1 BRA `(.L_x_2) ;
+        /*0060*/              @!P2 BRA `(.L_x_3) ;
+.L_x_4:
+        /*0070*/                   SHFL.BFLY PT, R3, R2, 0x10, 0x1f ;
+        /*0080*/                   LDG.E R4, desc[UR4][R2.64] ;
+        /*0090*/                   STG.E.U16 desc[UR4][R2.64], R4 ;
+        /*00a0*/                   LDG.E.U16.CONSTANT R4, desc[UR4][R2.64] ;
+        /*00b0*/               @P1 BRA `(.L_x_4) ;
+.L_x_3:
+        /*00c0*/                   EXIT ;
+"""
+
+
+def test_sweeps_are_read_off_machine_code() -> None:
+    assert static.sweeps_of(MACHINE_CODE) == (Sweep(2, 0, (128,)), Sweep(5, 1, (16, 32)))
+    assert static.stores_of(MACHINE_CODE) == (16,)
+
+
+class Pool:
+    """Stands for the processes: gives what it is told to."""
+
+    def __init__(self, found: list[Compiled]) -> None:
+        self.found = found
+
+    def __call__(self, *_: Any) -> Pool:
+        return self
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def imap(self, *_: Any, **__: Any) -> list[list[Compiled]]:
+        return [self.found]
+
+
+class TestCommand:
+    def run(self, found: list[Compiled], *arguments: str, traffic: int = 0) -> int:
+        context = mock.Mock(Pool=Pool(found))
+        with (
+            mock.patch.dict(os.environ),
+            mock.patch.object(static.multiprocessing, "get_context", return_value=context),
+            mock.patch.object(static, "count_traffic", return_value=traffic) as self.counted,
+        ):
+            os.environ.pop("TRITON_INTERPRET", None)
+            return static.main(arguments)
+
+    def test_without_faults_it_succeeds(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert self.run([GOOD, ROW]) == 0
+        assert "2 kernels compiled, 0 faults" in capsys.readouterr().out
+        assert self.counted.called
+
+    def test_a_fault_fails(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert self.run([GOOD, replace(GOOD, label="forward_kl", spilled=12)]) == 1
+        assert "1 faults\n  sm_90 bf16 sums forward_kl: spills 12 bytes" in capsys.readouterr().out
+
+    def test_bytes_that_could_not_be_counted_fail(self) -> None:
+        assert self.run([GOOD], traffic=1) == 1
+
+    def test_a_part_of_the_report_counts_no_bytes(self) -> None:
+        for part in (("--only", "sm_90"), ("--compile-only",)):
+            assert self.run([GOOD], *part) == 0
+            assert not self.counted.called
+
+    def test_the_worst_of_a_kernel_is_shown_or_all(self, capsys: pytest.CaptureFixture[str]) -> None:
+        both = [replace(GOOD, registers=255), replace(GOOD, label="forward_kl", spilled=12)]
+        self.run(both)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[2].split()[:6] == ["sm_90", "bf16", "sums", "2,", "worst:", "forward_kl"]
+        self.run(both, "--all")
+        assert [line.split()[3] for line in capsys.readouterr().out.splitlines()[2:4]] == ["jsd", "forward_kl"]
+
+    def test_the_interpreter_would_compile_nothing(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert os.environ["TRITON_INTERPRET"] == "1"
+        assert static.main([]) == 2
+        assert "TRITON_INTERPRET=1 is set" in capsys.readouterr().err
+
+    def test_bytes_are_counted_in_the_interpreter(self) -> None:
+        with mock.patch.object(static.subprocess, "run", return_value=mock.Mock(returncode=3)) as run:
+            assert static.count_traffic() == 3
+        assert run.call_args.args[0][1:] == ["-m", "benchmarks.traffic", "--quick"]
+        assert run.call_args.kwargs["env"]["TRITON_INTERPRET"] == "1"
+
+
+def test_kernels_compile_without_a_gpu_and_without_faults() -> None:
+    """In a process that does not interpret them."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "benchmarks.static", "--only", "sm_90", "--dtype", "bf16", "--kernel", "statistics"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "4 kernels compiled, 0 faults" in ran.stdout
+    assert ran.stdout.splitlines()[2].split()[:3] == ["sm_90", "bf16", "statistics"]

@@ -1,0 +1,618 @@
+"""TRL's trainers with the fused loss beside the same trainers without it, on tiny models; and the patch itself."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import random
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
+pytest.importorskip("peft")
+
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, set_seed
+from trl import DistillationConfig, DistillationTrainer
+from trl.import_utils import TRLExperimentalWarning
+
+import kdkernels as kd
+from benchmarks.measure import peak_above
+from benchmarks.readme import README
+from kdkernels.compat import trl as compat
+from tests.project.test_docs import blocks
+from tests.support.cases import InsideOperators
+from tests.support.tiny_models import VOCAB, build
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", TRLExperimentalWarning)
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+    from trl.experimental.server_distillation import ServerDistillationTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+
+STEPS, BATCH, ACCUMULATED = 5, 2, 2
+HALF = math.sqrt(torch.finfo(torch.float32).eps)  # half of the digits of float32, in which TRL's tiles are computed
+DOUBLE = math.sqrt(torch.finfo(torch.float64).eps)
+
+TRAINERS: dict[str, tuple[Any, Any]] = {
+    "gkd": (GKDTrainer, compat.gkd_trainer_patched),
+    "distillation": (DistillationTrainer, compat.distillation_trainer_patched),
+}
+both_trainers = pytest.mark.parametrize("kind", TRAINERS)
+
+
+@pytest.fixture(autouse=True)
+def no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL reports each trainer that is made, except where it is told that these are tests."""
+    monkeypatch.setenv("CI", "1")
+
+
+def tokenizer(vocab: int = VOCAB) -> Any:
+    """Words w0, w1, ..., and marks of the user's turn and the assistant's."""
+    words = ["<pad>", "<s>", "</s>", "<user>", "<assistant>", *(f"w{place}" for place in range(vocab - 5))]
+    made = Tokenizer(WordLevel({word: place for place, word in enumerate(words)}, unk_token="<pad>"))
+    made.pre_tokenizer = WhitespaceSplit()
+    found = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    found.chat_template = (
+        "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }} </s> {% endfor %}"
+        "{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    return found
+
+
+def data(kind: str, count: int = STEPS * BATCH * ACCUMULATED, vocab: int = VOCAB, longest: int = 9) -> Any:
+    """Chats, or prompts alone for the trainer whose student writes all answers; of different lengths."""
+    dice = random.Random(0)
+
+    def text(least: int, most: int) -> str:
+        return " ".join(f"w{dice.randrange(vocab - 5)}" for _ in range(dice.randint(least, most)))
+
+    rows = []
+    for _ in range(count):
+        chat = [{"role": "user", "content": text(1, 6)}, {"role": "assistant", "content": text(2, longest)}]
+        rows.append({"messages": chat} if kind == "gkd" else {"prompt": chat[:1]})
+    return Dataset.from_list(rows)
+
+
+Pair = tuple[Any, Any]
+
+
+def models(name: str = "llama", dtype: torch.dtype = torch.float64, **more: Any) -> Pair:
+    """A student and a teacher of another width."""
+    pair = build(name, **more), build(name, seed=1, hidden_size=24, intermediate_size=40, **more)
+    for model in pair:
+        model.to(dtype).set_attn_implementation("sdpa")  # eager attention in float64 makes NaN of padding on the left
+    return pair
+
+
+def family(name: str) -> Pair:
+    return build(name), build(name, seed=1)
+
+
+def trainer_of(kind: str, folder: Path, pair: Pair | None = None, cls: Any = None, **more: Any) -> Any:
+    set_seed(0)
+    student, teacher = models() if pair is None else pair
+    given = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": BATCH,
+        "gradient_accumulation_steps": ACCUMULATED,
+        "learning_rate": 0.1,
+        "optim": "sgd",  # Adam's first steps divide gradients by themselves, rounding included
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "temperature": 0.7,
+    }
+    given |= {"lmbda": 0.0, "max_new_tokens": 5} if kind == "gkd" else {"max_completion_length": 5}
+    config = (GKDConfig if kind == "gkd" else DistillationConfig)(str(folder), **{**given, **more.pop("args", {})})
+    made = (cls or TRAINERS[kind][0])(
+        model=student,
+        teacher_model=teacher,
+        args=config,
+        processing_class=tokenizer(student.config.get_text_config().vocab_size),
+        **{"train_dataset": data(kind), **more},
+    )
+    made.remove_callback(PrinterCallback)
+    return made
+
+
+def run(kind: str, folder: Path, **more: Any) -> dict[str, Any]:
+    """What a run logs, and its student, whole."""
+    trainer = trainer_of(kind, folder, **more)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert trainer.is_fsdp_enabled == ("fsdp" in more.get("args", {}))
+    whole = {
+        name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        for name, tensor in trainer.model.state_dict().items()
+    }
+    return {"logs": steps, "student": {name: tensor.clone() for name, tensor in whole.items()}}
+
+
+def assert_same_run(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
+    assert len(found["logs"]) == len(expected["logs"]) > 0
+    for ours, theirs in zip(found["logs"], expected["logs"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in theirs.keys() - {"step_time"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=tolerance), name
+    for name, tensor in expected["student"].items():
+        assert (found["student"][name] - tensor).abs().max() <= tolerance * tensor.abs().max(), name
+
+
+def compare(
+    kind: str, folder: Path, pair: Callable[[], Pair] = models, tolerance: float | None = None, **more: Any
+) -> dict[str, Any]:
+    """The same run without the patch and with it."""
+    expected = run(kind, folder, pair=pair(), **more)
+    with TRAINERS[kind][1]():
+        found = run(kind, folder, pair=pair(), **more)
+    assert_same_run(found, expected, tolerance or (DOUBLE if kind == "gkd" else HALF))
+    return found
+
+
+class TestRuns:
+    @both_trainers
+    @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+    def test_a_run_is_the_same_run(self, kind: str, beta: float, tmp_path: Path) -> None:
+        """Accumulated micro-batches, prompts and padding that do not count, a temperature; what is logged, and what is learned."""
+        compare(kind, tmp_path, args={"beta": beta})
+
+    def test_what_the_student_writes(self, tmp_path: Path) -> None:
+        expected = run("gkd", tmp_path, args={"max_steps": 1})
+        found = compare("gkd", tmp_path, args={"lmbda": 1.0, "max_steps": 1})
+        assert found["logs"][0]["loss"] != expected["logs"][0]["loss"]
+
+    @both_trainers
+    def test_adapters_of_peft(self, kind: str, tmp_path: Path) -> None:
+        def pair() -> Pair:
+            student, teacher = models()
+            torch.manual_seed(3)
+            config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+            return get_peft_model(student, config).double(), teacher
+
+        found = compare(kind, tmp_path, pair, args={"max_steps": 2})
+        assert any("lora_" in name for name in found["student"])
+
+    @both_trainers
+    def test_a_head_tied_to_the_embeddings(self, kind: str, tmp_path: Path) -> None:
+        compare(kind, tmp_path, lambda: models("llama_tied"), args={"max_steps": 2})
+
+    @both_trainers
+    def test_without_gradient_checkpointing(self, kind: str, tmp_path: Path) -> None:
+        compare(kind, tmp_path, args={"max_steps": 1, "gradient_checkpointing": False})
+
+    @both_trainers
+    def test_bfloat16_is_where_it_was(self, kind: str, tmp_path: Path) -> None:
+        """GKDTrainer runs in autocast. DistillationTrainer does not, whatever ``bf16`` says, and nor does its patched loss."""
+
+        def pair() -> Pair:
+            return models(dtype=torch.float32)
+
+        tolerance = torch.finfo(torch.bfloat16).eps if kind == "gkd" else HALF
+        half = compare(kind, tmp_path, pair, tolerance, args={"max_steps": 2, "bf16": True})
+        single = run(kind, tmp_path, pair=pair(), args={"max_steps": 1})
+        difference = abs(half["logs"][0]["loss"] / single["logs"][0]["loss"] - 1)
+        assert (difference > 16 * torch.finfo(torch.float32).eps) == (kind == "gkd")
+
+    @both_trainers
+    def test_evaluations(self, kind: str, tmp_path: Path) -> None:
+        found = []
+        for block in (nullcontext(), TRAINERS[kind][1]()):
+            with block:
+                found.append(trainer_of(kind, tmp_path, eval_dataset=data(kind, 6)).evaluate())
+        expected, ours = ({name: value for name, value in one.items() if not name.endswith(("time", "second"))} for one in found)
+        assert ours == pytest.approx(expected, rel=DOUBLE if kind == "gkd" else HALF)
+        assert ("eval_entropy" in ours) == (kind == "distillation")
+
+    def test_metrics_of_the_users_own_get_logits(self, tmp_path: Path) -> None:
+        def accuracy(prediction: Any) -> dict[str, float]:
+            logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+            counted = labels[:, 1:] != -100
+            return {"accuracy": float((logits[:, :-1].argmax(-1) == labels[:, 1:])[counted].double().mean())}
+
+        with compat.gkd_trainer_patched():
+            ours = trainer_of("gkd", tmp_path, eval_dataset=data("gkd", 6), compute_metrics=accuracy).evaluate()
+        theirs = trainer_of("gkd", tmp_path, eval_dataset=data("gkd", 6), compute_metrics=accuracy).evaluate()
+        assert ours["eval_accuracy"] == theirs["eval_accuracy"]
+        assert ours["eval_loss"] == theirs["eval_loss"]
+
+
+def batch(kind: str, vocab: int = VOCAB) -> dict[str, Tensor]:
+    """A batch as the trainer makes it: prompts padded on the left, answers on the right."""
+    generator = torch.Generator().manual_seed(0)
+    prompts, answers = torch.randint(5, vocab, (3, 4), generator=generator), torch.randint(5, vocab, (3, 6), generator=generator)
+    prompt_mask, answer_mask = torch.ones_like(prompts), torch.ones_like(answers)
+    prompt_mask[0, :2], answer_mask[1, 3:], answer_mask[2, 5:] = 0, 0, 0
+    if kind == "distillation":
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        return dict(zip(names, (prompts, prompt_mask, answers, answer_mask), strict=True))
+    return {
+        "input_ids": torch.cat([prompts, answers], 1),
+        "attention_mask": torch.cat([prompt_mask, answer_mask], 1),
+        "labels": torch.cat([torch.full_like(prompts, -100), answers.masked_fill(answer_mask == 0, -100)], 1),
+    }
+
+
+def loss_and_gradients(trainer: Any, inputs: dict[str, Tensor], **more: Any) -> list[Tensor]:
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, dict(inputs), **more)
+    loss.backward()
+    return [loss.detach(), *(parameter.grad.clone() for parameter in trainer.model.parameters() if parameter.grad is not None)]
+
+
+def in_turn(kind: str, trainer: Any, inputs: dict[str, Tensor], **more: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """One batch's loss and gradients, of TRL and of the patch."""
+    theirs = loss_and_gradients(trainer, inputs, **more)
+    with TRAINERS[kind][1]():
+        return theirs, loss_and_gradients(trainer, inputs, **more)
+
+
+def close(ours: list[Tensor], theirs: list[Tensor], tolerance: float) -> bool:
+    pairs = list(zip(ours, theirs, strict=True))
+    return all(bool((one - other).abs().max() <= tolerance * other.abs().max()) for one, other in pairs)
+
+
+class TestBatches:
+    @both_trainers
+    @pytest.mark.parametrize("count", [None, 7, torch.tensor(7), torch.tensor(3.5)])
+    def test_what_the_sum_is_divided_by(self, kind: str, count: Any, tmp_path: Path) -> None:
+        theirs, ours = in_turn(kind, trainer_of(kind, tmp_path), batch(kind), num_items_in_batch=count)
+        assert len(ours) > 10
+        assert close(ours, theirs, DOUBLE if kind == "gkd" else HALF)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_the_count_that_the_generation_left_in_the_batch(self, training: bool, tmp_path: Path) -> None:
+        """It comes before the argument in training, and is not looked at in evaluations."""
+        trainer = trainer_of("distillation", tmp_path)
+        trainer.model.train(training)
+        inputs = {**batch("distillation"), "num_items_in_batch": torch.tensor(5.0)}
+        theirs, ours = in_turn("distillation", trainer, inputs, num_items_in_batch=torch.tensor(99))
+        assert close(ours, theirs, HALF)
+
+    @both_trainers
+    def test_the_models_are_left_as_they_were(self, kind: str, tmp_path: Path) -> None:
+        """The teacher in evaluation mode, as TRL has it; with the autocast around its forward, which is put aside in between."""
+        trainer = trainer_of(kind, tmp_path, models(dtype=torch.float32), args={"bf16": True})
+        student, teacher = (trainer.accelerator.prepare_model(trainer.model), trainer.teacher_model)
+        teacher.train()
+        before = [vars(model)["forward"] for model in (student, teacher)]
+        with TRAINERS[kind][1]():
+            trainer.compute_loss(student, batch(kind))
+        assert not any(module.training for module in teacher.modules())
+        assert [vars(model)["forward"] for model in (student, teacher)] == before
+
+    def test_what_tools_wrote_does_not_count(self, tmp_path: Path) -> None:
+        trainer, inputs = trainer_of("distillation", tmp_path), batch("distillation")
+        tools = torch.ones_like(inputs["completion_mask"])
+        tools[0, 1:4] = 0
+        theirs, ours = in_turn("distillation", trainer, {**inputs, "tool_mask": tools})
+        assert close(ours, theirs, HALF)
+        assert not close(ours, in_turn("distillation", trainer, inputs)[1], HALF)
+
+    @both_trainers
+    def test_where_no_token_counts_all_is_zero(self, kind: str, tmp_path: Path) -> None:
+        inputs = batch(kind)
+        if kind == "gkd":
+            inputs["labels"].fill_(-100)
+        else:
+            inputs["completion_mask"].zero_()
+        trainer = trainer_of(kind, tmp_path)
+        for count in (None, 0, torch.tensor(0)):
+            theirs, ours = in_turn(kind, trainer, inputs, num_items_in_batch=count)
+            assert all(not one.any() for one in ours)
+            assert bool(theirs[0].isnan()) == (count is not None)
+
+    def test_the_logged_entropy_is_of_the_tokens_that_count_at_the_temperature(self, tmp_path: Path) -> None:
+        trainer, inputs = trainer_of("distillation", tmp_path), batch("distillation")
+        in_turn("distillation", trainer, inputs)
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        with torch.no_grad():
+            logits = trainer.model(input_ids=ids, attention_mask=mask).logits[:, 3:-1][inputs["completion_mask"] == 1]
+        exact = float(torch.special.entr((logits / 0.7).softmax(-1)).sum(-1).mean())
+        logged = trainer._metrics["train" if trainer.model.training else "eval"]["entropy"]
+        assert logged == pytest.approx([exact, exact], rel=HALF)
+
+    # What a family does to its logits. TRL knows the scale under some names and the softcap under one: with these two families its
+    # DistillationTrainer has another objective than the models' own distributions. Its GKDTrainer has the logits themselves.
+    @pytest.mark.parametrize(
+        ("name", "known"),
+        [
+            *((name, True) for name in ("gemma2", "cohere", "granite", "gpt2", "qwen3_moe")),
+            ("recurrent_gemma", False),
+            ("mpt", False),
+        ],
+    )
+    def test_the_loss_is_of_the_models_own_logits(self, name: str, known: bool, tmp_path: Path) -> None:
+        pair, losses = family(name), {}
+        inputs = {kind: batch(kind) for kind in TRAINERS}
+        for kind in TRAINERS:
+            trainer = trainer_of(kind, tmp_path, pair, args={"temperature": 1.0, "beta": 0.3})
+            trainer.model.eval()
+            losses[kind], losses[f"{kind}, patched"] = (float(found[0]) for found in in_turn(kind, trainer, inputs[kind]))
+        exact = losses.pop("gkd")
+        assert losses.pop("gkd, patched") == pytest.approx(exact, rel=HALF)
+        assert losses.pop("distillation, patched") == pytest.approx(exact, rel=HALF)
+        assert (losses.pop("distillation") == pytest.approx(exact, rel=HALF)) == known
+
+    @both_trainers
+    def test_a_model_that_does_something_unknown_to_its_logits_is_refused(self, kind: str, tmp_path: Path) -> None:
+        class Doubled(LlamaForCausalLM):
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                output = super().forward(*args, **kwargs)
+                output.logits = output.logits * 2
+                return output
+
+        trainer = trainer_of(kind, tmp_path, (build("llama"), build("llama", cls=Doubled, seed=1)))
+        with TRAINERS[kind][1](), pytest.raises(ValueError, match="another logit scale"):
+            trainer.compute_loss(trainer.model, batch(kind))
+
+
+class Wide(InsideOperators):
+    """The most rows that anything as wide as the vocabulary has had; a head's weight seen from the side is not meant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 0
+
+    def after(self, name: str, made: Any) -> None:
+        for one in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(one, Tensor) and one.dim() > 1 and one.shape[-1] == VOCAB and name not in ("aten::t", "aten::transpose"):
+                self.rows = max(self.rows, one.numel() // VOCAB)
+
+
+class TestMemory:
+    @both_trainers
+    def test_logits_are_never_whole(self, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where the scratch allows a few rows, of the batch's tokens no more have logits at one time."""
+        monkeypatch.setattr("kdkernels.ops.default_budget", lambda _: 1)
+        trainer, inputs = trainer_of(kind, tmp_path), batch(kind)
+        tokens = int((inputs["labels"] != -100).sum() if kind == "gkd" else inputs["completion_mask"].sum())
+        with Wide() as theirs:
+            loss_and_gradients(trainer, inputs)
+        with TRAINERS[kind][1]():
+            trainer.compute_loss(trainer.model, inputs)  # the heads are verified by now, with a few logits
+            with Wide() as ours:
+                loss_and_gradients(trainer, inputs)
+        assert 0 < ours.rows < tokens <= theirs.rows
+
+    def test_less_memory_at_a_vocabulary_that_is_large_beside_the_model(self, tmp_path: Path) -> None:
+        program = "import json, sys; from pathlib import Path; from tests.compat.test_trl import TRAINERS, peaks\n"
+        program += "print(json.dumps([peaks(kind, Path(sys.argv[1])) for kind in TRAINERS]))"
+        child = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)]
+        done = subprocess.run(child, capture_output=True, text=True, check=True, env=child_environment())
+        for ours, theirs in json.loads(done.stdout.splitlines()[-1]):
+            assert 0 < ours < 0.5 * theirs, (ours / 2**20, theirs / 2**20)
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **more}
+
+
+def peaks(kind: str, folder: Path, vocab: int = 30_000, sequences: int = 4, length: int = 64) -> list[int]:
+    """Bytes above the start of one loss with its gradients: with the patch, then without."""
+    os.environ["CI"] = "1"
+    torch.set_num_threads(1)
+    pair = models(dtype=torch.float32, vocab_size=vocab)
+    trainer = trainer_of(kind, folder, pair, train_dataset=data(kind, 1, vocab), args={"beta": 0.5})
+    ids = torch.randint(5, vocab, (sequences, length))
+    ones = torch.ones_like(ids)
+    if kind == "gkd":
+        large = {"input_ids": ids, "attention_mask": ones, "labels": ids}
+    else:
+        large = {"prompt_ids": ids[:, :4], "prompt_mask": ones[:, :4], "completion_ids": ids, "completion_mask": ones}
+    found = []
+    for block in (TRAINERS[kind][1](), nullcontext()):
+        with block:
+            loss_and_gradients(trainer, batch(kind))  # what is loaded, or allocated for good, by the first
+            kd.free_scratch()
+            ctypes.CDLL(None).malloc_trim(0)  # else what was freed so far would be used without a rise
+            found.append(peak_above(lambda: loss_and_gradients(trainer, large)))
+    return found
+
+
+RANK = """
+import os, sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import DistributedType, PartialState
+from tests.compat.test_trl import SHARDED, TRAINERS, run
+from transformers import TrainingArguments
+
+os.environ["CI"] = "1"
+torch.set_num_threads(1)
+rank, folder = sys.argv[1], Path(sys.argv[2])
+settled = TrainingArguments.__post_init__
+
+
+def sharded_on_processors(self):
+    # With this word for the kind of processes accelerate goes the way of GPUs; on CPUs it would not shard.
+    settled(self)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+for way, more in {"ddp": {}, "fsdp": SHARDED}.items():
+    TrainingArguments.__post_init__ = sharded_on_processors if way == "fsdp" else settled
+    for kind in TRAINERS:
+        found = []
+        for block in (nullcontext(), TRAINERS[kind][1]()):
+            with block:
+                found.append(run(kind, folder / rank, args={"max_steps": 1, "ddp_backend": "gloo", **more}))
+        torch.save(found, folder / f"{way}-{kind}-{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+SHARDED = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "cpu_ram_efficient_loading": False},
+    "gradient_checkpointing": False,
+}
+
+
+def test_on_two_processes_with_ddp_and_fsdp2_a_run_is_the_same_run(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = child_environment(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", RANK, str(rank), str(tmp_path)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=300) for process in started] == [0, 0]
+    finally:
+        for process in started:
+            process.kill()
+    for way, kind in itertools.product(("ddp", "fsdp"), TRAINERS):
+        (theirs, ours), (_, other) = (torch.load(tmp_path / f"{way}-{kind}-{rank}.pt") for rank in range(2))
+        assert_same_run(ours, theirs, DOUBLE if kind == "gkd" else HALF)
+        assert_same_run(other, ours, DOUBLE)
+
+
+PATCHES = {
+    "gkd": (compat.patch_gkd_trainer, compat.unpatch_gkd_trainer),
+    "distillation": (compat.patch_distillation_trainer, compat.unpatch_distillation_trainer),
+}
+
+
+@both_trainers
+class TestThePatch:
+    @pytest.fixture(autouse=True)
+    def taken_back(self, kind: str) -> Iterator[None]:
+        before = vars(TRAINERS[kind][0])["compute_loss"]
+        yield
+        PATCHES[kind][1]()
+        assert vars(TRAINERS[kind][0])["compute_loss"] is before
+
+    def test_it_is_taken_back_whole(self, kind: str) -> None:
+        (cls, patched), (patch, unpatch) = TRAINERS[kind], PATCHES[kind]
+        before = dict(vars(cls))
+        patch()
+        assert vars(cls)["compute_loss"] is not before["compute_loss"]
+        assert cls.compute_loss.__name__ == "compute_loss"
+        assert {name for name in before if vars(cls)[name] is not before[name]} == {"compute_loss"}
+        unpatch()
+        assert dict(vars(cls)) == before
+        with patched():
+            assert vars(cls)["compute_loss"] is not before["compute_loss"]
+        assert dict(vars(cls)) == before
+        with pytest.raises(KeyError, match="inside"), patched():
+            raise KeyError("inside")
+        assert dict(vars(cls)) == before
+
+    def test_twice_is_once(self, kind: str) -> None:
+        (cls, patched), (patch, unpatch) = TRAINERS[kind], PATCHES[kind]
+        unpatch()
+        before = cls.compute_loss
+        patch()
+        once = cls.compute_loss
+        patch()
+        with patched():
+            assert cls.compute_loss is once
+        assert cls.compute_loss is once  # the block found it patched, and leaves it so
+        unpatch()
+        assert cls.compute_loss is before
+
+    def test_one_leaves_the_other_alone(self, kind: str) -> None:
+        others = [ServerDistillationTrainer, *(cls for cls, _ in TRAINERS.values() if cls is not TRAINERS[kind][0])]
+        before = [cls.compute_loss for cls in others]
+        PATCHES[kind][0]()
+        assert [cls.compute_loss for cls in others] == before
+
+    def test_what_others_have_put_in_its_place_is_not_lost(self, kind: str) -> None:
+        cls, (patch, unpatch) = TRAINERS[kind][0], PATCHES[kind]
+        patch()
+        ours = cls.compute_loss
+        cls.compute_loss = others = lambda *_, **__: None
+        with pytest.raises(RuntimeError, match=f"{cls.__name__}.compute_loss has been replaced since"):
+            unpatch()
+        assert cls.compute_loss is others
+        cls.compute_loss = ours
+
+    @pytest.mark.parametrize("installed", ["1.15.2", "1.16.1", "2.0.0"])
+    def test_another_release_is_refused(self, kind: str, installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(importlib.metadata, "version", lambda _: installed)
+        cls, (patch, _) = TRAINERS[kind][0], PATCHES[kind]
+        before = cls.compute_loss
+        with pytest.raises(RuntimeError, match=rf"{cls.__name__} of TRL {installed}.*supported: 1\.16\.0"):
+            patch()
+        assert cls.compute_loss is before
+
+    def test_a_source_that_was_not_read_is_refused(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        cls, (patch, _) = TRAINERS[kind][0], PATCHES[kind]
+        part = "generalized_jsd_loss" if kind == "gkd" else "_compute_loss"
+        monkeypatch.setattr(cls, part, lambda *_, **__: torch.zeros(()))
+        before = cls.compute_loss
+        with pytest.raises(RuntimeError, match=rf"its {part} is not the released one.*supported: 1\.16\.0"):
+            patch()
+        assert cls.compute_loss is before
+
+    def test_without_trl_the_error_names_the_extra(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        def missing(name: str) -> str:
+            raise importlib.metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(importlib.metadata, "version", missing)
+        with pytest.raises(ImportError, match=r"TRL, not installed here: .*pip install --no-build-isolation '\.\[trl\]'"):
+            PATCHES[kind][0]()
+
+    def test_a_subclass_that_replaces_a_part_of_the_loss_keeps_it(self, kind: str, tmp_path: Path) -> None:
+        cls = TRAINERS[kind][0]
+
+        class Own(cls):  # type: ignore[misc, valid-type]
+            """Whichever of the two its parent calls."""
+
+            @staticmethod
+            def generalized_jsd_loss(**_: Any) -> Tensor:
+                return torch.full((), 42.0, requires_grad=True)
+
+            def _compute_loss(self, *_: Any) -> Any:
+                return self.generalized_jsd_loss(), torch.zeros(()), torch.ones(())
+
+        PATCHES[kind][0]()
+        trainer = trainer_of(kind, tmp_path, cls=Own)
+        assert float(trainer.compute_loss(trainer.model, batch(kind)).detach()) == 42.0
+
+
+def test_the_module_is_imported_without_trl() -> None:
+    program = "import sys; sys.modules['trl'] = sys.modules['transformers'] = None; import kdkernels.compat.trl"
+    subprocess.run([sys.executable, "-c", program], check=True, env=child_environment())
+
+
+def test_the_swap_of_the_readme_patches_and_takes_back() -> None:
+    (block,) = (content for language, content in blocks(README) if language == "python" and "kdkernels.compat" in content)
+    before, during = GKDTrainer.compute_loss, []
+    patching, taking_back = block.split("...\n")
+    scope: dict[str, Any] = {}
+    exec(patching, scope)
+    during.append(GKDTrainer.compute_loss)
+    exec(taking_back, scope)
+    assert during != [before]
+    assert GKDTrainer.compute_loss is before

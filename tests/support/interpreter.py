@@ -1,0 +1,111 @@
+"""CPU tensors on the path of a GPU, through Triton's interpreter: for tests, counts of traffic, and the GPU suite at toy size.
+
+TRITON_INTERPRET=1 must be set before Triton is imported. Triton 3.7's interpreter multiplies the bit patterns of bfloat16, cuts
+float32 off instead of rounding, and leaves products to NumPy's matrix library, whose roundings depend on the processor and on an
+entry's place in the tile; all three are put right here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _patch_lang, _patch_lang_tensor
+
+from kdkernels import backends
+from kdkernels.backends.triton.blocks import Entry, Matrix, Row
+from kdkernels.scratch import row_stride
+
+# What is chosen for a GPU, whatever this CPU would choose: dtypes of products and their results, and rows with room behind them.
+GPU_CHOICES: dict[str, Any] = {
+    **{f"kdkernels.{module}.product_dtype": lambda dtype, _: dtype for module in ("ops", "plan", "products", "step")},
+    **{
+        f"kdkernels.{module}.row_stride": lambda columns, _: row_stride(columns, torch.device("cuda"))
+        for module in ("plan", "scratch")
+    },
+    "kdkernels.products.keeps_sums": lambda _: True,
+}
+_patched: set[Any] = set()
+_cast = InterpreterBuilder.cast_impl
+
+
+def _create_dot_repaired(builder: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    """The tile's sum in float64, rounded before it is added: a matrix library may round an entry by its place in the tile, and a
+    matrix unit does not. Logits that are made again in another tile must be the same ones."""
+    left, right = ((_cast(builder, side, tl.float32) if side.dtype.scalar == tl.bfloat16 else side).data for side in (a, b))
+    product = np.matmul(left, right, dtype=np.float64).astype(d.data.dtype)
+    return TensorHandle(product + d.data, d.dtype.scalar)
+
+
+def _cast_repaired(builder: Any, source: Any, to: Any) -> Any:
+    if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+        bits = source.data.view(np.uint32)
+        nearest_even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        kept = np.where(np.isnan(source.data), (bits >> 16) | 0x40, nearest_even)
+        return TensorHandle(kept.astype(np.uint16), to.scalar)
+    return _cast(builder, source, to)
+
+
+def _patch_tensor_repaired(tensor: Any, scope: Any) -> None:
+    """A scalar is an array of one entry here, which Triton 3.6 leaves to NumPy to take for a number; NumPy 2.5 does not."""
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda scalar: int(scalar.handle.data.item()))
+
+
+def _call_device_function(function: Any, *arguments: Any, **keywords: Any) -> Any:
+    """Replaces triton.language under a function once, not at each of its calls: half of the interpreter's time goes there."""
+    if function.fn not in _patched:
+        _patch_lang(function.fn)
+        _patched.add(function.fn)
+    return function.rewrite()(*arguments, **keywords)
+
+
+def _multiply(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    if dtype == left.dtype:
+        return torch.mm(left, right) if out is None else torch.mm(left, right, out=out)
+    assert dtype == torch.float32, "torch's products give 16-bit operands no other"
+    product = torch.mm(left.float(), right.float())
+    return product if out is None else out.copy_(product)
+
+
+def _add_multiplied(left: Tensor, right: Tensor, out: Tensor) -> None:
+    if out.dtype == left.dtype:
+        torch.addmm(out, left, right, out=out)
+    else:
+        out.add_(_multiply(left, right, out.dtype))
+
+
+@contextmanager
+def as_on_a_gpu(
+    backend: str = "triton", blocks: tuple[int, int, int] = (16, 32, 16), row: int = 128, programs: int = 2
+) -> Iterator[None]:
+    """Everything inside runs on ``backend`` as it would on a GPU: 16-bit products, added up and kept in float32; padded rows of
+    logits; small blocks.
+
+    blocks: of tokens, vocabulary and hidden size in kernels that multiply. row: columns of the row kernel's tile. programs: how
+    many should run side by side, which decides the splits of the vocabulary.
+    """
+    matrix = Matrix(*blocks, num_warps=4, num_stages=1, group=2)
+    entry = Entry(matrix, matrix, matrix, Row(num_warps=1, entries=row // 32))
+    replaced: dict[str, Any] = {
+        **GPU_CHOICES,
+        "kdkernels.products.multiply": _multiply,
+        "kdkernels.products.add_multiplied": _add_multiplied,
+        "kdkernels.backends.triton.blocks.entry": lambda *_: entry,
+        "kdkernels.backends.triton.vocabulary.PROGRAMS": programs,
+        "triton.runtime.interpreter._patch_lang_tensor": _patch_tensor_repaired,
+        "triton.runtime.interpreter.InterpreterBuilder.create_dot": _create_dot_repaired,
+        "triton.runtime.interpreter.InterpreterBuilder.cast_impl": _cast_repaired,
+        "triton.runtime.interpreter.InterpretedFunction.__call__": _call_device_function,
+    }
+    with ExitStack() as stack:
+        for name, value in replaced.items():
+            stack.enter_context(mock.patch(name, value))
+        stack.enter_context(backends.use(backend))
+        yield
