@@ -25,7 +25,8 @@ from kdkernels.demo.settings import DEFAULT_MINUTES, Settings, require_libraries
 from kdkernels.errors import CommandError
 from kdkernels.models import HEADS
 from kdkernels.roofline import DEVICES
-from kdkernels.transformers import cache_command, distill_command
+from kdkernels.transformers import cache_command
+from kdkernels.transformers.distill import command as distill_command
 
 INTERRUPTED = 130
 BAD_INPUT = 2

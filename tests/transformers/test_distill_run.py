@@ -33,9 +33,10 @@ from transformers.integrations import integration_utils
 from kdkernels import files, terminal
 from kdkernels.cli import main
 from kdkernels.errors import CommandError
-from kdkernels.transformers import distill as run_module
-from kdkernels.transformers.distill import last_checkpoint
-from kdkernels.transformers.distill_command import BY_NAME, merged
+from kdkernels.transformers.distill import run as run_module
+from kdkernels.transformers.distill.configuration import merged
+from kdkernels.transformers.distill.options import BY_NAME
+from kdkernels.transformers.distill.run import last_checkpoint
 from kdkernels.transformers.load import load_model, load_tokenizer
 from tests.transformers.test_data import put
 from tests.transformers.test_distill import TEXT, arguments, given, offline, pytestmark, refusal, weights  # noqa: F401

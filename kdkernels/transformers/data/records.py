@@ -8,7 +8,7 @@ token's position, as transformers has them; the trainer shifts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -110,39 +110,8 @@ def prepare(
     records = read(source, split=split, prompts=prompts)
     count = {"cut": 0, "filled": 0, "dropped": 0}
     notes = _Notes()
-
-    def kept() -> Iterator[tuple[bool, Example]]:
-        """Each example, and whether it is a prompt alone."""
-        for number, record in enumerate(records, 1):
-            where = f"{source}, record {number}"
-            if not isinstance(records, list):
-                record = {name: without_nulls(value) if name in CONVERSED else value for name, value in record.items()}
-            try:
-                question = _asked(record, tokenizer, template, where) if prompts else None
-                parts = [] if question is not None else list(_tokenized(record, tokenizer, template, max_length, where, notes))
-            except Unusable as error:
-                notes.unusable(where, str(error))
-                continue
-            if question is not None:
-                if 0 < len(question) <= max_length:
-                    stand_in = question[-1] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-                    yield True, {"input_ids": [*question, stand_in], "labels": [*[IGNORED] * len(question), stand_in]}
-                else:
-                    count["filled" if question else "dropped"] += 1
-                continue
-            count["dropped"] += not parts  # an empty text
-            for example in parts:
-                long = len(example["input_ids"]) > max_length  # never a window of a text
-                counted = _counts(example)
-                if long:
-                    example = {name: values[:max_length] for name, values in example.items()}
-                if _counts(example):
-                    count["cut"] += long
-                    yield False, example
-                else:
-                    count["filled" if counted else "dropped"] += 1
-
-    found = list(islice(kept(), limit))
+    kept = _kept(records, source, tokenizer, template, max_length=max_length, prompts=prompts, count=count, notes=notes)
+    found = list(islice(kept, limit))
     said = notes.sentences()
     result = Prepared(
         examples=[each for alone, each in found if not alone],
@@ -159,6 +128,48 @@ def prepare(
             + "".join(f"; {sentence}" for sentence in said)
         )
     return result
+
+
+def _kept(
+    records: Sequence[Mapping[str, Any]],
+    source: str | Path,
+    tokenizer: Any,
+    template: Any,
+    *,
+    max_length: int,
+    prompts: bool,
+    count: dict[str, int],
+    notes: _Notes,
+) -> Iterator[tuple[bool, Example]]:
+    """Each example, and whether it is a prompt alone; others go into count and notes."""
+    for number, record in enumerate(records, 1):
+        where = f"{source}, record {number}"
+        if not isinstance(records, list):
+            record = {name: without_nulls(value) if name in CONVERSED else value for name, value in record.items()}
+        try:
+            question = _asked(record, tokenizer, template, where) if prompts else None
+            parts = [] if question is not None else list(_tokenized(record, tokenizer, template, max_length, where, notes))
+        except Unusable as error:
+            notes.unusable(where, str(error))
+            continue
+        if question is not None:
+            if 0 < len(question) <= max_length:
+                stand_in = question[-1] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+                yield True, {"input_ids": [*question, stand_in], "labels": [*[IGNORED] * len(question), stand_in]}
+            else:
+                count["filled" if question else "dropped"] += 1
+            continue
+        count["dropped"] += not parts  # an empty text
+        for example in parts:
+            long = len(example["input_ids"]) > max_length  # never a window of a text
+            counted = _counts(example)
+            if long:
+                example = {name: values[:max_length] for name, values in example.items()}
+            if _counts(example):
+                count["cut"] += long
+                yield False, example
+            else:
+                count["filled" if counted else "dropped"] += 1
 
 
 def _counts(example: Example) -> bool:
