@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from kdkernels.transformers.batches.layout import BOUNDARIES
+from kdkernels.transformers.families import families_of
 from kdkernels.transformers.heads import unwrapped
 
 POSITIONS = re.compile("rotary|position|wpe")  # in the names of what makes a token's place known to a model
@@ -43,7 +44,7 @@ def numbers_positions(model: Any) -> bool:
     config = getattr(base, "config", None)
     if "position_ids" not in takes(model) or getattr(config, "is_encoder_decoder", False):
         return False
-    if getattr(config, "model_type", None) in ("opt", "paligemma"):  # by the mask; from 1
+    if any(family.own_positions for family in families_of(str(getattr(config, "model_type", "")))):
         return False
     own = getattr(type(base), "_prepare_position_ids_for_generation", None)
     if own is not None and own.__module__ != "transformers.generation.utils":  # rotary embeddings in three dimensions
