@@ -81,7 +81,7 @@ class Part:
         return contextlib.nullcontext()
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
-        """An evaluation of all its data sets is done."""
+        """An evaluation between steps is done, of all its data sets."""
 
     def check(self) -> None:
         """Before weights are saved: NotFinite where one of this part's is NaN or infinite."""
