@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from kdkernels.errors import CommandError
-from kdkernels.transformers.batches import IGNORED, Inputs, check_examples, looked_at
+from kdkernels.transformers.batches.inputs import Inputs, check_examples, looked_at
+from kdkernels.transformers.batches.layout import IGNORED
 from kdkernels.transformers.cache import TOKENIZER, TopKCache, is_cache
 from kdkernels.transformers.config import KDConfig
 from kdkernels.transformers.heads import lm_head, output_module, unwrapped

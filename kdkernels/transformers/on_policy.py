@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from kdkernels.scalars import number
-from kdkernels.transformers.batches import IGNORED, most_positions
+from kdkernels.transformers.batches.layout import IGNORED
+from kdkernels.transformers.batches.reading import most_positions
 from kdkernels.transformers.heads import unwrapped
 from kdkernels.transformers.writing import most_of_ranks, responses, writer
 

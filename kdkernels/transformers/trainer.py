@@ -21,16 +21,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from kdkernels.taid import TAIDSchedule
 from kdkernels.transformers import checkpoints, given
-from kdkernels.transformers.batches import (
-    IGNORED,
-    PADDING,
-    TARGETS,
-    Collated,
-    Inputs,
-    Prepared,
-    document_numbers,
-    next_tokens,
-)
+from kdkernels.transformers.batches.inputs import Collated, Inputs
+from kdkernels.transformers.batches.layout import IGNORED, PADDING, TARGETS, Prepared, document_numbers, next_tokens
 from kdkernels.transformers.config import KDConfig
 from kdkernels.transformers.data import Collator
 from kdkernels.transformers.finite import Losses, NotFinite, Watch, check_weights

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels.checks import LMHead
-from kdkernels.transformers.batches import most_positions
+from kdkernels.transformers.batches.reading import most_positions
 from kdkernels.transformers.finite import NotFinite, check_weights, is_finite
 from kdkernels.transformers.heads import OutputHead, after_head, output_module, read_head, unwrapped
 from kdkernels.transformers.hidden import hidden_states, model_inputs

@@ -21,7 +21,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from kdkernels.errors import CommandError
-from kdkernels.transformers.batches import IGNORED
+from kdkernels.transformers.batches.layout import IGNORED
 from kdkernels.transformers.data import Collator, examples, prepare, read
 
 TEMPLATE = (

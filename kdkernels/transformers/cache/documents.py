@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels.transformers.batches import IGNORED, Inputs, documents
+from kdkernels.transformers.batches.inputs import Inputs
+from kdkernels.transformers.batches.layout import IGNORED, documents
 from kdkernels.transformers.data import Collator
 
 logger = logging.getLogger(__name__)

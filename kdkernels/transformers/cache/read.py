@@ -15,7 +15,7 @@ from torch import Tensor
 from kdkernels import files
 from kdkernels.errors import CommandError
 from kdkernels.outcomes import LEAST_REST, log_of_rest
-from kdkernels.transformers.batches import IGNORED, documents, laid_out
+from kdkernels.transformers.batches.layout import IGNORED, documents, laid_out
 from kdkernels.transformers.cache.documents import key_of, token_ids
 from kdkernels.transformers.cache.manifest import COMMAND, INDEX, missing, read_manifest, shard_name
 

@@ -30,7 +30,7 @@ from kdkernels.checks import LMHead
 from kdkernels.errors import CommandError
 from kdkernels.plan import default_budget
 from kdkernels.scalars import temperature_of
-from kdkernels.transformers.batches import Inputs
+from kdkernels.transformers.batches.inputs import Inputs
 from kdkernels.transformers.cache.documents import Reader, Survey, survey_of
 from kdkernels.transformers.cache.manifest import (
     COMMAND,

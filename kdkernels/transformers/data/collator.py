@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.transformers.batches import IGNORED
+from kdkernels.transformers.batches.layout import IGNORED
 
 
 class Collator:

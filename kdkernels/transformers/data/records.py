@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kdkernels.errors import CommandError
-from kdkernels.transformers.batches import IGNORED
+from kdkernels.transformers.batches.layout import IGNORED
 from kdkernels.transformers.data.conversations import Unusable, Written, asked, tools_of, turns, without_nulls, written
 from kdkernels.transformers.data.conversations import what as _what
 from kdkernels.transformers.data.sources import checked_record, is_pair, is_prompt, read

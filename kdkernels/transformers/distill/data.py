@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kdkernels.errors import CommandError
-from kdkernels.transformers.batches import most_positions
+from kdkernels.transformers.batches.reading import most_positions
 from kdkernels.transformers.cache import TOKENIZER, TopKCache
 from kdkernels.transformers.data import Example, Prepared, prepare
 from kdkernels.transformers.distill.errors import of_option, refused

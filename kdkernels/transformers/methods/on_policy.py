@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from kdkernels.transformers.batches import plain
+from kdkernels.transformers.batches.layout import plain
 from kdkernels.transformers.finite import check_weights
 from kdkernels.transformers.heads import unwrapped
 from kdkernels.transformers.methods.base import Part
