@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from kdkernels.scalars import number
+from kdkernels.scalars import count, number, share, whole
 from kdkernels.transformers.batches.layout import IGNORED
 from kdkernels.transformers.batches.reading import most_positions
 from kdkernels.transformers.heads import unwrapped
@@ -89,23 +89,23 @@ class OnPolicy:
     ) -> None:
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule {schedule!r} is not known; accepted: {', '.join(SCHEDULES)}")
-        self.fraction = _share("fraction", fraction)
+        self.fraction = share("fraction", fraction)
         self.adaptive = schedule == "adaptive"
-        self.replay_size = _count("replay_size", replay_size, 1)
-        self.seed = _count("seed", seed, None)
+        self.replay_size = count("replay_size", replay_size)
+        self.seed = whole("seed", seed, "a whole number")
         ends = eos_token_id if eos_token_id is None or isinstance(eos_token_id, Sequence) else [eos_token_id]
-        self.ends = [] if ends is None else [_count("eos_token_id", end, 0) for end in ends]
+        self.ends = [] if ends is None else [count("eos_token_id", end, 0) for end in ends]
         if ends is not None and not self.ends:
             raise ValueError("eos_token_id is a token, at least one of them, or None, got an empty sequence")
-        self.pad = (self.ends or [0])[0] if pad_token_id is None else _count("pad_token_id", pad_token_id, 0)
-        self.vocab_size = None if vocab_size is None else _count("vocab_size", vocab_size, 1)
-        self.positions = None if positions is None else _count("positions", positions, 1)
-        self.max_new_tokens = _count("max_new_tokens", max_new_tokens, 1)
+        self.pad = (self.ends or [0])[0] if pad_token_id is None else count("pad_token_id", pad_token_id, 0)
+        self.vocab_size = None if vocab_size is None else count("vocab_size", vocab_size)
+        self.positions = None if positions is None else count("positions", positions)
+        self.max_new_tokens = count("max_new_tokens", max_new_tokens)
         self.sampling = {
             "do_sample": True,
             "temperature": number("temperature", temperature, "a positive number", 0.0, above=True),
-            "top_k": _count("top_k", top_k, 0),
-            "top_p": _share("top_p", top_p, above=True),
+            "top_k": count("top_k", top_k, 0),
+            "top_p": number("top_p", top_p, "a number in (0, 1]", 0.0, 1.0, above=True),
             "pad_token_id": self.pad,
             "eos_token_id": self.ends or None,
             "max_new_tokens": self.max_new_tokens,
@@ -147,8 +147,8 @@ class OnPolicy:
         """
         rows = _checked(batch)
         for name, value in {"step": step, "micro": micro, "rank": rank}.items():
-            _count(name, value, 0)
-        _share("progress", progress)
+            count(name, value, 0)
+        share("progress", progress)
         if self.adaptive and rows > self.replay_size:
             raise ValueError(f"replay_size={self.replay_size} is smaller than a batch of {rows} rows; accepted: {rows} or more")
         positions = self._positions(writer(model)[1])
@@ -201,7 +201,7 @@ class OnPolicy:
         wanted = self.state_dict().keys()
         if state.keys() != wanted:
             raise ValueError(f"state has the keys {', '.join(map(str, state))}; accepted: those of state_dict, {', '.join(wanted)}")
-        fraction = _share("state['fraction']", state["fraction"])
+        fraction = share("state['fraction']", state["fraction"])
         tokens, lengths, prompts = (state[name] for name in ("tokens", "lengths", "prompts"))
         if not (
             len(lengths) == len(prompts) and int(lengths.sum()) == len(tokens) and bool(((prompts > 0) & (prompts < lengths)).all())
@@ -263,23 +263,6 @@ class OnPolicy:
             "attention_mask": pad_sequence([torch.ones_like(row.tokens) for row in rows], batch_first=True).to(mask),
             "labels": pad_sequence([row.labels for row in rows], batch_first=True, padding_value=IGNORED).to(labels),
         }
-
-
-def _count(name: str, value: Any, least: int | None) -> int:
-    accepted = "a whole number" if least is None else f"a whole number of at least {least}"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {accepted}, got {type(value).__name__}")
-    if least is not None and value < least:
-        raise ValueError(f"{name} is {accepted}, got {value}")
-    return value
-
-
-def _share(name: str, value: Any, *, above: bool = False) -> float:
-    accepted = "a number in (0, 1]" if above else "a number in [0, 1]"
-    found = number(name, value, accepted, 0.0, above=above)
-    if found > 1.0:
-        raise ValueError(f"{name} is {accepted}, got {value}")
-    return found
 
 
 def _checked(batch: Any) -> int:

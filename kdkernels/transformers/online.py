@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kdkernels.errors import to_install
-from kdkernels.scalars import number
+from kdkernels.scalars import count, number
 from kdkernels.transformers.families import FUSED, KEYS, QUERIES, VALUES
 from kdkernels.transformers.finite import NotFinite
 from kdkernels.transformers.heads import unwrapped
@@ -110,10 +110,7 @@ class OnlineTeacher:
         seed: int = 0,
     ) -> None:
         for name, value, low in (("rank", rank, 1), ("seed", seed, 0)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} is a whole number of at least {low}, got {type(value).__name__}")
-            if value < low:
-                raise ValueError(f"{name} is a whole number of at least {low}, got {value}")
+            count(name, value, low)
         if alpha is not None:
             number("alpha", alpha, "a number above 0, or None", 0.0, above=True)
         if number("dropout", dropout, "a number in [0, 1)", 0.0) >= 1.0:

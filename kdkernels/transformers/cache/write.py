@@ -26,10 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels import files
-from kdkernels.checks import LMHead
 from kdkernels.errors import CommandError
 from kdkernels.plan import default_budget
-from kdkernels.scalars import temperature_of
+from kdkernels.scalars import count, temperature_of
 from kdkernels.transformers.batches.inputs import Inputs
 from kdkernels.transformers.cache.documents import Reader, Survey, survey_of
 from kdkernels.transformers.cache.manifest import (
@@ -95,38 +94,46 @@ def write_cache(
     another cache (it says what differs), or a damaged file.
     """
     head = lm_head(model)
-    _check(head, top_k=top_k, temperature=temperature, vocab_size=vocab_size, batch_size=batch_size, shard_examples=shard_examples)
+    rows = head.weight.shape[0]
+    vocab = rows if vocab_size is None else count("vocab_size", vocab_size, high=rows, kind="an integer")
+    top_k = count("top_k", top_k, high=vocab, kind="an integer")
+    batch_size, shard_examples = (
+        count(name, value, kind="an integer") for name, value in (("batch_size", batch_size), ("shard_examples", shard_examples))
+    )
+    settings = {
+        "top_k": top_k,
+        "temperature": temperature_of("temperature", temperature),
+        "vocab_size": vocab,
+        "shard_examples": shard_examples,
+    }
     if memory_budget is not None:
-        _count("memory_budget", memory_budget)
+        count("memory_budget", memory_budget, kind="an integer")
     check_weights(model, "teacher")
     reader = Reader(examples, Inputs.of({"teacher": model}))
     survey = survey_of(reader)
-    count = len(survey.lengths)
-    vocab = head.weight.shape[0] if vocab_size is None else vocab_size
-    settings = {"top_k": top_k, "temperature": float(temperature), "vocab_size": vocab, "shard_examples": shard_examples}
     identity = _identity(model, survey, settings, about)
     folder = Path(folder)
     _claim(folder, identity)
 
     key = hashlib.blake2b(as_json(identity).encode(), digest_size=16).hexdigest()
-    shards = range(math.ceil(count / shard_examples))
+    shards = range(math.ceil(len(survey.lengths) / shard_examples))
     held = {shard: _read_shard(folder, shard, key) for shard in shards if (folder / shard_name(shard)).exists()}
     missing = [shard for shard in shards if shard not in held]
     done = sum(facts["examples"] for facts in held.values())
 
     def report(more: int) -> None:
         if progress is not None:
-            progress(done + more, count)
+            progress(done + more, len(survey.lengths))
 
     report(0)
     if missing:
         verify_lm_head(model, role="teacher")
         write_manifest(folder, {**identity, "index": None, "shards": None})
         budget = default_budget(head.weight.device) if memory_budget is None else memory_budget
-        teacher = MostLikely(model, head, top_k=top_k, temperature=float(temperature), vocab=vocab, budget=budget)
+        teacher = MostLikely(model, head, top_k=top_k, temperature=settings["temperature"], vocab=vocab, budget=budget)
         with restored(model), evaluating(model):
             for shard in missing:
-                numbers = range(count)[shard * shard_examples : (shard + 1) * shard_examples]
+                numbers = range(len(survey.lengths))[shard * shard_examples : (shard + 1) * shard_examples]
                 tensors = _shard(teacher, reader, numbers, batch_size, report)
                 facts = {"cache": key, "shard": shard, "examples": len(numbers), "tail_mass": _tail_mass(tensors["topk_rest"])}
                 held[shard] = {**facts, "digest": files.save(folder / shard_name(shard), tensors, facts)}
@@ -194,24 +201,6 @@ def _teacher_digest(model: nn.Module) -> str:
 
 def _ordered(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
-
-
-def _count(name: str, value: Any, most: int | None = None) -> None:
-    accepted = "an integer of at least 1" if most is None else f"an integer from 1 to {most}"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {accepted}, got {type(value).__name__}")
-    if value < 1 or (most is not None and value > most):
-        raise ValueError(f"{name} is {accepted}, got {value}")
-
-
-def _check(head: LMHead, *, top_k: Any, temperature: Any, vocab_size: Any, batch_size: Any, shard_examples: Any) -> None:
-    rows = head.weight.shape[0]
-    if vocab_size is not None:
-        _count("vocab_size", vocab_size, rows)
-    _count("top_k", top_k, rows if vocab_size is None else vocab_size)
-    temperature_of("temperature", temperature)
-    _count("batch_size", batch_size)
-    _count("shard_examples", shard_examples)
 
 
 def _plain(about: Mapping[str, Any] | None) -> dict[str, Any]:
