@@ -98,7 +98,7 @@ def extension() -> Any:
         define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
         extra_compile_args={"cxx": [*FLAGS, *sanitize]},
         extra_link_args=sanitize,
-        depends=["csrc/vec.h", "csrc/rows.h", "csrc/kernels.h", "kdkernels/divergences.py"],
+        depends=["csrc/vec.h", "csrc/rows.h", "csrc/kernels.h", "kdkernels/divergences.py", "kdkernels/backends/functors.py"],
     )
 
 

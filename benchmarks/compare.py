@@ -52,8 +52,8 @@ import kdkernels as kd
 from benchmarks import contenders
 from benchmarks.contenders import COMPILED, IGNORED, LOSSES, PUBLISHED, TAID_T, Head, Loss, NotOfferedError, Problem
 from benchmarks.measure import in_own_process, interleaved, limit_memory, machine, peak_above, seconds, why
-from kdkernels import files
-from kdkernels.products import product_dtype
+from kdkernels.backends.products import product_dtype
+from kdkernels.console import files
 from tests.support import oracle
 
 MODULE = "benchmarks.compare"

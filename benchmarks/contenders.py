@@ -26,7 +26,7 @@ from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint
 
 import kdkernels as kd
-from kdkernels.products import block_rows, cut_for_logits
+from kdkernels.backends.products import block_rows, cut_for_logits
 
 LOSSES = ("forward_kl", "reverse_kl", "jsd", "taid")
 TAID_T = 0.4  # the teacher's share in the target at the start of one of the published runs

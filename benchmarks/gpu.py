@@ -52,7 +52,7 @@ from benchmarks import gpu_checks, gpu_kernels, gpu_report, gpu_smoke, gpu_times
 from benchmarks.gpu_parts import Part, Result, results
 from benchmarks.gpu_report import line
 from benchmarks.measure import version
-from kdkernels import info
+from kdkernels.console import info
 from kdkernels.divergences import resolve
 
 # Seconds of each stage on a GPU: the first four, and the last three, are to fit 5.5 minutes.
@@ -88,12 +88,15 @@ def _checks(size: str) -> list[Part]:
     shards = [
         *(
             (strategy, gpu_checks.items(size, dtype, of))
-            for strategy, of, dtype in itertools.product(STRATEGIES, divergences, dtypes)
+            for strategy, of, dtype in itertools.product((*STRATEGIES, gpu_checks.CLUSTER), divergences, dtypes)
         ),
         *((strategy, gpu_checks.items_of_dtype(dtype)) for strategy, dtype in itertools.product(STRATEGIES, dtypes)),
     ]
     if size == "toy":
-        shards = [(strategy, [item for of, items in shards if of == strategy for item in items]) for strategy in STRATEGIES]
+        shards = [
+            (strategy, [item for of, items in shards if of == strategy for item in items])
+            for strategy in (*STRATEGIES, gpu_checks.CLUSTER)
+        ]
     return [
         Part(f"check {strategy}", gpu_checks.opened, (strategy,), tuple(items), 75, together=True) for strategy, items in shards
     ]
@@ -112,7 +115,7 @@ def parts(size: str) -> dict[str, list[Part]]:
     others = tuple((*setting, contender) for contender in extent.others for setting in settings)
     profiled = tuple(itertools.product(timed, gpu_kernels.PROFILED))
     profiled_heads = tuple(extent.heads) if toy else gpu_kernels.PROFILED_HEADS
-    labels = tuple(map(gpu_kernels.label, gpu_kernels.ROW_CANDIDATES[: 2 if toy else None]))
+    labels = gpu_kernels.ROW_CANDIDATES[: 2 if toy else None]
     vocabularies = (150,) if toy else gpu_kernels.ROW_VOCABULARIES
     tried = gpu_kernels.TOY_BLOCKS if toy else gpu_kernels.BLOCK_CANDIDATES
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from benchmarks.gpu_parts import Result, device_of, why
+from benchmarks.gpu_parts import Result, cluster_rows, device_of, why
 from benchmarks.gpu_times import peak_bytes
+from kdkernels.engine.scratch import ROW_ELEMENTS
 from tests.support.cases import Case, assert_as_good_as_eager, draw, dressed, ratios
 from tests.support.oracle import Options
 
@@ -108,17 +110,41 @@ def budget(case: Case, chunks: int) -> int | None:
     return tokens * vocab * case.student_weight.itemsize // chunks
 
 
+# Checked as a strategy: ``tokens`` with the cluster kernel, its rows cut in as many ways as a cluster can be, so that rows of every
+# length are shared by several blocks.
+CLUSTER = "cluster"
+CLUSTERS = ((1, 8, 3), (2, 8, 3), (4, 16, 1), (8, 8, 3), (8, 16, 1), (16, 8, 3))
+
+
+@contextmanager
+def shared_rows(strategy: str, at: int, vocab: int) -> Iterator[str]:
+    """What to call the loss with. at: which of the ways to cut rows. vocab: logits of a row; short rows lie too close."""
+    if strategy != CLUSTER:
+        yield strategy
+        return
+    with cluster_rows(CLUSTERS[at % len(CLUSTERS)]) as started:
+        yield "tokens"
+    if not started and vocab >= ROW_ELEMENTS:
+        raise LookupError("the cluster kernel took no rows")
+
+
+def _with_shared_rows(check: Callable[[Case, str], Result], case: Case, strategy: str) -> Result:
+    with shared_rows(strategy, 2, case.student_weight.shape[0]) as called:
+        return check(case, called)
+
+
 def accuracy(divergence: str, strategy: str, dtype: torch.dtype, spread: float, size: str, device: str) -> Result:
     """How the errors of value and gradients compare with what they may be: at most 1 is right (see assert_as_good_as_eager)."""
     compared = {}
-    for name, setting in settings_of(size).items():
+    for at, (name, setting) in enumerate(settings_of(size).items()):
         drawn = cases(setting, divergence, dtype, spread)
         exact = [case.plain() for case in drawn]
         eager, found = [], []
         for case in (moved(case, device) for case in drawn):
             with torch.device(device):  # where the oracle makes its masks
                 eager.append(on_cpu(case.plain(dtype)))
-            found.append(on_cpu(case.run(strategy=strategy, memory_budget=budget(case, setting.chunks))))
+            with shared_rows(strategy, at, setting.vocab) as called:
+                found.append(on_cpu(case.run(strategy=called, memory_budget=budget(case, setting.chunks))))
         compared[name] = ratios(found, eager, exact)
     for names in {tuple(ratio) for ratio in compared.values()}:  # a head without a bias has no gradient of one
         assert_as_good_as_eager({name: ratio for name, ratio in compared.items() if tuple(ratio) == names})
@@ -294,12 +320,15 @@ def opened(size: str, strategy: str) -> Callable[[str, str | None, str, float | 
     def run(dtype_name: str, divergence: str | None, name: str, spread: float | None) -> Iterator[Result]:
         dtype = DTYPES[dtype_name]
         facts: Result = {"check": name, "strategy": strategy, "dtype": dtype_name}
+        if strategy == CLUSTER and device != "cuda":
+            yield {**facts, "divergence": divergence, "skipped": "the cluster kernel needs an NVIDIA GPU"}
+            return
         if divergence is None:
             yield checked(facts, by_name[name], dtype, strategy, device)
             return
         facts["divergence"] = divergence
         if spread is None:
-            yield checked(facts, by_name[name], repeated(divergence, dtype, size, device), strategy)
+            yield checked(facts, _with_shared_rows, by_name[name], repeated(divergence, dtype, size, device), strategy)
         else:
             yield checked({**facts, "spread": spread}, accuracy, divergence, strategy, dtype, spread, size, device)
 

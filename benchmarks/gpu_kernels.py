@@ -9,9 +9,11 @@ A winner goes into kdkernels/backends/triton/blocks.py by hand.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -20,25 +22,18 @@ import torch
 
 from benchmarks import contenders
 from benchmarks.contenders import Head, Problem, problem
-from benchmarks.gpu_parts import Result, device_of, told
+from benchmarks.gpu_parts import Result, cluster_rows, device_of, told
 from benchmarks.gpu_times import EXTENTS, OURS, milliseconds, spread, stepped
-from kdkernels import traffic
 from kdkernels.divergences import resolve
+from kdkernels.planning import traffic
 
-PROFILED = ("tokens", "tokens 8 GiB", "vocab")
+PROFILED = ("tokens", "tokens, cluster rows", "vocab")
 PROFILED_HEADS = ("qwen2.5", "gemma3")
 SHOWN = 14  # kernels of a profile
-# What replaces a field of the table's Row; the first leaves it as it is.
-ROW_CANDIDATES: tuple[dict[str, int], ...] = (
-    {},
-    {"num_warps": 4},
-    {"num_warps": 16},
-    {"entries": 4},
-    {"entries": 16},
-    {"num_warps": 4, "entries": 16},
-    {"num_warps": 16, "entries": 4},
-    {"maxnreg": 64},
-)
+# How the row operation is done: by Triton's kernel; by the cluster kernel as it cuts rows by itself; by it with other clusters
+# (blocks that share a row, warps of a block, blocks of a multiprocessor).
+TRITON, CLUSTER = "Triton", "cluster"
+CLUSTERS = ((4, 8, 2), (8, 8, 2), (8, 8, 3), (16, 8, 2), (16, 8, 3), (4, 16, 1), (8, 16, 1), (16, 16, 1))
 ROW_TOKENS, ROW_VOCABULARIES = 2048, (151_936, 262_144)
 # block_n, block_v, block_d, num_warps, num_stages, group; a group of 1024 blocks leaves the grid in its own order
 BLOCK_CANDIDATES = (
@@ -97,17 +92,20 @@ def opened_profile(size: str, head_name: str) -> Callable[[str, str], Iterator[R
     return run
 
 
-def label(candidate: dict[str, int]) -> str:
-    return " ".join(f"{name}={value}" for name, value in candidate.items()) or "the table's"
+def cluster_label(cluster: int, warps: int, blocks: int) -> str:
+    return f"clusters of {cluster} x {warps} warps, {blocks} to a multiprocessor"
+
+
+ROW_CANDIDATES = (TRITON, CLUSTER, *(cluster_label(*shape) for shape in CLUSTERS))
 
 
 def opened_rows(size: str, compile_only: bool) -> Callable[[str, int, str], Iterator[Result]]:
-    """The row kernel's times over float32 logits, dx in bfloat16; or only its first start, which compiles it."""
-    from kdkernels.backends.triton import blocks, row_loss  # Triton may not be installed
+    """The row operation's times over float32 logits, dx in bfloat16; or only its first start, which compiles it."""
+    from kdkernels.backends.triton import row_loss  # Triton may not be installed
 
     device = device_of(size)
     rows = 4 if size == "toy" else 16 if compile_only else ROW_TOKENS
-    candidates = {label(candidate): candidate for candidate in ROW_CANDIDATES}
+    shapes = {cluster_label(*shape): shape for shape in CLUSTERS}
     made: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def logits(vocab: int) -> tuple[torch.Tensor, ...]:
@@ -117,32 +115,38 @@ def opened_rows(size: str, compile_only: bool) -> Callable[[str, int, str], Iter
             made[vocab] = x, z, torch.empty(rows, vocab, device=device, dtype=torch.bfloat16)
         return made[vocab]
 
-    def measure(loss: str, vocab: int, candidate: dict[str, int]) -> Result:
+    def measure(loss: str, vocab: int, candidate: str) -> Result:
+        if candidate != TRITON and device != "cuda":
+            return {"skipped": "the cluster kernel needs an NVIDIA GPU"}
         x, z, dx = logits(vocab)
-        entry = replace(blocks.row_entry(x.device), **candidate)
         weight, t = torch.ones(rows, device=device), torch.ones((), device=device)
         head = [1.0, 0.0, 1.0, 0.0]  # scales and softcaps
 
         def start() -> None:
             row_loss(x, z, None, None, None, weight, t, loss, resolve(loss).a, 1.0, 1.0, 0.0, head, True, False, dx)
 
-        with mock.patch.object(blocks, "row_entry", return_value=entry):
+        with ExitStack() as stack:
+            if candidate == TRITON:
+                stack.enter_context(mock.patch.dict(os.environ, KDKERNELS_ROWS="triton"))
+            else:
+                started = stack.enter_context(cluster_rows(shapes.get(candidate)))
             begin = time.perf_counter()
             start()
             dx[0, 0].item()  # waits for the kernel
-            found: Result = {"row": str(entry), "first_s": time.perf_counter() - begin}
+            found: Result = {"first_s": time.perf_counter() - begin}
+            if candidate != TRITON and not started:
+                return {"skipped": "the rows do not fit, or the device has no such clusters"}
             if compile_only:
                 return found
             start()
             found |= spread([milliseconds(start, device) for _ in range(3 if size == "toy" else 9)])
-        swept = traffic.sweeps(loss)
+        # by Triton in each sweep, by a cluster once
+        swept = traffic.sweeps(loss) if candidate == TRITON else 1
         bytes_ = traffic.row_loss(rows, vocab, (x.itemsize, z.itemsize), dx.itemsize, sweeps=swept).total
         return {**found, "bytes": bytes_, "bytes_per_second": bytes_ / found["median_ms"] * 1e3}
 
     def run(loss: str, vocab: int, name: str) -> Iterator[Result]:
-        yield told(
-            {"loss": loss, "vocab": vocab, "tokens": rows, "candidate": name}, lambda: measure(loss, vocab, candidates[name])
-        )
+        yield told({"loss": loss, "vocab": vocab, "tokens": rows, "candidate": name}, lambda: measure(loss, vocab, name))
 
     return run
 

@@ -16,9 +16,10 @@ import kdkernels as kd
 from benchmarks.gpu_checks import DTYPES, SkippedError, checked
 from benchmarks.gpu_parts import BACKEND, Result, device_of, told
 from benchmarks.gpu_times import milliseconds, spread
-from kdkernels import backends, products
+from kdkernels import backends
+from kdkernels.backends import products
 from kdkernels.divergences import DivergenceName
-from kdkernels.signatures import Strategy
+from kdkernels.engine.cut import Strategy
 
 # Relative to the float64 result, in the norm: a few roundings of the returned gradients, and far below what a wrong formula gives.
 BOUND = {"bf16": 1e-2, "fp32": 1e-4}

@@ -21,12 +21,28 @@ from torch import Tensor
 
 from benchmarks import contenders
 from benchmarks.contenders import CONTENDERS, HEADS, Head, Loss, Problem, problem, products
-from benchmarks.gpu_parts import Result, device_of, freed, told
+from benchmarks.gpu_parts import Result, cluster_rows, device_of, freed, told
 
 GIB = 2**30
+
+
+def _with_cluster_rows(loss: Loss) -> Loss:
+    """Raises LookupError where the cluster kernel took no row."""
+
+    def run(given: Problem) -> Tensor:
+        with cluster_rows() as started:
+            value = loss(given)
+        if not started:
+            raise LookupError("the cluster kernel takes no rows here")
+        return value
+
+    return run
+
+
 OURS: dict[str, Callable[[str], Loss]] = {
     "tokens": CONTENDERS["tokens"],
     "tokens 8 GiB": lambda loss: contenders.ours(loss, "tokens", 8 * GIB),
+    "tokens, cluster rows": lambda loss: _with_cluster_rows(CONTENDERS["tokens"](loss)),
     "vocab": CONTENDERS["vocab"],
     "vocab 8 GiB": lambda loss: contenders.ours(loss, "vocab", 8 * GIB),
     "eager": CONTENDERS["eager"],

@@ -48,7 +48,7 @@ import kdkernels as kd
 from benchmarks.contenders import CONTENDERS, Problem
 from benchmarks.linear import DTYPES
 from benchmarks.measure import MIB, in_own_process, interleaved, limit_memory, machine, peak_above, seconds, status, why
-from kdkernels import files
+from kdkernels.console import files
 
 RESULTS = Path(__file__).parent / "results" / "limits.json"
 GIB = 2**30

@@ -33,7 +33,7 @@ import torch
 import kdkernels as kd
 from benchmarks.contenders import bare_logits
 from benchmarks.measure import MIB, in_own_process, interleaved, machine, peak_above, seconds
-from kdkernels.products import product_dtype
+from kdkernels.backends.products import product_dtype
 
 RESULTS = Path(__file__).parent / "results" / "linear.json"
 BLOCK = 512

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from kdkernels import info
 from kdkernels.backends import native
+from kdkernels.console import info
 
 MIB = 2**20
 LIBRARIES = ("triton", "transformers", "liger-kernel", "trl")

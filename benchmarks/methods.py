@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.readme import methods_table
-from kdkernels import files, info
+from kdkernels.console import files, info
 from kdkernels.demo import corpus as corpora
 from kdkernels.demo.corpus import Corpus
 from kdkernels.demo.models import Model, build, hidden_states, mean_and_error

@@ -1,4 +1,4 @@
-"""Holds the roofline of kdkernels.roofline against published GPU measurements: ``python -m benchmarks.roofline [--csv PATH]``.
+"""Holds kdkernels.planning.roofline against published GPU measurements: ``python -m benchmarks.roofline [--csv PATH]``.
 
 benchmarks/published.csv holds measurements that others published, with their source. Nothing here was measured by us.
 
@@ -48,7 +48,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdkernels.roofline import Device, Pass, device, seconds
+from kdkernels.planning.devices import Device, device
+from kdkernels.planning.roofline import Pass, seconds
 
 PUBLISHED = Path(__file__).parent / "published.csv"
 UNITS = {"ms": 1e-3, "MB": 2**20, "GiB": 2**30}  # Liger's MB are 2**20 bytes

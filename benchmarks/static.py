@@ -41,9 +41,9 @@ from unittest import mock
 import torch
 
 import kdkernels as kd
+from kdkernels.backends.base import Model, Step, Terms
 from kdkernels.divergences import resolve
-from kdkernels.roofline import ROW_INSTRUCTIONS
-from kdkernels.step import Model, Step, Terms
+from kdkernels.planning.roofline import ROW_INSTRUCTIONS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KERNELS = ("row_loss", "statistics", "sums", "gradient")

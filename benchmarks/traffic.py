@@ -50,7 +50,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kdkernels as kd
-from kdkernels.signatures import Strategy
+from kdkernels.engine.cut import Strategy
 
 RESULTS = Path(__file__).parent / "results" / "traffic.json"
 
@@ -386,7 +386,7 @@ def ours(strategy: Strategy, tokens: int, vocab: int, student_dim: int, teacher_
     The vocabulary is split in two, as it is where tokens are many; with the few of these shapes there would be as many splits as
     tiles, and their partial sums would count for more than they do.
     """
-    from kdkernels import products
+    from kdkernels.backends import products
     from kdkernels.backends.triton import blocks
     from tests.support.interpreter import as_on_a_gpu
 
@@ -407,8 +407,8 @@ def ours(strategy: Strategy, tokens: int, vocab: int, student_dim: int, teacher_
     with (
         as_on_a_gpu(programs=programs),
         mock.patch.object(blocks, "entry", table),
-        mock.patch("kdkernels.products.multiply", multiply),
-        mock.patch("kdkernels.products.add_multiplied", add_multiplied),
+        mock.patch("kdkernels.backends.products.multiply", multiply),
+        mock.patch("kdkernels.backends.products.add_multiplied", add_multiplied),
         metered(operators=True, logits=rows_over(vocab, columns), operands=tensors) as meter,
     ):
         loss = kd.linear_kd_loss(

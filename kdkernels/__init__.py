@@ -1,7 +1,6 @@
 """Distillation losses for language models with large vocabularies, without the logits."""
 
 from kdkernels.backends import backend
-from kdkernels.checks import LMHead
 from kdkernels.divergences import (
     Divergence,
     divergences,
@@ -12,12 +11,13 @@ from kdkernels.divergences import (
     skew_reverse_kl,
     total_variation,
 )
-from kdkernels.losses import LinearKDLoss, kd_loss, linear_kd_loss
-from kdkernels.okd import OKDLoss, linear_okd_loss
-from kdkernels.plan import Plan, plan
-from kdkernels.scratch import free_scratch
-from kdkernels.taid import TAIDSchedule
-from kdkernels.topk import linear_topk_kd_loss
+from kdkernels.engine.scratch import free_scratch
+from kdkernels.losses.checks import LMHead
+from kdkernels.losses.linear import LinearKDLoss, kd_loss, linear_kd_loss
+from kdkernels.losses.okd import OKDLoss, linear_okd_loss
+from kdkernels.losses.taid import TAIDSchedule
+from kdkernels.losses.topk import linear_topk_kd_loss
+from kdkernels.planning.plan import Plan, plan
 
 __version__ = "0.1.0"
 

@@ -12,8 +12,9 @@ Each is one function ``(lp, lq, d, shares) -> (value, slope, c)`` written agains
   With the right c no entry's value is negative: terms that would cancel over the row, and leave their rounding errors, do so here,
   entry by entry.
 - here ``xp`` is torch, and the function serves tensors of any dtype and device;
-- ``bind`` gives the same function over another namespace. The build traces it into a C++ functor (csrc/generate.py), which the
-  CPU row loops take as a template argument; over triton.language and wrapped by triton.jit it is a kernel's constexpr argument.
+- ``bind`` gives the same function over another namespace. Traced, it becomes a C++ functor (backends/functors.py), which the row
+  loops of CPUs and of CUDA take as a template argument; over triton.language and wrapped by triton.jit it is a kernel's constexpr
+  argument.
 
 Only ``exp``, ``log``, ``abs``, ``where``, ``maximum``, comparisons and arithmetic are used, in the form ``xp.exp(v)``, and three
 functions of small numbers that ``Torch`` below explains: every namespace has those. Entries that are -inf in either model are

@@ -71,3 +71,22 @@ def one_of(name: str, value: Any, accepted: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in accepted:
         raise ValueError(f"{name} {value!r} is not known; accepted: {', '.join(accepted)}")
     return value
+
+
+def vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:
+    if vocab_size is None and student != teacher:
+        raise ValueError(
+            f"student_head has {student} rows and teacher_head {teacher}; if the larger is padded, pass vocab_size= the number "
+            "of tokens that both know"
+        )
+    return cut_vocabulary(min(student, teacher), vocab_size, "the rows that both heads have")
+
+
+def cut_vocabulary(rows: int, vocab_size: int | None, what: str) -> int:
+    """vocab_size, or all ``rows``; ``what`` these are."""
+    if vocab_size is None:
+        return rows
+    size = whole("vocab_size", vocab_size, "an integer")
+    if not 1 <= size <= rows:
+        raise ValueError(f"vocab_size={size}; accepted: 1 to {rows}, {what}")
+    return size

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdkernels.checks import LMHead, float_tensor, integer_tensor
 from kdkernels.compat.conventions import divergence_of_beta
-from kdkernels.losses import linear_kd_loss
+from kdkernels.losses.checks import LMHead, float_tensor, integer_tensor
+from kdkernels.losses.linear import linear_kd_loss
 from kdkernels.scalars import number, whole
 
 

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from kdkernels.compat.conventions import divergence_of_beta
 from kdkernels.errors import to_install
-from kdkernels.losses import linear_kd_loss
+from kdkernels.losses.linear import linear_kd_loss
 from kdkernels.transformers.heads import lm_head
 from kdkernels.transformers.hidden import hidden_states
 from kdkernels.transformers.verify import verify_lm_head

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from kdkernels import files
+from kdkernels.console import files
 from kdkernels.demo.settings import Settings, fingerprint
 from kdkernels.errors import CommandError
 

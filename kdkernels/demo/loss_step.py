@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import files
+from kdkernels.console import files
 from kdkernels.errors import CommandError
 
 Inputs = dict[str, Tensor]

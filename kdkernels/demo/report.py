@@ -14,7 +14,7 @@ import matplotlib
 from rich.console import Console
 from rich.table import Table
 
-from kdkernels import files, terminal
+from kdkernels.console import files, terminal
 from kdkernels.demo.train import Phase, Watch
 
 # One colour per method, told apart by people who see colours differently (Okabe and Ito).

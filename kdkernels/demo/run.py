@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from kdkernels import files, info, terminal
+from kdkernels.console import files, info, terminal
 from kdkernels.demo import corpus as corpora
 from kdkernels.demo import loss_step, report
 from kdkernels.demo.corpus import Corpus

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import files
+from kdkernels.console import files
 from kdkernels.demo.corpus import Corpus
 from kdkernels.demo.models import Model, build, heldout_losses, hidden_states, mean_and_error
 from kdkernels.demo.settings import ModelSize, Settings, fingerprint

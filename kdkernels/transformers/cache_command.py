@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kdkernels.arguments import number
+from kdkernels.console.arguments import number
 from kdkernels.errors import CommandError, to_install
 
 LIBRARIES = ("rich", "safetensors", "transformers")
@@ -79,7 +79,7 @@ def _run(arguments: argparse.Namespace) -> None:
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise CommandError(f"the cache needs {', '.join(missing)}, not installed here: {to_install('transformers')}")
-    from kdkernels import files, terminal
+    from kdkernels.console import files, terminal
     from kdkernels.transformers.cache import TOKENIZER, write_cache
     from kdkernels.transformers.data import prepare
     from kdkernels.transformers.load import load_model, load_tokenizer
@@ -138,7 +138,7 @@ class _Progress:
     """A bar on a terminal; elsewhere only a line where an earlier run is gone on with."""
 
     def __init__(self, console: Any, say: Any) -> None:
-        from kdkernels import terminal
+        from kdkernels.console import terminal
 
         self.bar = terminal.Bar(console)
         self.task, self.say = self.bar.add_task("examples", total=None), say

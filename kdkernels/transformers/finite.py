@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kdkernels.checks import FLOATS
+from kdkernels.losses.checks import FLOATS
 from kdkernels.transformers.heads import unwrapped
 
 logger = logging.getLogger(__name__)

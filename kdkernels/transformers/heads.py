@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdkernels.checks import FLOATS, LMHead
+from kdkernels.losses.checks import FLOATS, LMHead
 from kdkernels.transformers.families import DIVIDES, FAMILIES, MULTIPLIES, SOFTCAPS, families_of
 
 

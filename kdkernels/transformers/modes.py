@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from kdkernels.checks import FLOATS
+from kdkernels.losses.checks import FLOATS
 
 INDICES = (torch.bool, torch.int64)  # of masks and positions, not of weights
 

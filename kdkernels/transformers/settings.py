@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, get_type_hints
 
 from kdkernels import scalars
-from kdkernels.arguments import MEMORY, memory, number
+from kdkernels.console.arguments import MEMORY, memory, number
 
 Check = Callable[[str, Any], object]
 

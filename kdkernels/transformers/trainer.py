@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from kdkernels.taid import TAIDSchedule
+from kdkernels.losses.taid import TAIDSchedule
 from kdkernels.transformers import checkpoints, given
 from kdkernels.transformers.batches.inputs import Collated, Inputs
 from kdkernels.transformers.batches.layout import IGNORED, PADDING, TARGETS, Prepared, document_numbers, next_tokens

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdkernels.checks import LMHead
+from kdkernels.losses.checks import LMHead
 from kdkernels.transformers.batches.reading import most_positions
 from kdkernels.transformers.finite import NotFinite, check_weights, is_finite
 from kdkernels.transformers.heads import OutputHead, after_head, output_module, read_head, unwrapped

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels import backends
+from kdkernels.backends.merge import merged, sums_of_one_sweep
 from kdkernels.backends.operators import STATS_COLUMNS, row_columns
 from kdkernels.divergences import resolve
-from kdkernels.vocab import merged, sums_of_one_sweep
 from tests.support.cases import BLOCK_CHOICES, BLOCK_VARIANTS, parameters, running
 
 # Ragged: one entry, less than a vector, more than one block of the native row loops, and what is left.

@@ -244,8 +244,8 @@ def test_the_command_refuses_what_it_cannot_do(
 def test_auto_takes_what_was_measured_to_be_faster(dtype: str, divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At every budget of the committed break-even where one strategy was ahead by more than a fifth; planned as on the machine that
     was measured, with the native backend and products in bfloat16, whatever this one is."""
-    monkeypatch.setattr(importlib.import_module("kdkernels.plan"), "_backend", lambda *_: "native")
-    for module in ("plan", "products"):
+    monkeypatch.setattr(importlib.import_module("kdkernels.engine.cut"), "backend_of", lambda *_: "native")
+    for module in ("planning.plan", "engine.cut", "backends.products"):
         monkeypatch.setattr(importlib.import_module(f"kdkernels.{module}"), "product_dtype", lambda dtype, _: dtype)
     measured = json.loads(limits.RESULTS.read_text())["break_even"][f"{dtype} {divergence}"]
     case = replace(limits.FULL.break_even, dtype=dtype, divergence=divergence)

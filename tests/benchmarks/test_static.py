@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 
 from benchmarks import static
 from benchmarks.static import ODD, PLAIN, VALUE, Compiled, Launch, Sweep
-from kdkernels.roofline import ROW_INSTRUCTIONS
+from kdkernels.planning.roofline import ROW_INSTRUCTIONS
 from tests.support import ROOT
 
 GOOD = Compiled("sm_90", "bf16", "sums", "jsd", registers=128, spilled=0, shared=64 * 1024, tensor_cores=8, warps=8)

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels import files, info, roofline
-from kdkernels.arguments import Parser, memory
 from kdkernels.backends import native
 from kdkernels.cli import main
+from kdkernels.cli.configs import head_shape
+from kdkernels.cli.models import HEADS, HeadShape
+from kdkernels.console import files, info
+from kdkernels.console.arguments import Parser, memory
 from kdkernels.errors import CommandError, to_install
-from kdkernels.models import HEADS, HeadShape, head_shape
+from kdkernels.planning import roofline
 from kdkernels.transformers.distill.configuration import read_config
 from kdkernels.transformers.distill.options import BY_NAME
 

@@ -22,7 +22,7 @@ pytest.importorskip("safetensors")
 
 from rich.console import Console
 
-from kdkernels import files
+from kdkernels.console import files
 from kdkernels.demo import corpus as corpora
 from kdkernels.demo import loss_step, train
 from kdkernels.demo import run as demo

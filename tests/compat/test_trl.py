@@ -388,7 +388,7 @@ class TestMemory:
     @both_trainers
     def test_logits_are_never_whole(self, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where the scratch allows a few rows, of the batch's tokens no more have logits at one time."""
-        monkeypatch.setattr("kdkernels.ops.default_budget", lambda _: 1)
+        monkeypatch.setattr("kdkernels.losses.operators.default_budget", lambda _: 1)
         trainer, inputs = trainer_of(kind, tmp_path), batch(kind)
         tokens = int((inputs["labels"] != -100).sum() if kind == "gkd" else inputs["completion_mask"].sum())
         with Wide() as theirs:

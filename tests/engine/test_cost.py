@@ -22,10 +22,13 @@ from torch import Tensor
 import kdkernels as kd
 from benchmarks.contenders import HEADS, Head
 from benchmarks.roofline import Trace
-from kdkernels import gradients, ops, roofline, scratch, tokens, vocab
+from kdkernels.backends.products import HeadProducts
 from kdkernels.cli import main
-from kdkernels.plan import chunk_rows, default_budget
-from kdkernels.products import HeadProducts
+from kdkernels.engine import gradients, scratch, tokens, vocab
+from kdkernels.engine.cut import chunk_rows
+from kdkernels.losses import operators as ops
+from kdkernels.planning import devices, roofline
+from kdkernels.planning.plan import default_budget
 from tests.support import ROOT
 from tests.support.cases import Case, InsideOperators, draw, parameters, running
 from tests.support.oracle import Options
@@ -200,11 +203,11 @@ class TestOnAGpu:
 
     def test_the_default_budget_is_a_sixteenth_of_the_devices_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         cuda = torch.device("cuda", 0)
-        for on in roofline.DEVICES.values():
+        for on in devices.DEVICES.values():
             assert default_budget(cuda, on) == on.memory // 16
             largest = kd.plan(2**20, *self.QWEN, torch.bfloat16, device=on.name, strategy="tokens").logits_bytes
             assert 0.9 * on.memory / 16 < largest <= on.memory / 16, "the plan takes the named device's"
-        assert default_budget(cuda) == roofline.DEVICES["H100"].memory // 16, "none here and none named"
+        assert default_budget(cuda) == devices.DEVICES["H100"].memory // 16, "none here and none named"
         assert default_budget(torch.device("cpu")) == 512 * MIB
         assert default_budget(torch.device("mps")) == default_budget(torch.device("xpu")) == 1024 * MIB
         asked: list[torch.device] = []
@@ -215,12 +218,12 @@ class TestOnAGpu:
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-        roofline.gpu_memory.cache_clear()
+        devices.gpu_memory.cache_clear()
         try:
             assert {default_budget(cuda) for _ in range(3)} == {85_000_000_000 // 16}
-            assert default_budget(cuda, roofline.DEVICES["H200"]) == 141_000_000_000 // 16
+            assert default_budget(cuda, devices.DEVICES["H200"]) == 141_000_000_000 // 16
         finally:
-            roofline.gpu_memory.cache_clear()
+            devices.gpu_memory.cache_clear()
         assert asked == [cuda], "once, and not in each step"
 
     def test_chunks_are_of_one_size_and_fill_the_tiles_of_products(self) -> None:
@@ -253,7 +256,7 @@ class TestOnAGpu:
 
     def test_auto_is_what_the_named_device_is_predicted_to_do_faster(self) -> None:
         chosen = set()
-        for device, mib, name in itertools.product(roofline.DEVICES, (4, 16, 64, 256, None), ("forward_kl", "jsd")):
+        for device, mib, name in itertools.product(devices.DEVICES, (4, 16, 64, 256, None), ("forward_kl", "jsd")):
             auto, tokens_, vocab_ = (
                 kd.plan(
                     *(8192, *self.QWEN, torch.bfloat16),

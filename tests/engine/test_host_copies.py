@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import kdkernels as kd
-from kdkernels import ops
 from kdkernels.divergences import resolve
+from kdkernels.losses import operators as ops
 from tests.support.cases import Case, draw, dressed, keywords
 
 pytest.importorskip("triton", reason="Triton is not installed")

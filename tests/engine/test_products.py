@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import products
+from kdkernels.backends import products
 from tests.support.cases import InsideOperators, assert_as_good_as_eager, draw, dressed, ratios
 from tests.support.interpreter import as_on_a_gpu
 from tests.support.oracle import Options
@@ -39,7 +39,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         if request.param == "gpu":
             stack.enter_context(as_on_a_gpu("reference"))
         else:
-            for module in ("ops", "plan", "products", "step"):
+            for module in ("losses.operators", "planning.plan", "backends.products", "engine.cut", "engine.step"):
                 monkeypatch.setattr(importlib.import_module(f"kdkernels.{module}"), "product_dtype", product_dtype)
         yield str(request.param)
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels import scratch
+from kdkernels.engine import scratch
 
 LIMITED = """
 import resource, sys
 import torch
 import kdkernels as kd
-from kdkernels import scratch
+from kdkernels.engine import scratch
 
 strategy, topk = sys.argv[1], sys.argv[2] == "topk"
 torch.set_num_threads(1)

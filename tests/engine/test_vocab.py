@@ -16,11 +16,11 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels import backends
 from kdkernels.backends import reference
+from kdkernels.backends.merge import merged, sums_of_one_sweep
 from kdkernels.backends.operators import STATS_COLUMNS, accumulate_dtype
 from kdkernels.divergences import resolve
-from kdkernels.plan import block_columns, column_bytes
-from kdkernels.scratch import row_stride
-from kdkernels.vocab import merged, sums_of_one_sweep
+from kdkernels.engine.cut import block_columns, column_bytes
+from kdkernels.engine.scratch import row_stride
 from tests.engine.test_cost import US, UT, N, Products, V, count
 from tests.engine.test_cost import case as counted_case
 from tests.support.cases import NATIVE_DTYPES, Case, InsideOperators, draw, dressed, parameters, running, strided
@@ -535,13 +535,13 @@ class TestBlockColumns:
     @pytest.mark.parametrize("columns", [1, 16, 40, 150])
     def test_the_loss_runs_these_blocks(self, columns: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         case, seen = draw(tokens=(18,), vocab=150, dtype=dtype), []
-        add = kd.gradients.Gradients.add_columns
+        add = kd.engine.gradients.Gradients.add_columns
 
         def spied(grads: Any, head: Any, dx: Tensor, hidden: Tensor, block: slice, buffer: Tensor) -> None:
             seen.append((block.start, block.stop, tuple(dx.shape)))
             add(grads, head, dx, hidden, block, buffer)
 
-        monkeypatch.setattr(kd.gradients.Gradients, "add_columns", spied)
+        monkeypatch.setattr(kd.engine.gradients.Gradients, "add_columns", spied)
         run(case, strategy="vocab", memory_budget=budget(case, columns))
         width = block_columns(
             *(18, 150, column_bytes(dtype, dtype, torch.device("cpu")), budget(case, columns)), torch.device("cpu")
@@ -680,8 +680,10 @@ def test_an_unknown_strategy_is_refused() -> None:
 
 def test_the_strategy_asked_for_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    for name, strategy in list(kd.ops._STRATEGIES.items()):
-        monkeypatch.setitem(kd.ops._STRATEGIES, name, lambda *step, of=name, run=strategy: ran.append(of) or run(*step))
+    for name, strategy in list(kd.losses.operators._STRATEGIES.items()):
+        monkeypatch.setitem(
+            kd.losses.operators._STRATEGIES, name, lambda *step, of=name, run=strategy: ran.append(of) or run(*step)
+        )
     for strategy in ("tokens", "vocab"):
         draw().loss(strategy=strategy)
     assert ran == ["tokens", "vocab"]

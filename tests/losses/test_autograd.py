@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import gradients
 from kdkernels.backends import reference
-from kdkernels.products import HeadProducts
+from kdkernels.backends.products import HeadProducts
+from kdkernels.engine import gradients
 from tests.support.cases import NATIVE_DTYPES, Case, draw, dressed, keywords, running
 from tests.support.oracle import Options
 

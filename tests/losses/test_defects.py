@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import gradients
-from kdkernels.step import kept_rows
+from kdkernels.engine import gradients
+from kdkernels.engine.keep import kept_rows
 from tests.support import oracle
 from tests.support.cases import InsideOperators, draw, dressed, error, root_mean_square
 from tests.support.oracle import Options

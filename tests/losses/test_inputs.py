@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import backends, checks
-from kdkernels.products import HeadProducts
+from kdkernels import backends
+from kdkernels.backends.products import HeadProducts
+from kdkernels.losses import checks
 from tests.support.cases import draw
 
 TOKENS, VOCAB, STUDENT, TEACHER = 6, 37, 8, 12

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import gradients, tokens, vocab
+from kdkernels.engine import gradients, tokens, vocab
 from tests.backends.test_backends import SPREADS, yardsticks
 from tests.engine.test_cost import STUDENT, TEACHER, US, UT, N, Products, V
 from tests.losses.test_inputs import CASE, LABELS, LINEAR, OPTIONS, forbid_work, refused

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import outcomes, step
+from kdkernels.engine import outcomes, step
 from tests.backends.test_backends import SPREADS, yardsticks
 from tests.engine.test_cost import STUDENT, US, N, Products, V
 from tests.engine.test_products import kind  # noqa: F401  (a fixture)

@@ -28,9 +28,9 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.backends import reference
+from kdkernels.backends.merge import merged
 from kdkernels.backends.operators import STATS_COLUMNS
-from kdkernels.plan import column_bytes
-from kdkernels.vocab import merged
+from kdkernels.engine.cut import column_bytes
 from tests.losses import test_okd as okd
 from tests.support.cases import Case, InsideOperators, assert_as_good_as_eager, draw, dressed, ratios
 from tests.support.oracle import Options
@@ -474,7 +474,7 @@ def refusals(group: Any, rank: int, size: int) -> dict[str, tuple[str, str]]:
     error = refusal(listed if rank == 0 else lambda: mine.run(process_group=group))
     found["one rank's tensors"] = (type(error).__name__, str(error))
     # a backend that serves no tensors of this device, as NCCL on a CPU
-    serves = mock.patch("kdkernels.ranks._serves", side_effect=[False, True]) if rank == 0 else nullcontext()
+    serves = mock.patch("kdkernels.parallel.ranks._serves", side_effect=[False, True]) if rank == 0 else nullcontext()
     with serves:
         error = refusal(lambda: mine.run(process_group=group))
     found["one rank's device"] = (type(error).__name__, str(error))

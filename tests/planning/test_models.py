@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels import configs, models
-from kdkernels.cli import main
-from kdkernels.models import HEADS, OWNERS, HeadShape, head_shape
+from kdkernels.cli import configs, main, models
+from kdkernels.cli.configs import head_shape
+from kdkernels.cli.models import HEADS, OWNERS, HeadShape
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ class TestTable:
             assert max(vocabularies) - min(vocabularies) <= 128, tokenizer
 
     def test_no_two_entries_are_one_model_trained_on_in_two_ways(self) -> None:
-        assert len({models._plain(name) for name in HEADS}) == len(HEADS) == len(OWNERS)
+        assert len({models.plain(name) for name in HEADS}) == len(HEADS) == len(OWNERS)
 
     @pytest.mark.parametrize(
         ("name", "sizes"),

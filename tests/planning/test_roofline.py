@@ -24,16 +24,14 @@ import kdkernels as kd
 from benchmarks import roofline as published
 from benchmarks.contenders import Problem, products
 from benchmarks.roofline import Row, Trace, median_error, rows
-from kdkernels import roofline
 from kdkernels.cli import main
-from kdkernels.compare import Predicted, compare
+from kdkernels.cli.compare import Predicted, compare
 from kdkernels.divergences import resolve
-from kdkernels.roofline import (
-    DEVICES,
+from kdkernels.planning import devices, roofline
+from kdkernels.planning.devices import DEVICES, NOMINAL_CPU, device
+from kdkernels.planning.roofline import (
     EAGER_TRAFFIC,
-    NOMINAL_CPU,
     Pass,
-    device,
     eager_passes,
     filled,
     seconds,
@@ -464,9 +462,9 @@ class TestDevices:
     ) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: called)
-        roofline.this_gpu.cache_clear()
-        found = roofline.this_gpu(torch.device("cuda"))
-        roofline.this_gpu.cache_clear()
+        devices.this_gpu.cache_clear()
+        found = devices.this_gpu(torch.device("cuda"))
+        devices.this_gpu.cache_clear()
         assert (found and found.name) == known
 
     def test_the_datasheets_of_what_people_rent_most(self) -> None:
@@ -496,8 +494,8 @@ class TestDevices:
                 return 0.01
             return 0.004 + 0.001 * len(inspect.getclosurevars(run).nonlocals["hidden"])
 
-        monkeypatch.setattr(roofline, "_best_seconds", took)
-        roofline.measured_cpu.cache_clear()
+        monkeypatch.setattr(devices, "_best_seconds", took)
+        devices.measured_cpu.cache_clear()
         try:
             one = device("cpu")
             assert device("CPU") is one
@@ -507,7 +505,7 @@ class TestDevices:
             assert one.bandwidth == pytest.approx(2 * 32 * 2**20 / 0.01)
             assert seconds([Pass(one.rate(torch.float32), 0, launches=0)], one) == pytest.approx(1.0), "nothing is taken off"
         finally:
-            roofline.measured_cpu.cache_clear()
+            devices.measured_cpu.cache_clear()
 
     def test_a_processor_multiplies_when_the_operands_are_there_and_a_gpu_meanwhile(self) -> None:
         work = Pass(0.25 * NOMINAL_CPU.rate(torch.float32), 0.5 * NOMINAL_CPU.operand_bandwidth[torch.float32], launches=0)
@@ -574,5 +572,5 @@ class TestCompare:
 
 def test_it_needs_torch_alone() -> None:
     names = ("triton", "matplotlib", "transformers")
-    script = f"import sys\nfor name in {names}: sys.modules[name] = None\nimport kdkernels.roofline, kdkernels.models"
+    script = f"import sys\nfor name in {names}: sys.modules[name] = None\nimport kdkernels.planning.roofline, kdkernels.cli.models"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -19,10 +19,10 @@ from torch import Tensor
 import kdkernels as kd
 from benchmarks import traffic
 from benchmarks.traffic import Meter, metered, rows_over
-from kdkernels import traffic as closed
-from kdkernels.plan import block_columns
-from kdkernels.scratch import ROW_ELEMENTS
-from kdkernels.traffic import Cut, Traffic
+from kdkernels.engine.cut import block_columns
+from kdkernels.engine.scratch import ROW_ELEMENTS
+from kdkernels.planning import traffic as closed
+from kdkernels.planning.traffic import Cut, Traffic
 
 pytest.importorskip("triton")
 

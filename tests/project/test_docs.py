@@ -24,7 +24,7 @@ import pytest
 
 import kdkernels as kd
 from benchmarks.readme import README
-from kdkernels import cli
+from kdkernels.cli import commands as cli
 from kdkernels.errors import CommandError, to_install
 from kdkernels.transformers.distill.configuration import merged
 from kdkernels.transformers.distill.options import BY_NAME

@@ -303,8 +303,9 @@ def test_functors_are_printed_for_every_divergence(tmp_path: Path) -> None:
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
     (tmp_path / "csrc").mkdir()
-    (tmp_path / "kdkernels").mkdir()
-    shutil.copy(ROOT / "kdkernels" / "divergences.py", tmp_path / "kdkernels")
+    (tmp_path / "kdkernels" / "backends").mkdir(parents=True)
+    for name in ("divergences.py", "backends/functors.py"):
+        shutil.copy(ROOT / "kdkernels" / name, tmp_path / "kdkernels" / name)
     generate.write(tmp_path)
     printed = (tmp_path / "csrc" / "generated" / "divergences.inc").read_text()
     names = (tmp_path / "csrc" / "generated" / "names.inc").read_text()

@@ -13,7 +13,7 @@ import transformers
 
 import kdkernels as kd
 from benchmarks import readme, roofline
-from kdkernels.roofline import device_names
+from kdkernels.planning.devices import device_names
 from kdkernels.transformers import KDConfig, KDTrainer
 from tests.project.test_docs import blocks
 from tests.support.tiny_models import build

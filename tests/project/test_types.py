@@ -14,9 +14,10 @@ import torch
 
 import kdkernels as kd
 import kdkernels.transformers
-from kdkernels import checks, outcomes, signatures
 from kdkernels.divergences import DivergenceName
-from kdkernels.plan import STRATEGIES
+from kdkernels.engine import outcomes
+from kdkernels.engine.cut import STRATEGIES
+from kdkernels.losses import checks, signatures
 from tests.support import ROOT
 
 LOSSES = {

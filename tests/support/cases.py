@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels as kd
-from kdkernels import backends, ops
+from kdkernels import backends
 from kdkernels.backends import native
+from kdkernels.losses import operators as ops
 from tests.support import oracle
 from tests.support.oracle import Options
 
@@ -73,8 +74,8 @@ def running(variant: str) -> Iterator[None]:
         if backend in INSTRUCTION_SETS:
             stack.enter_context(native.instruction_set(backend))
         if strategy:
-            stack.enter_context(mock.patch("kdkernels.ops.choose", return_value=strategy))
-            stack.enter_context(mock.patch("kdkernels.vocab.block_columns", lambda _, vocab, *__: max(1, vocab // 4 + 1)))
+            stack.enter_context(mock.patch("kdkernels.losses.operators.choose", return_value=strategy))
+            stack.enter_context(mock.patch("kdkernels.engine.vocab.block_columns", lambda _, vocab, *__: max(1, vocab // 4 + 1)))
         yield
 
 

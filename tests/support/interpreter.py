@@ -20,16 +20,19 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _patch_
 
 from kdkernels import backends
 from kdkernels.backends.triton.blocks import Entry, Matrix, Row
-from kdkernels.scratch import row_stride
+from kdkernels.engine.scratch import row_stride
 
 # What is chosen for a GPU, whatever this CPU would choose: dtypes of products and their results, and rows with room behind them.
 GPU_CHOICES: dict[str, Any] = {
-    **{f"kdkernels.{module}.product_dtype": lambda dtype, _: dtype for module in ("ops", "plan", "products", "step")},
+    **{
+        f"kdkernels.{module}.product_dtype": lambda dtype, _: dtype
+        for module in ("losses.operators", "planning.plan", "backends.products", "engine.cut", "engine.step")
+    },
     **{
         f"kdkernels.{module}.row_stride": lambda columns, _: row_stride(columns, torch.device("cuda"))
-        for module in ("plan", "scratch")
+        for module in ("planning.plan", "engine.cut", "engine.scratch")
     },
-    "kdkernels.products.keeps_sums": lambda _: True,
+    "kdkernels.backends.products.keeps_sums": lambda _: True,
 }
 _patched: set[Any] = set()
 _cast = InterpreterBuilder.cast_impl
@@ -95,8 +98,8 @@ def as_on_a_gpu(
     entry = Entry(matrix, matrix, matrix, Row(num_warps=1, entries=row // 32))
     replaced: dict[str, Any] = {
         **GPU_CHOICES,
-        "kdkernels.products.multiply": _multiply,
-        "kdkernels.products.add_multiplied": _add_multiplied,
+        "kdkernels.backends.products.multiply": _multiply,
+        "kdkernels.backends.products.add_multiplied": _add_multiplied,
         "kdkernels.backends.triton.blocks.entry": lambda *_: entry,
         "kdkernels.backends.triton.vocabulary.PROGRAMS": programs,
         "triton.runtime.interpreter._patch_lang_tensor": _patch_tensor_repaired,

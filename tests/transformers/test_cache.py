@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import files
 from kdkernels.cli import main
+from kdkernels.console import files
 from kdkernels.errors import CommandError, to_install
 from tests.support.cases import InsideOperators
 
@@ -326,7 +326,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(llama: Any, whole: Pat
 KILLED = """
 import os, signal, sys
 import torch
-from kdkernels import files
+from kdkernels.console import files
 from kdkernels.transformers.cache import write_cache
 from tests.transformers.test_cache import EXAMPLES, OPTIONS
 from tests.support.tiny_models import build

@@ -24,8 +24,8 @@ from huggingface_hub import constants
 
 import kdkernels as kd
 from kdkernels.cli import main
+from kdkernels.engine.outcomes import TAILS
 from kdkernels.errors import CommandError, to_install
-from kdkernels.outcomes import TAILS
 from kdkernels.transformers.distill.configuration import merged, read_config
 from kdkernels.transformers.distill.options import BY_NAME
 from kdkernels.transformers.distill.report import Watch

@@ -30,8 +30,8 @@ from rich.console import Console
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
-from kdkernels import files, terminal
 from kdkernels.cli import main
+from kdkernels.console import files, terminal
 from kdkernels.errors import CommandError
 from kdkernels.transformers.distill import data as data_module
 from kdkernels.transformers.distill import run as run_module

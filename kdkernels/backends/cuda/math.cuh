@@ -49,6 +49,8 @@ KD_INLINE float infinity() { return float_of(0x7F800000); }
 KD_INLINE float abs(float v) { return float_of(bits_of(v) & 0x7FFFFFFF); }
 KD_INLINE float where(bool condition, float yes, float no) { return condition ? yes : no; }
 KD_INLINE bool banned(float v) { return v == -infinity(); }
+// Of the difference of two logits: whether neither is banned. (False for NaN too, which the row's sums show.)
+KD_INLINE bool counts(float d) { return abs(d) < infinity(); }
 
 // Of positive normal numbers; NaN stays NaN. v = 2^k m with m in [2/3, 4/3), as backends/triton/functions.py has it.
 KD_INLINE float log(float v) {
@@ -194,9 +196,11 @@ KD_INLINE void add(Statistics& to, const float* x, const float* y, [[maybe_unuse
     to.one_sum += exp(at_one(x[k], temperature) - at_one(x_from, temperature));
 #endif
 #if KD_WEIGH
-    const bool none = banned(x[k]) || banned(y[k]);
-    to.mass += none ? 0.f : KD_WEIGH == 1 ? e_v : e_u;
-    to.moment += none ? 0.f : KD_WEIGH == 1 ? e_v * (v - u) : e_u * (u - v);
+    const float e = KD_WEIGH == 1 ? e_v : e_u, far = KD_WEIGH == 1 ? v - u : u - v;
+    if (counts(far)) {
+      to.mass += e;
+      to.moment += e * far;
+    }
 #endif
   }
 }
@@ -244,14 +248,10 @@ KD_INLINE Sums sums_of_one_sweep(const Statistics& of, const Row& row, const Ter
 template <class Pair>
 KD_INLINE Sums value_and_slope(float x, float y, const Row& row, const Terms& terms) {
   const float above_x = x - row.x_max, above_y = y - row.y_max, lp = above_y - row.y_log, lq = above_x - row.x_log;
+  const float d = (above_x - above_y) - (row.x_log - row.y_log), q = exp(lq);
   Sums of;
-  const float c = Pair::template apply<float>(lp, lq, (above_x - above_y) - (row.x_log - row.y_log), terms.share, terms.rest,
-                                              terms.temperature, of.value, of.slope);
-  if (banned(lp) || banned(lq)) {
-    const float q = exp(lq);
-    of = {c * (q - exp(lp)), c * q};
-  }
-  return of;
+  const float c = Pair::template apply<float>(lp, lq, d, terms.share, terms.rest, terms.temperature, of.value, of.slope);
+  return {counts(d) ? of.value : c * (q - exp(lp)), counts(d) ? of.slope : c * q};
 }
 
 // dx of an entry: kd (slope - q sum slope) + ce (softmax(x) - e_label), through the head's chain rule. factor: weight times scale.

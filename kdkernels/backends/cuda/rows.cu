@@ -79,11 +79,16 @@ __device__ __forceinline__ void merge_lanes(Sums& of) {
   }
 }
 
+// In one access: left to itself the compiler takes a vector of dx apart.
+__device__ __forceinline__ void store(void* to, unsigned a, unsigned b, unsigned c, unsigned d) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
 #if KD_OUT == 0
 typedef float Out;
 __device__ __forceinline__ void store(Out* to, const float (&dx)[WIDE]) {
-  reinterpret_cast<float4*>(to)[0] = {dx[0], dx[1], dx[2], dx[3]};
-  reinterpret_cast<float4*>(to)[1] = {dx[4], dx[5], dx[6], dx[7]};
+  store(to, bits_of(dx[0]), bits_of(dx[1]), bits_of(dx[2]), bits_of(dx[3]));
+  store(to + 4, bits_of(dx[4]), bits_of(dx[5]), bits_of(dx[6]), bits_of(dx[7]));
 }
 #else
 typedef unsigned short Out;
@@ -97,7 +102,7 @@ __device__ __forceinline__ unsigned rounded(float low, float high) {
   return pair;
 }
 __device__ __forceinline__ void store(Out* to, const float (&dx)[WIDE]) {
-  *reinterpret_cast<uint4*>(to) = {rounded(dx[0], dx[1]), rounded(dx[2], dx[3]), rounded(dx[4], dx[5]), rounded(dx[6], dx[7])};
+  store(to, rounded(dx[0], dx[1]), rounded(dx[2], dx[3]), rounded(dx[4], dx[5]), rounded(dx[6], dx[7]));
 }
 #endif
 
@@ -137,17 +142,19 @@ __device__ __forceinline__ Statistics statistics(float* x, float* y, int begin, 
       float4 a = *reinterpret_cast<float4*>(x + at), b = *reinterpret_cast<float4*>(y + at);
       float u[4] = {a.x, a.y, a.z, a.w}, v[4] = {b.x, b.y, b.z, b.w};
       const bool last = at + 4 > end;
+      if constexpr (DRESSED<AT_ONE>) {
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-        const bool outside = last && at + k >= end;
-        if constexpr (DRESSED<AT_ONE>) {
-          const int column = outside ? begin : begin + at + k;
+        for (int k = 0; k < 4; k++) {
+          const int column = min(begin + at + k, of.vocab - 1);
           u[k] = after_head<KD_X_BIAS, KD_X_SOFTCAP>(u[k], of.x_head, temperature, column);
           v[k] = after_head<KD_Z_BIAS, KD_Z_SOFTCAP>(v[k], of.z_head, temperature, column);
           if constexpr (!AT_ONE) v[k] = mixed(u[k], v[k], t);
         }
-        if (outside) u[k] = v[k] = -infinity();
       }
+      if (last)
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+          if (at + k >= end) u[k] = v[k] = -infinity();
       if (DRESSED<AT_ONE> || last) {
         *reinterpret_cast<float4*>(x + at) = {u[0], u[1], u[2], u[3]};
         *reinterpret_cast<float4*>(y + at) = {v[0], v[1], v[2], v[3]};
@@ -195,9 +202,12 @@ __device__ __forceinline__ void gradients(const float* x, const float* y, int be
           const float slope = ONE_SWEEP ? value_and_slope<KD_PAIR>(u[k], v[k], row, of.terms).slope : v[k];
           const bool is_label = KD_CE && begin + at + half + k == label;
           const float one = gradient(u[k], slope, row, slope_sum, is_label, factor, of.x_head, of.terms);
-          made[half + k] = at + half + k < end ? one : 0.f;
+          made[half + k] = one;
         }
       }
+      if (at + WIDE > end)
+#pragma unroll
+        for (int k = 0; k < WIDE; k++) made[k] = at + k < end ? made[k] : 0.f;
       store(dx + at, made);
     }
 #endif

@@ -51,8 +51,8 @@ class Arguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Shape:
-    """cluster: blocks that share a row. slice: columns of a block, a multiple of 64. warps: of a block, that compute. blocks: that a
-    multiprocessor holds."""
+    """cluster: blocks that share a row. slice: columns of a block, a multiple of 64. warps: of a block, that compute.
+    blocks: that a multiprocessor holds."""
 
     cluster: int
     slice: int
@@ -73,6 +73,14 @@ class Shape:
         """Bytes of a block's slices of both models."""
         return 2 * 4 * self.slice
 
+    def fits(self, of_block: int, of_multiprocessor: int) -> bool:
+        """of_block, of_multiprocessor: bytes of shared memory."""
+        return self.shared + REST <= min(of_block, of_multiprocessor // self.blocks)
+
+
+def cut(vocab: int, cluster: int, warps: int, blocks: int) -> Shape:
+    return Shape(cluster, -(-vocab // (cluster * 64)) * 64, warps, blocks)
+
 
 def shape_of(vocab: int, of_block: int, of_multiprocessor: int) -> Shape | None:
     """The cut of a row. of_block, of_multiprocessor: bytes of shared memory. None where 16 blocks cannot hold a row.
@@ -81,16 +89,22 @@ def shape_of(vocab: int, of_block: int, of_multiprocessor: int) -> Shape | None:
     """
     for blocks, warps in ((3, 8), (1, 16)):
         for cluster in (1, 2, 4, 8, 16):
-            shape = Shape(cluster, -(-vocab // (cluster * 64)) * 64, warps, blocks)
-            if shape.shared + REST <= min(of_block, of_multiprocessor // blocks):
+            shape = cut(vocab, cluster, warps, blocks)
+            if shape.fits(of_block, of_multiprocessor):
                 return shape
     return None
 
 
 @functools.cache
+def shared_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of a block at most, and of a multiprocessor, which keeps 1 KiB of each block's for itself."""
+    whole = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    return whole - 1024, whole
+
+
+@functools.cache
 def _shape(vocab: int, device: torch.device) -> Shape | None:
-    properties = torch.cuda.get_device_properties(device)
-    return shape_of(vocab, properties.shared_memory_per_block_optin, properties.shared_memory_per_multiprocessor)
+    return shape_of(vocab, *shared_memory(device))
 
 
 @functools.cache
@@ -107,12 +121,14 @@ def source(divergence: str, macros: dict[str, int | str]) -> str:
 
 
 @functools.cache
-def _kernel(divergence: str, macros: tuple[tuple[str, int | str], ...], shape: Shape, device: torch.device) -> tuple[compile.Kernel, int]:
+def _kernel(
+    divergence: str, macros: tuple[tuple[str, int | str], ...], shape: Shape, device: torch.device
+) -> tuple[compile.Kernel, int]:
     """The kernel, and how many of its clusters the device runs at the same time: none where it has no cluster of that size."""
     sized = {"KD_CLUSTER": shape.cluster, "KD_SLICE": shape.slice, "KD_WARPS": shape.warps, "KD_CHUNK": shape.chunk}
     text = source(divergence, {**dict(macros), **sized, "KD_BLOCKS": shape.blocks})
     major, minor = torch.cuda.get_device_capability(device)
-    kernel = compile.Kernel(compile.cubin(text, OPTIONS, f"sm_{major}{minor}"), "row_loss")
+    kernel = compile.Kernel(compile.cubin(text, OPTIONS, f"sm_{major}{minor}"), "row_loss", shape.shared, shape.cluster)
     return kernel, kernel.clusters(shape.cluster, shape.threads, shape.shared)
 
 
@@ -168,8 +184,8 @@ def row_loss(
     dx: Tensor | None,
     metrics: bool,
 ) -> Tensor | None:
-    """As backends/operators.py says, or None for what the kernel does not take: it does float32 logits with room behind each row, and
-    no metrics. dx: where the gradient goes, which may be x; None for no gradient."""
+    """As backends/operators.py says, or None for what the kernel does not take: it does float32 logits with room behind each row,
+    and no metrics. dx: where the gradient goes, which may be x; None for no gradient."""
     rows, vocab = x.shape
     shape = _shape(vocab, x.device) if _takes(x, z, dx, kd_scale, metrics) else None
     if shape is None:
@@ -179,21 +195,20 @@ def row_loss(
     weigh = "" if flat(temperature) else of.one_sweep
     x_scale, x_softcap, z_scale, z_softcap = head
     labels = labels if ce_scale != 0.0 else None
-    macros = {
+    macros: dict[str, int | str] = {
         "KD_PAIR": divergence,
         "KD_WEIGH": WEIGH[weigh],
-        "KD_FLAT": flat(temperature),
-        "KD_CE": labels is not None,
-        "KD_TEMPERED": temperature != 1.0,
-        "KD_SCALED": (x_scale, z_scale) != (1.0, 1.0),
-        "KD_X_BIAS": x_bias is not None,
-        "KD_Z_BIAS": z_bias is not None,
-        "KD_X_SOFTCAP": x_softcap != 0.0,
-        "KD_Z_SOFTCAP": z_softcap != 0.0,
-        "KD_GRAD": dx is not None,
+        "KD_FLAT": int(flat(temperature)),
+        "KD_CE": int(labels is not None),
+        "KD_TEMPERED": int(temperature != 1.0),
+        "KD_SCALED": int((x_scale, z_scale) != (1.0, 1.0)),
+        "KD_X_BIAS": int(x_bias is not None),
+        "KD_Z_BIAS": int(z_bias is not None),
+        "KD_X_SOFTCAP": int(x_softcap != 0.0),
+        "KD_Z_SOFTCAP": int(z_softcap != 0.0),
+        "KD_GRAD": int(dx is not None),
         "KD_OUT": OUT[torch.float32 if dx is None else dx.dtype],
     }
-    plain = tuple((name, value if isinstance(value, str) else int(value)) for name, value in macros.items())
     columns = torch.empty((rows, len(ROW_COLUMNS)), dtype=torch.float32, device=x.device)
     linear, balance = (of.linear(), of.balance()) if weigh else (((0.0, 0.0), (0.0, 0.0)), 0.0)
     # Held until the launch, as the arguments name only their addresses.
@@ -213,7 +228,7 @@ def row_loss(
         *(rows, vocab, shape.slice),
     )
     with torch.cuda.device(x.device):
-        kernel, clusters = _kernel(divergence, plain, shape, x.device)
+        kernel, clusters = _kernel(divergence, tuple(macros.items()), shape, x.device)
         if clusters == 0:
             return None
         grid = min(rows, clusters) * shape.cluster

@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdkernels.backends.base import Model, Step
+from kdkernels.backends.merge import merged
 from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS
+from kdkernels.backends.products import HeadProducts
 from kdkernels.backends.triton import autotune, blocks, device, launch
-from kdkernels.products import HeadProducts
-from kdkernels.step import Model, Step
-from kdkernels.vocab import merged
 
 # Programs in flight that fill every GPU of the table several times over, so that the vocabulary is split where tokens are few.
 PROGRAMS = 1024

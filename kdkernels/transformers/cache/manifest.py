@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdkernels import files
+from kdkernels.console import files
 from kdkernels.errors import CommandError
 
 COMMAND = "cache"

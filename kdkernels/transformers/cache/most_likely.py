@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels.backends.operators import accumulate_dtype
-from kdkernels.checks import LMHead
-from kdkernels.plan import chunk_rows
-from kdkernels.products import HeadProducts, block_size, logits_dtype, product_dtype
-from kdkernels.scratch import borrowed
+from kdkernels.backends.products import HeadProducts, block_size, logits_dtype, product_dtype
+from kdkernels.engine.cut import chunk_rows
+from kdkernels.engine.scratch import borrowed
+from kdkernels.losses.checks import LMHead
 from kdkernels.transformers.data import Collator
 from kdkernels.transformers.heads import unwrapped
 from kdkernels.transformers.hidden import hidden_states

@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from kdkernels import files
+from kdkernels.console import files
+from kdkernels.engine.outcomes import LEAST_REST, log_of_rest
 from kdkernels.errors import CommandError
-from kdkernels.outcomes import LEAST_REST, log_of_rest
 from kdkernels.transformers.batches.layout import IGNORED, documents, laid_out
 from kdkernels.transformers.cache.documents import key_of, token_ids
 from kdkernels.transformers.cache.manifest import COMMAND, INDEX, missing, read_manifest, shard_name

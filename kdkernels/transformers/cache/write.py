@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdkernels import files
+from kdkernels.console import files
 from kdkernels.errors import CommandError
-from kdkernels.plan import default_budget
+from kdkernels.planning.plan import default_budget
 from kdkernels.scalars import count, temperature_of
 from kdkernels.transformers.batches.inputs import Inputs
 from kdkernels.transformers.cache.documents import Reader, Survey, survey_of
@@ -95,19 +95,11 @@ def write_cache(
     """
     head = lm_head(model)
     rows = head.weight.shape[0]
-    vocab = rows if vocab_size is None else count("vocab_size", vocab_size, high=rows, kind="an integer")
-    top_k = count("top_k", top_k, high=vocab, kind="an integer")
-    batch_size, shard_examples = (
-        count(name, value, kind="an integer") for name, value in (("batch_size", batch_size), ("shard_examples", shard_examples))
-    )
-    settings = {
-        "top_k": top_k,
-        "temperature": temperature_of("temperature", temperature),
-        "vocab_size": vocab,
-        "shard_examples": shard_examples,
-    }
-    if memory_budget is not None:
-        count("memory_budget", memory_budget, kind="an integer")
+    vocab = rows if vocab_size is None else _count("vocab_size", vocab_size, rows)
+    top_k, temperature = _count("top_k", top_k, vocab), temperature_of("temperature", temperature)
+    batch_size, shard_examples = _count("batch_size", batch_size), _count("shard_examples", shard_examples)
+    budget = default_budget(head.weight.device) if memory_budget is None else _count("memory_budget", memory_budget)
+    settings = {"top_k": top_k, "temperature": temperature, "vocab_size": vocab, "shard_examples": shard_examples}
     check_weights(model, "teacher")
     reader = Reader(examples, Inputs.of({"teacher": model}))
     survey = survey_of(reader)
@@ -129,8 +121,7 @@ def write_cache(
     if missing:
         verify_lm_head(model, role="teacher")
         write_manifest(folder, {**identity, "index": None, "shards": None})
-        budget = default_budget(head.weight.device) if memory_budget is None else memory_budget
-        teacher = MostLikely(model, head, top_k=top_k, temperature=settings["temperature"], vocab=vocab, budget=budget)
+        teacher = MostLikely(model, head, top_k=top_k, temperature=temperature, vocab=vocab, budget=budget)
         with restored(model), evaluating(model):
             for shard in missing:
                 numbers = range(len(survey.lengths))[shard * shard_examples : (shard + 1) * shard_examples]
@@ -201,6 +192,10 @@ def _teacher_digest(model: nn.Module) -> str:
 
 def _ordered(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def _count(name: str, value: Any, most: int | None = None) -> int:
+    return count(name, value, high=most, kind="an integer")
 
 
 def _plain(about: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from kdkernels.arguments import how_to_go_on
+from kdkernels.console.arguments import how_to_go_on
 from kdkernels.errors import CommandError, to_install
 from kdkernels.transformers.distill.configuration import merged, read_config, recorded
 from kdkernels.transformers.distill.options import BY_NAME, OPTIONS

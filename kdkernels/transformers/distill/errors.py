@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from kdkernels import files
+from kdkernels.console import files
 from kdkernels.errors import CommandError
 from kdkernels.transformers.config import KDConfig
 

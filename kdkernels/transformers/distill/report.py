@@ -14,7 +14,7 @@ from rich.progress import TaskID
 from rich.table import Table
 from transformers import TrainerCallback
 
-from kdkernels import files, terminal
+from kdkernels.console import files, terminal
 
 SHOWN = ("loss", "kd", "ce", "agreement")  # of an evaluation, in the final table
 LOGGED = ("loss", "kd", "ce", "t", "teacher_loss", "on_policy_fraction", "agreement")  # in a line of progress, where they are

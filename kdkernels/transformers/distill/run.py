@@ -28,7 +28,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import logging as transformers_logging
 
-from kdkernels import files, terminal
+from kdkernels.console import files, terminal
 from kdkernels.errors import CommandError
 from kdkernels.transformers.cache import TopKCache, is_cache
 from kdkernels.transformers.config import KDConfig

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from kdkernels.outcomes import TAILS, WEIGHED_BY_STUDENT
-from kdkernels.topk import linear_topk_kd_loss
+from kdkernels.engine.outcomes import TAILS, WEIGHED_BY_STUDENT
+from kdkernels.losses.topk import linear_topk_kd_loss
 from kdkernels.transformers.methods.base import Lesson, Means
 from kdkernels.transformers.settings import Flag, Settings, one_of, said
 

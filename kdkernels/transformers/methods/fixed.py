@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from kdkernels.losses import linear_kd_loss
-from kdkernels.plan import STRATEGIES
+from kdkernels.engine.cut import STRATEGIES
+from kdkernels.losses.linear import linear_kd_loss
 from kdkernels.transformers.heads import lm_head
 from kdkernels.transformers.hidden import hidden_states
 from kdkernels.transformers.methods.base import Lesson, Means, Part

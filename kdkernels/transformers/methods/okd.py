@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from kdkernels.okd import linear_okd_loss
+from kdkernels.losses.okd import linear_okd_loss
 from kdkernels.transformers.finite import NotFinite, check_weights
 from kdkernels.transformers.heads import lm_head
 from kdkernels.transformers.methods.base import Lesson, Means

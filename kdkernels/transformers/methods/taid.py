@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import torch
 
-from kdkernels.taid import TAIDSchedule
+from kdkernels.losses.taid import TAIDSchedule
 from kdkernels.transformers.means import TokenMeans
 from kdkernels.transformers.methods.base import Lesson, Means
 from kdkernels.transformers.methods.fixed import Fixed

@@ -26,10 +26,11 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels import backends
 from kdkernels.backends import reference
+from kdkernels.backends.base import Step, Terms
+from kdkernels.backends.merge import sums_of_one_sweep
 from kdkernels.backends.operators import ROW_COLUMNS, STATS_COLUMNS
 from kdkernels.divergences import FLAT, resolve
-from kdkernels.step import Step, Terms, prepare
-from kdkernels.vocab import sums_of_one_sweep
+from kdkernels.engine.step import prepare
 from tests.support import ROOT
 from tests.support.cases import NATIVE_DTYPES, Case, assert_as_good_as_eager, draw, dressed, ratios
 from tests.support.oracle import Options

@@ -1,4 +1,4 @@
-"""The backward passes of the library operators of ops.py.
+"""The backward passes of the library operators of operators.py.
 
 An operator takes its differentiable arguments first, then a token_weight for each of its losses, grad_scale and lift, and ends
 with ``needs`` (which of the differentiable ones need a gradient) and ``metrics``; it returns its losses, a gradient for each

@@ -6,6 +6,7 @@ Nothing is loaded, and transformers is only asked for the defaults of what a con
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from kdkernels.models import LARGEST, HeadShape
+from kdkernels.cli.models import HEADS, LARGEST, SIZES, HeadShape, of_table, plain
 
 # Seconds that an answer of the hub is waited for.
 PATIENCE = 3.0
@@ -24,6 +25,8 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*|[A-Za-z][\w.-]*", re.ASCII)
 PARTS = ("text_config", "llm_config", "language_config")
 # What models call the width that their head multiplies, if several are there the first (OPT projects its states before the head).
 WIDTHS = ("word_embed_proj_dim", "hidden_size", "n_embd", "d_model")
+
+ACCEPTED = "a folder with a config.json, a name of the hub, sizes VxD such as 151936x896"
 
 
 def hub_name(text: str) -> bool:
@@ -53,8 +56,6 @@ def of_folder(folder: Path, name: str, tokenizer: str = "") -> HeadShape:
 
 
 def _of_adapter(folder: Path, name: str) -> HeadShape:
-    from kdkernels.models import head_shape
-
     base = _parsed(folder / "adapter_config.json").get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(f"the folder {name!r} holds an adapter that names no base_model_name_or_path")
@@ -169,3 +170,59 @@ def vocabulary(folder: Path | None) -> _Vocabulary | None:
         return _Vocabulary(ids | {token["content"]: token["id"] for token in content.get("added_tokens", ())})
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def head_shape(text: str) -> HeadShape:
+    """The head of a folder with config.json, of sizes VxD such as 151936x896, or of a model by name: of the table, in any case, or
+    of the hub. ValueError says what is wrong and what is accepted.
+
+    A name of the hub means what its config.json says, where that is in the hub's cache here; else the table's model of that owner,
+    however it was trained on (Qwen/Qwen2.5-7B-Instruct has the head of Qwen2.5-7B); else the hub is asked.
+    """
+    if text and Path(text).expanduser().is_dir():
+        return of_folder(Path(text).expanduser(), text)
+    if found := SIZES.fullmatch(text):
+        vocab, dim = int(found[1]), int(found[2])
+        if 1 <= vocab <= LARGEST and 1 <= dim <= LARGEST:
+            return HeadShape(vocab, dim, text)
+    if not hub_name(text):
+        raise ValueError(_unknown(text, not_a_model(text)))
+    known = of_table(text)
+    folder = cached(text)
+    if folder is not None:
+        return of_folder(folder, text, known.tokenizer if known else "")
+    if known is not None:
+        return HeadShape(known.vocab, known.dim, text, known.tokenizer)
+    try:
+        return of_hub(text)
+    except ValueError as error:
+        raise ValueError(_unknown(text, str(error))) from error
+
+
+def _unknown(text: str, reason: str) -> str:
+    known = {name.lower(): name for name in HEADS}
+    near = difflib.get_close_matches(plain(text.rpartition("/")[2]), known, n=1)
+    meant = f"; if its head is that of {known[near[0]]}, give that name" if near else ""
+    # whoever wrote a path or an owner looks for no name of the table
+    names = "a name that plan --help lists" if "/" in text else f"one of {', '.join(HEADS)}"
+    return f"got {text!r}: {reason}{meant}; accepted: {ACCEPTED}, or {names}"
+
+
+def check_tokenizers(student: HeadShape, teacher: HeadShape, vocab_size: int | None = None) -> bool:
+    """Whether both heads' rows were found to be the same tokens; False where that is not known of one of them.
+
+    vocab_size: look at the first so many rows, where both tokenizers are here, as ``distill`` does.
+
+    Raises ValueError where they are not the same: distillation compares two distributions over one vocabulary, token by token.
+    """
+    if student.tokenizer and teacher.tokenizer:
+        if student.tokenizer != teacher.tokenizer:
+            raise ValueError(f"the tokenizers differ, {student.tokenizer}'s and {teacher.tokenizer}'s")
+        return True
+    vocabularies = [vocabulary(head.folder) for head in (student, teacher)]
+    if vocabularies[0] is None or vocabularies[1] is None:
+        return False
+    from kdkernels.transformers.vocabularies import shared_vocabulary
+
+    shared_vocabulary(*vocabularies, vocab_size=vocab_size)
+    return True

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdkernels.products import HeadProducts, add_head_grad
-from kdkernels.step import Step
+from kdkernels.backends.base import Step
+from kdkernels.backends.products import HeadProducts, add_head_grad
 
 
 class Gradients:

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels import logits, outcomes, tokens, vocab
-from kdkernels.autograd import OWNERS, of_operator
+from kdkernels.backends.base import Step, Terms
 from kdkernels.backends.operators import accumulate_dtype, library
-from kdkernels.plan import choose, default_budget
-from kdkernels.products import product_dtype
-from kdkernels.step import METRICS, Inputs, Outcome, Split, Step, Terms, prepare, prepare_both, summary
+from kdkernels.backends.products import product_dtype
+from kdkernels.engine import logits, outcomes, tokens, vocab
+from kdkernels.engine.step import METRICS, Inputs, Outcome, Split, prepare, prepare_both, size_of, summary
+from kdkernels.losses.autograd import OWNERS, of_operator
+from kdkernels.planning.plan import choose, default_budget
 
 _HEADS = (
     "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, ",
@@ -58,7 +59,7 @@ def _run(strategy: str, steps: tuple[Step, ...], inputs: tuple[Inputs, ...]) -> 
     if strategy == "auto" and step.backend == "triton" and not step.ranks.alone:
         # There is no row operation over ranks, and kernels that multiply themselves have nothing to gain from chunks of tokens.
         strategy = "vocab"
-    done = _STRATEGIES[choose(strategy, step.size)](steps, inputs)
+    done = _STRATEGIES[choose(strategy, size_of(step))](steps, inputs)
     means = summary(done[0].metric_sums, step.count, step.sum_dtype) if step.metrics else done[0].losses.new_empty(0)
     return done, means
 
@@ -112,7 +113,7 @@ def linear_topk_kd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
             *(ignore_index, vocab_size, (dtype, dtype), tuple(needs), metrics, budget, known),
         )
         # One sweep over the vocabulary gives the statistics, whatever the divergence; to the plan that is forward KL.
-        chosen = choose(strategy, replace(step.size, divergence="forward_kl"))
+        chosen = choose(strategy, replace(size_of(step), divergence="forward_kl"))
         done = outcomes.run(chosen, step, student, known, tail)
         means = summary(done.metric_sums, step.count, step.sum_dtype) if metrics else done.losses.new_empty(0)
     return done.losses, *done.grads, means

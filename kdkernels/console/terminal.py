@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from kdkernels.arguments import drop_output
+from kdkernels.console.arguments import drop_output
 from kdkernels.errors import CommandError
 
 BAR = 20  # columns of the bar itself, which no text takes from it

@@ -1,7 +1,7 @@
 """Ranks that share a vocabulary: what they say to each other, and how they check that they were asked for the same.
 
 Each rank of a torch.distributed group holds some consecutive rows of both heads, and works on these columns of the logits alone.
-What a row of logits needs of the other ranks is a few numbers, merged by all-reduce; vocab.py states how. ``ALONE`` stands for one
+What a row of logits needs of the other ranks is a few numbers, merged by all-reduce; engine states how. ``ALONE`` stands for one
 process: then every collective is the identity, and there is one statement of what is merged.
 
 A collective that not all ranks take part in waits for ever. So before anything else all ranks exchange one table of numbers, and
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels.checks import vocabulary
+from kdkernels.scalars import vocabulary
 
 # Numbers of a rank in the table. A rank that refuses its own input does not know how many the others have to say.
 COLUMNS = 64

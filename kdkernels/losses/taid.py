@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kdkernels.checks import FLOATS, INTEGERS, scalar
 from kdkernels.divergences import is_number
+from kdkernels.losses.checks import FLOATS, INTEGERS, scalar
 from kdkernels.scalars import flag, number
 
 

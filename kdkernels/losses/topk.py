@@ -1,7 +1,7 @@
 """The loss against an offline teacher, of which only the k most likely tokens of each position were kept.
 
 There is no teacher's head and no product with one. What the rest of the teacher's vocabulary is taken to be is ``tail``; the
-mathematics is in outcomes.py.
+mathematics is in engine/outcomes.py.
 """
 
 from __future__ import annotations
@@ -12,22 +12,13 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.operators import accumulate_dtype
-from kdkernels.checks import (
-    LMHead,
-    checked,
-    compute_dtype,
-    cut_vocabulary,
-    float_tensor,
-    head_of,
-    integer_tensor,
-    rows_of,
-    scratch_of,
-)
 from kdkernels.divergences import Divergence, DivergenceName
-from kdkernels.losses import reduced, terms_of
-from kdkernels.outcomes import TAILS, WEIGHED_BY_STUDENT
-from kdkernels.scalars import one_of
-from kdkernels.signatures import Metrics, Reduction, Strategy, Tail, TopKOptions
+from kdkernels.engine.cut import Strategy
+from kdkernels.engine.outcomes import TAILS, WEIGHED_BY_STUDENT
+from kdkernels.losses.checks import LMHead, checked, compute_dtype, float_tensor, head_of, integer_tensor, rows_of, scratch_of
+from kdkernels.losses.linear import reduced, terms_of
+from kdkernels.losses.signatures import Metrics, Reduction, Tail, TopKOptions
+from kdkernels.scalars import cut_vocabulary, one_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -15,12 +15,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kdkernels import backends, vocab
-from kdkernels.gradients import Gradients
-from kdkernels.plan import chunk_rows, column_bytes, logit_bytes
-from kdkernels.products import HeadProducts, block_size
-from kdkernels.scratch import borrowed
-from kdkernels.step import Inputs, Outcome, Step, empty_sums, weighted
+from kdkernels import backends
+from kdkernels.backends.base import Step
+from kdkernels.backends.products import HeadProducts, block_size
+from kdkernels.engine import vocab
+from kdkernels.engine.cut import chunk_rows, column_bytes, logit_bytes
+from kdkernels.engine.gradients import Gradients
+from kdkernels.engine.scratch import borrowed
+from kdkernels.engine.step import Inputs, Outcome, empty_sums, weighted
 
 
 class _Learner:

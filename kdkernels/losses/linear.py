@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from kdkernels import ops  # noqa: F401  (registers the operators)
-from kdkernels.autograd import OWNERS, SummedLoss, anchors_of, losses_of, refuse_transforms, total
 from kdkernels.backends.operators import accumulate_dtype
-from kdkernels.checks import Linear, LMHead, Loss, checked, float_tensor, kept_weight, linear_of, rows_of
 from kdkernels.divergences import Divergence, DivergenceName, resolve
-from kdkernels.ranks import group_name, told
+from kdkernels.engine.cut import Strategy
+from kdkernels.engine.step import METRICS
+from kdkernels.losses import operators as ops  # noqa: F401  (registers the operators)
+from kdkernels.losses.autograd import OWNERS, SummedLoss, anchors_of, losses_of, refuse_transforms, total
+from kdkernels.losses.checks import Linear, LMHead, Loss, checked, float_tensor, kept_weight, linear_of, rows_of
+from kdkernels.losses.signatures import LinearOptions, LogitsOptions, Metrics, Reduction
+from kdkernels.parallel.ranks import group_name, told
 from kdkernels.scalars import whole
-from kdkernels.signatures import LinearOptions, LogitsOptions, Metrics, Reduction, Strategy
-from kdkernels.step import METRICS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -18,13 +18,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdkernels.arguments import MEMORY, Parser, drop_output, how_to_go_on, memory
-from kdkernels.arguments import checked as _checked
-from kdkernels.arguments import number as _number
+from kdkernels.cli.models import HEADS
+from kdkernels.console.arguments import MEMORY, Parser, drop_output, how_to_go_on, memory
+from kdkernels.console.arguments import checked as _checked
+from kdkernels.console.arguments import number as _number
 from kdkernels.demo.settings import DEFAULT_MINUTES, Settings, require_libraries
 from kdkernels.errors import CommandError
-from kdkernels.models import HEADS
-from kdkernels.roofline import DEVICES
+from kdkernels.planning.devices import DEVICES
 from kdkernels.transformers import cache_command
 from kdkernels.transformers.distill import command as distill_command
 
@@ -94,7 +94,7 @@ def _add_info(commands: Any) -> None:
 
 def _info(arguments: argparse.Namespace) -> None:
     """Print versions, the processor, the backend per device, the instruction sets and the divergences."""
-    from kdkernels import info
+    from kdkernels.console import info
 
     print(info.text())
 
@@ -150,7 +150,8 @@ def _add_plan(commands: Any) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     import torch
 
-    from kdkernels import compare, models, roofline
+    from kdkernels.cli import compare, configs, models
+    from kdkernels.planning import devices
 
     student, teacher = arguments.student, arguments.teacher
     both, dtype = min(student.vocab, teacher.vocab), getattr(torch, arguments.dtype)
@@ -158,14 +159,14 @@ def _plan(arguments: argparse.Namespace) -> None:
     if vocab > both:
         raise CommandError(f"--vocab-size is {vocab:,}; accepted: up to {both:,}, the rows that both heads have")
     try:
-        compared = models.check_tokenizers(student, teacher, arguments.vocab_size)
+        compared = configs.check_tokenizers(student, teacher, arguments.vocab_size)
     except ValueError as error:
         raise CommandError(
             f"--student {student.name} cannot learn from --teacher {teacher.name}: {error}. Distillation compares distributions "
             "over one vocabulary, token by token. Sizes are planned all the same: "
             f"--student {student.sizes} --teacher {teacher.sizes}"
         ) from error
-    on = roofline.device(arguments.device)
+    on = devices.device(arguments.device)
     ways = compare.compare(
         arguments.tokens,
         vocab,
@@ -205,19 +206,19 @@ def _inputs(arguments: argparse.Namespace, vocab: int, compared: bool) -> dict[s
 
 
 def _head_shape(text: str) -> Any:
-    from kdkernels.models import head_shape
+    from kdkernels.cli.configs import head_shape
 
     return head_shape(text)
 
 
 def _device_name(text: str) -> str:
-    from kdkernels.roofline import check_name
+    from kdkernels.planning.devices import check_name
 
     return check_name(text)
 
 
 def _divergence(text: str) -> str:
-    from kdkernels.roofline import check_divergence
+    from kdkernels.planning.roofline import check_divergence
 
     return check_divergence(text)
 

@@ -10,9 +10,9 @@ from typing import Any, Literal, TypeAlias, TypedDict
 from torch import Tensor
 
 from kdkernels.divergences import Divergence, DivergenceName
+from kdkernels.engine.cut import Strategy
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
-Strategy: TypeAlias = Literal["auto", "tokens", "vocab"]
 Tail: TypeAlias = Literal["renormalize", "bucket"]
 Metrics: TypeAlias = dict[str, Tensor]
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from kdkernels.divergences import resolve
-from kdkernels.plan import plan
-from kdkernels.roofline import VOCAB_KERNEL_EFFICIENCY, Device, row_instructions
+from kdkernels.planning.devices import Device
+from kdkernels.planning.plan import plan
+from kdkernels.planning.roofline import VOCAB_KERNEL_EFFICIENCY, row_instructions
 
 
 @dataclass(frozen=True)

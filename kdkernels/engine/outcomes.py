@@ -19,11 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdkernels.gradients import Gradients
-from kdkernels.plan import block_columns, chunk_rows
-from kdkernels.products import HeadProducts, block_size
-from kdkernels.scratch import borrowed
-from kdkernels.step import Inputs, Known, Outcome, Step, empty_sums, weighted
+from kdkernels.backends.base import Step
+from kdkernels.backends.products import HeadProducts, block_size
+from kdkernels.engine.cut import block_columns, chunk_rows
+from kdkernels.engine.gradients import Gradients
+from kdkernels.engine.keep import Known
+from kdkernels.engine.scratch import borrowed
+from kdkernels.engine.step import Inputs, Outcome, empty_sums, weighted
 
 TAILS = ("renormalize", "bucket")
 # Divergences whose terms the student's own probabilities weigh: over the k tokens alone they fall below 0, as mass leaves these.

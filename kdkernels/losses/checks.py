@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels.divergences import Divergence, resolve
-from kdkernels.plan import STRATEGIES
-from kdkernels.scalars import flag, one_of, positive, share, temperature_of, weight_of, whole
-from kdkernels.signatures import Reduction
+from kdkernels.engine.cut import STRATEGIES
+from kdkernels.losses.signatures import Reduction
+from kdkernels.scalars import flag, one_of, positive, share, temperature_of, vocabulary, weight_of, whole
 
 logger = logging.getLogger(__name__)
 
@@ -247,25 +247,6 @@ def kept_weight(loss: Loss, tokens: int, dtype: torch.dtype, device: torch.devic
     if loss.token_weight is None:
         return counted.sum().to(dtype)
     return loss.token_weight.to(dtype).where(counted, 0.0).sum()
-
-
-def vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:
-    if vocab_size is None and student != teacher:
-        raise ValueError(
-            f"student_head has {student} rows and teacher_head {teacher}; if the larger is padded, pass vocab_size= the number "
-            "of tokens that both know"
-        )
-    return cut_vocabulary(min(student, teacher), vocab_size, "the rows that both heads have")
-
-
-def cut_vocabulary(rows: int, vocab_size: int | None, what: str) -> int:
-    """vocab_size, or all ``rows``; ``what`` these are."""
-    if vocab_size is None:
-        return rows
-    size = whole("vocab_size", vocab_size, "an integer")
-    if not 1 <= size <= rows:
-        raise ValueError(f"vocab_size={size}; accepted: 1 to {rows}, {what}")
-    return size
 
 
 def scratch_of(strategy: Any, memory_budget: Any) -> int:

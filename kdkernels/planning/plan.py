@@ -8,27 +8,22 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
-from kdkernels import backends, roofline
-from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS, accumulate_dtype
-from kdkernels.backends.reference import LIVE_COPIES
+from kdkernels import backends
+from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS
+from kdkernels.backends.products import block_size, product_dtype
 from kdkernels.divergences import Divergence, DivergenceName, resolve
-from kdkernels.products import block_size, logits_dtype, product_dtype
+from kdkernels.engine.cut import STRATEGIES, Size, Strategy, backend_of, column_bytes, cut_of, logit_bytes
+from kdkernels.engine.scratch import row_stride
+from kdkernels.planning import devices, roofline
 from kdkernels.scalars import flag, one_of, whole
-from kdkernels.scratch import ROW_ELEMENTS, row_stride
-from kdkernels.signatures import Strategy
 
-STRATEGIES = get_args(Strategy)
 DEFAULT_BUDGET = {"cpu": 512 * 2**20}
 OTHER_BUDGET = 2**30
 GPU_SHARE = 16  # of a GPU's memory
-# Multiples that the rows of a chunk and the columns of a block come in, the first with which they fit. On a GPU libraries cut
-# results into tiles of 128 and 256: 129 rows take as long as 256. On a CPU 103 rows take a tenth longer each than 104.
-CPU_ROWS, CPU_COLUMNS = (16, 8, 4), (128, 64, 16)
-GPU_MULTIPLES = (128, 64, 32, 16, 8)
 # Live [tokens, V] tensors in the working dtype of the eager computation. In the formula: both log-softmaxes and three terms, and
 # what the student's loss keeps for its backward while that of a teacher that learns too is made. When the gradients are made: both
 # log-softmaxes and the gradient of the student's logits.
@@ -90,105 +85,17 @@ def _taken(scratch: int, peak: int, flops: int, seconds: float | None) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Size:
-    """What a plan depends on: kept tokens N, vocabulary V, hidden sizes, dtypes of both models, the divergence's forward sweeps.
-
-    learners: 2 where the teacher learns too (OKD), by forward KL to the student; train_teacher_head: whether its head does.
-    """
-
-    tokens: int
-    vocab: int
-    student_dim: int
-    teacher_dim: int
-    dtype: torch.dtype
-    teacher_dtype: torch.dtype
-    divergence: str
-    train_head: bool
-    device: torch.device
-    budget: int
-    learners: int = 1
-    train_teacher_head: bool = False
-
-    @property
-    def accumulators(self) -> tuple[tuple[int, bool], ...]:
-        """Of each learner whose gradients have 16 bits: hidden size, and whether the head takes one."""
-        models = (self.student_dim, self.train_head, self.dtype), (self.teacher_dim, self.train_teacher_head, self.teacher_dtype)
-        return tuple((dim, head) for dim, head, dtype in models[: self.learners] if dtype.itemsize == 2)
-
-
-def default_budget(device: torch.device, on: roofline.Device | None = None) -> int:
+def default_budget(device: torch.device, on: devices.Device | None = None) -> int:
     """Bytes of logits scratch where the caller names none: 512 MiB on a CPU, a sixteenth of a GPU's memory, 1 GiB elsewhere.
 
     on: what the device is, where it is planned for by its name; otherwise the GPU that is here.
     """
     if device.type != "cuda":
         return DEFAULT_BUDGET.get(device.type, OTHER_BUDGET)
-    return (roofline.gpu_memory(device) if on is None else on.memory) // GPU_SHARE
+    return (devices.gpu_memory(device) if on is None else on.memory) // GPU_SHARE
 
 
-def _backend(device: torch.device, *dtypes: torch.dtype) -> str:
-    """What runs there. A GPU that is not in this machine is planned with what would run on it."""
-    if device.type == "cuda" and not torch.cuda.is_available() and all(dtype in backends.FAST_DTYPES for dtype in dtypes):
-        return "triton"
-    return backends.select(device, *dtypes)
-
-
-def logit_bytes(student: torch.dtype, teacher: torch.dtype, device: torch.device, learners: int = 1) -> int:
-    """Scratch bytes per token and vocabulary entry of a chunk: both models' logits, the gradient of each learner where it does not
-    lie over them, and the reference backend's temporaries. Of two learners the student's gradient lies beside its logits."""
-    both = logits_dtype(student, device).itemsize + logits_dtype(teacher, device).itemsize
-    for dtype, beside in ((student, learners == 2), (teacher, False))[:learners]:
-        if beside or logits_dtype(dtype, device) != product_dtype(dtype, device):
-            both += product_dtype(dtype, device).itemsize
-    if _backend(device, student, teacher) == "reference":
-        both += LIVE_COPIES * accumulate_dtype(student).itemsize
-    return both
-
-
-def column_bytes(student: torch.dtype, teacher: torch.dtype, device: torch.device, learners: int = 1) -> int:
-    """Scratch bytes per token and column of a vocabulary block: as for a chunk, or one gradient alone where the kernels multiply
-    themselves. For two learners a block's student logits are copied, and gradients of another dtype lie beside the copy."""
-    if _backend(device, student, teacher) == "triton":
-        return max(product_dtype(dtype, device).itemsize for dtype in (student, teacher)[:learners])
-    logits = logits_dtype(student, device)
-    copied = learners == 2 and logits != product_dtype(student, device)
-    return logit_bytes(student, teacher, device, learners) + copied * logits.itemsize
-
-
-def _share(total: int, most: int, multiples: tuple[int, ...]) -> int:
-    """Sizes of parts of one size, at most ``most``, a multiple of the first with which that still holds."""
-    if total <= most:
-        return max(1, total)
-    even = math.ceil(total / math.ceil(total / most))
-    rounded = (math.ceil(even / multiple) * multiple for multiple in multiples)
-    return next((size for size in rounded if size <= most), even)
-
-
-def chunk_rows(tokens: int, vocab: int, bytes_per_logit: int, budget: int, device: torch.device) -> int:
-    """Tokens per chunk: as many as the budget holds, in chunks of one size."""
-    row = row_stride(vocab, device) * bytes_per_logit
-    return _share(tokens, max(1, budget // max(1, row)), CPU_ROWS if device.type == "cpu" else GPU_MULTIPLES)
-
-
-def block_columns(tokens: int, vocab: int, bytes_per_logit: int, budget: int, device: torch.device) -> int:
-    """Vocabulary columns per block: as many as the budget holds, in blocks of one size."""
-    most = max(1, budget // max(1, tokens * bytes_per_logit))
-    if row_stride(most, device) > most:
-        most -= most % ROW_ELEMENTS
-    return _share(vocab, most, CPU_COLUMNS if device.type == "cpu" else GPU_MULTIPLES)
-
-
-def _cut(strategy: str, size: Size) -> tuple[int, int]:
-    """Tokens of a chunk, and columns of a block."""
-    if strategy == "tokens":
-        per_logit = logit_bytes(size.dtype, size.teacher_dtype, size.device, size.learners)
-        return chunk_rows(size.tokens, size.vocab, per_logit, size.budget, size.device), size.vocab
-    per_logit = column_bytes(size.dtype, size.teacher_dtype, size.device, size.learners)
-    return size.tokens, block_columns(size.tokens, size.vocab, per_logit, size.budget, size.device)
-
-
-def _passes(strategy: str, size: Size, on: roofline.Device) -> tuple[roofline.Pass, ...]:
+def _passes(strategy: str, size: Size, on: devices.Device) -> tuple[roofline.Pass, ...]:
     sizes = (size.tokens, size.vocab, size.student_dim, size.teacher_dim, product_dtype(size.dtype, size.device))
     learns = roofline.Learns(
         train_head=size.train_head, online_teacher=size.learners == 2, train_teacher_head=size.train_teacher_head
@@ -198,7 +105,7 @@ def _passes(strategy: str, size: Size, on: roofline.Device) -> tuple[roofline.Pa
     loss = roofline.Loss(divergence=size.divergence, **learns)
     if strategy == "eager":
         return roofline.eager_passes(*sizes, **loss, cached_row=on.cached_row)
-    rows, columns = _cut(strategy, size)
+    rows, columns = cut_of(strategy, size)
     if strategy == "tokens":
         return roofline.tokens_passes(*sizes, **loss, chunk_rows=rows)
     return roofline.vocab_passes(*sizes, **loss, block_columns=columns, shared=not _fused(size))
@@ -206,7 +113,7 @@ def _passes(strategy: str, size: Size, on: roofline.Device) -> tuple[roofline.Pa
 
 def _fused(size: Size) -> bool:
     """Whether the vocab strategy's kernels multiply themselves, each learner's anew."""
-    return _backend(size.device, size.dtype, size.teacher_dtype) == "triton"
+    return backend_of(size.device, size.dtype, size.teacher_dtype) == "triton"
 
 
 def _products(strategy: str, size: Size, blocks: int) -> int:
@@ -218,16 +125,16 @@ def _products(strategy: str, size: Size, blocks: int) -> int:
     return own + (2 if size.learners == 2 and _fused(size) else 0)
 
 
-def choose(strategy: str, size: Size, on: roofline.Device | None = None) -> str:
+def choose(strategy: str, size: Size, on: devices.Device | None = None) -> str:
     """The strategy that "auto" stands for: the one predicted to be faster, from rates that are the same in every run.
 
     on: the GPU that is planned for by its name; otherwise the device's nominal rates.
     """
     if strategy != "auto":
         return strategy
-    on = on or roofline.nominal(size.device)
+    on = on or devices.nominal(size.device)
     # One chunk is the fewest products, and no head is read twice.
-    if size.tokens <= _cut("tokens", size)[0] or product_dtype(size.dtype, size.device) not in on.rates:
+    if size.tokens <= cut_of("tokens", size)[0] or product_dtype(size.dtype, size.device) not in on.rates:
         return "tokens"
     return min(("tokens", "vocab"), key=lambda name: roofline.seconds(_passes(name, size, on), on))
 
@@ -258,7 +165,7 @@ def plan(
     """What one step of ``linear_kd_loss``, or of ``linear_okd_loss`` with an ``online_teacher``, will take: losses and gradients.
 
     tokens: kept rows N. vocab: V. student_dim, teacher_dim: hidden sizes. dtype: of hidden states and heads (teacher_dtype: of the
-    teacher's, if different): float32, bfloat16, float16 or float64. device: "cpu" or "cuda", or a GPU of ``roofline.DEVICES`` such
+    teacher's, if different): float32, bfloat16, float16 or float64. device: "cpu" or "cuda", or a GPU of ``devices.DEVICES`` such
     as "H100", which need not be here.
     memory_budget: bytes for logits scratch (default: as for the loss there; a sixteenth of the named GPU's memory). train_head:
     whether the student's head takes a gradient. strategy, divergence: as for the loss. online_teacher: the teacher's hidden states
@@ -278,7 +185,7 @@ def plan(
     one_of("strategy", strategy, STRATEGIES)
     if train_teacher_head and not online_teacher:
         raise ValueError("train_teacher_head is True; accepted only with online_teacher=True")
-    runs_on, on = roofline.resolve_device(device)
+    runs_on, on = devices.resolve_device(device)
     named = on if on is not None and not on.measured and on.name.lower() == str(device).lower() else None
     size = Size(
         tokens=tokens,
@@ -295,7 +202,7 @@ def plan(
         train_teacher_head=train_teacher_head,
     )
     chosen = choose(strategy, size, named)
-    rows, columns = _cut(chosen, size)
+    rows, columns = cut_of(chosen, size)
     chunks, blocks = math.ceil(tokens / rows), math.ceil(vocab / columns)
     logits, accumulator, rest = (_tokens_bytes if chosen == "tokens" else _vocab_bytes)(size, rows, columns)
     scratch = logits + accumulator + rest
@@ -331,7 +238,7 @@ def plan(
     )
 
 
-def _predicted(strategy: str, size: Size, on: roofline.Device | None) -> float | None:
+def _predicted(strategy: str, size: Size, on: devices.Device | None) -> float | None:
     if on is None or product_dtype(size.dtype, size.device) not in on.rates:
         return None
     return roofline.seconds(_passes(strategy, size, on), on)
@@ -340,7 +247,7 @@ def _predicted(strategy: str, size: Size, on: roofline.Device | None) -> float |
 def _buffers(size: Size, row: int) -> int:
     """Head blocks, and what each thread of the native backend keeps of a row of so many columns."""
     blocks = 4 * max(block_size(size.vocab, width, size.device) for width in (size.student_dim, size.teacher_dim))
-    native = _backend(size.device, size.dtype, size.teacher_dtype) == "native"
+    native = backend_of(size.device, size.dtype, size.teacher_dtype) == "native"
     return blocks + (torch.get_num_threads() * 3 * row * 4 if native else 0)
 
 

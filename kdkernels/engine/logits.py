@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from kdkernels import backends
+from kdkernels.backends.base import Terms
 from kdkernels.backends.operators import ROW_COLUMNS, accumulate_dtype
-from kdkernels.step import Terms, kept_rows, summary, weighted
+from kdkernels.engine.keep import kept_rows
+from kdkernels.engine.step import summary, weighted
 
 # The reference's temporaries are bounded by chunks of so many rows; the other backends need none.
 REFERENCE_ROWS = 256

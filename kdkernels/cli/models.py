@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,82 +230,21 @@ TRAINING = re.compile(r"instruct|it|base|chat|pt|hf|meta|thinking|reasoning|plus
 SIZES = re.compile(r"([0-9]+)x([0-9]+)")
 # Heads beyond this are typing errors: a thousand times the largest vocabulary and hidden size there are.
 LARGEST = 2**28
-ACCEPTED = "a folder with a config.json, a name of the hub, sizes VxD such as 151936x896"
 
 
-def head_shape(text: str) -> HeadShape:
-    """The head of a folder with config.json, of sizes VxD such as 151936x896, or of a model by name: of the table, in any case, or
-    of the hub. ValueError says what is wrong and what is accepted.
-
-    A name of the hub means what its config.json says, where that is in the hub's cache here; else the table's model of that owner,
-    however it was trained on (Qwen/Qwen2.5-7B-Instruct has the head of Qwen2.5-7B); else the hub is asked.
-    """
-    from kdkernels import configs
-
-    if text and Path(text).expanduser().is_dir():
-        return configs.of_folder(Path(text).expanduser(), text)
-    if found := SIZES.fullmatch(text):
-        vocab, dim = int(found[1]), int(found[2])
-        if 1 <= vocab <= LARGEST and 1 <= dim <= LARGEST:
-            return HeadShape(vocab, dim, text)
-    if not configs.hub_name(text):
-        raise ValueError(_unknown(text, configs.not_a_model(text)))
-    known = _of_table(text)
-    cached = configs.cached(text)
-    if cached is not None:
-        return configs.of_folder(cached, text, known.tokenizer if known else "")
-    if known is not None:
-        return HeadShape(known.vocab, known.dim, text, known.tokenizer)
-    try:
-        return configs.of_hub(text)
-    except ValueError as error:
-        raise ValueError(_unknown(text, str(error))) from error
-
-
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A name without what says nothing of the head."""
     name = re.sub(r"^qwen2\.5-(coder|math)-", "qwen2.5-", name.lower())
     return "-".join(part for part in name.split("-") if not TRAINING.fullmatch(part))
 
 
-_PLAIN = {_plain(name): name for name in HEADS}
+_PLAIN = {plain(name): name for name in HEADS}
 
 
-def _of_table(text: str) -> HeadShape | None:
+def of_table(text: str) -> HeadShape | None:
     """The table's head of a bare name, or of an owner's model; what others publish under the same name may differ."""
     owner, _, name = text.rpartition("/")
-    found = _PLAIN.get(_plain(name))
+    found = _PLAIN.get(plain(name))
     if found is None or (owner and owner.lower() != OWNERS[found].lower()):
         return None
     return HEADS[found]
-
-
-def _unknown(text: str, reason: str) -> str:
-    plain = {name.lower(): name for name in HEADS}
-    near = difflib.get_close_matches(_plain(text.rpartition("/")[2]), plain, n=1)
-    meant = f"; if its head is that of {plain[near[0]]}, give that name" if near else ""
-    # whoever wrote a path or an owner looks for no name of the table
-    names = "a name that plan --help lists" if "/" in text else f"one of {', '.join(HEADS)}"
-    return f"got {text!r}: {reason}{meant}; accepted: {ACCEPTED}, or {names}"
-
-
-def check_tokenizers(student: HeadShape, teacher: HeadShape, vocab_size: int | None = None) -> bool:
-    """Whether both heads' rows were found to be the same tokens; False where that is not known of one of them.
-
-    vocab_size: look at the first so many rows, where both tokenizers are here, as ``distill`` does.
-
-    Raises ValueError where they are not the same: distillation compares two distributions over one vocabulary, token by token.
-    """
-    from kdkernels import configs
-
-    if student.tokenizer and teacher.tokenizer:
-        if student.tokenizer != teacher.tokenizer:
-            raise ValueError(f"the tokenizers differ, {student.tokenizer}'s and {teacher.tokenizer}'s")
-        return True
-    vocabularies = [configs.vocabulary(head.folder) for head in (student, teacher)]
-    if vocabularies[0] is None or vocabularies[1] is None:
-        return False
-    from kdkernels.transformers.vocabularies import shared_vocabulary
-
-    shared_vocabulary(*vocabularies, vocab_size=vocab_size)
-    return True

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.operators import accumulate_dtype
-from kdkernels.checks import LMHead, checked, rows_of
 from kdkernels.divergences import Divergence, DivergenceName
-from kdkernels.losses import models_of, reduced, terms_of
-from kdkernels.ranks import group_name, told
+from kdkernels.engine.cut import Strategy
+from kdkernels.losses.checks import LMHead, checked, rows_of
+from kdkernels.losses.linear import models_of, reduced, terms_of
+from kdkernels.losses.signatures import Metrics, OKDOptions, Reduction
+from kdkernels.parallel.ranks import group_name, told
 from kdkernels.scalars import share
-from kdkernels.signatures import Metrics, OKDOptions, Reduction, Strategy
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -1,0 +1,93 @@
+"""Which rows of a step count, and whether what is known of them is in range."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# So many slots are looked at together.
+SLOTS = 2**22
+# The k tokens that an offline teacher kept of each row and their log-probabilities, [N, K] each, -inf where a slot is not used, and
+# the log-probability of all others, [N], where it is known.
+Known = tuple[Tensor, Tensor, Tensor | None]
+
+
+def kept_rows(
+    labels: Tensor | None, weight: Tensor | None, ignore_index: int, vocab: int, known: Known | None = None
+) -> Tensor | None:
+    """Indices of the rows that count, None for all of them; raises ValueError if a label of theirs, or a token that the teacher
+    kept for them, is out of range, or if it kept one twice.
+
+    On a GPU this is the call's one host sync.
+    """
+    if labels is None and weight is None and known is None:
+        return None
+    keep, labelled = keep_of(labels, weight, ignore_index)
+    if keep is None:
+        assert known is not None
+        keep = torch.ones_like(known[0][:, 0], dtype=torch.bool)
+    if keep.numel() == 0:
+        return None
+    facts = [keep.sum()]
+    if labels is not None and labelled is not None:
+        counted = labels.where(labelled, 0)
+        facts += [counted.max(), counted.min()]
+    if known is not None:
+        facts += _facts_of_slots(keep, *known[:2])
+    count, *found = torch.stack(facts).tolist()
+    if labels is not None:
+        largest, least, *found = found
+        check_labels(largest, least, vocab, ignore_index)
+    if known is not None:
+        largest, least, twice = found
+        if largest >= vocab or least < 0:
+            wrong = largest if largest >= vocab else least
+            raise ValueError(
+                f"topk_ids holds {wrong}; accepted: 0 to {vocab - 1}, or anything where topk_logprobs is -inf (an unused slot)"
+            )
+        if twice >= 0:
+            raise ValueError(
+                f"topk_ids holds {twice} twice in one row; accepted: distinct tokens in each row, and topk_logprobs of -inf for "
+                "slots that are not used"
+            )
+    return places(keep, count)
+
+
+def keep_of(labels: Tensor | None, weight: Tensor | None, ignore_index: int) -> tuple[Tensor | None, Tensor | None]:
+    """[N] bool, None for all: rows that count, and rows whose label is not ignored."""
+    keep = None if weight is None else weight != 0
+    if labels is None:
+        return keep, None
+    labelled = labels != ignore_index
+    return labelled if keep is None else keep & labelled, labelled
+
+
+def check_labels(largest: int, least: int, vocab: int, ignore_index: int) -> None:
+    if largest >= vocab or least < 0:
+        wrong = largest if largest >= vocab else least
+        raise ValueError(f"labels holds {wrong}; accepted: 0 to {vocab - 1}, or ignore_index={ignore_index}")
+
+
+def places(keep: Tensor, count: int) -> Tensor | None:
+    return None if count == keep.numel() else torch.nonzero_static(keep, size=count)[:, 0]
+
+
+def _facts_of_slots(keep: Tensor, ids: Tensor, log_probs: Tensor) -> list[Tensor]:
+    """The largest and the least token of the used slots of kept rows, and one that a row holds twice (-1 if none)."""
+    # Slots that are not used get numbers of their own, which no token has.
+    alone = -2 - torch.arange(ids.shape[1], device=ids.device)
+    found = []
+    for rows in zip(*(part.split(max(1, SLOTS // ids.shape[1])) for part in (keep, ids, log_probs)), strict=True):
+        used = rows[0][:, None] & (rows[2] != -torch.inf)
+        counted, ordered = rows[1].where(used, 0), rows[1].where(used, alone).sort(1).values
+        twice = ordered[:, :-1].where(ordered[:, 1:] == ordered[:, :-1], -1).amax() if len(alone) > 1 else counted.new_full((), -1)
+        found.append(torch.stack([counted.amax(), -counted.amin(), twice]))
+    largest, least, twice = torch.stack(found).amax(0).unbind()
+    return [largest, -least, twice]
+
+
+def checksum(counted: Tensor, labelled: Tensor) -> Tensor:
+    """Of labels and which of them are ignored; it tells orders apart."""
+    # An odd factor loses no bits; the shift brings the upper ones down, so that sums of labels do not add up to the same.
+    mixed = (counted + labelled) * 0x2545F4914F6CDD1D
+    return ((mixed ^ (mixed >> 29)) * (2 * torch.arange(len(mixed), device=mixed.device) + 1)).sum()

@@ -1,0 +1,1 @@
+"""The public losses and their options: checks, the operators behind them, and their gradients."""
