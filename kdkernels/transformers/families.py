@@ -38,14 +38,12 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma and those aft
 # Names of the linear modules directly in an attention layer, in lower case; wqkv (InternLM2) and w_pack (Baichuan) are known from
 # the models' own code on the hub.
 FUSED = ("qkv_proj", "query_key_value", "c_attn", "wqkv", "qkv", "w_pack", "in_proj_qkv", "in_proj_qkvz")
-QUERIES = (
-    *("q_proj", "query", "q", "wq", "q_lin", "query_proj", "project_q"),
-    *("q_b_proj", "q_gate_proj"),  # the second factor of low-rank queries
-)
+# The last two are the second factor of low-rank queries.
+QUERIES = ("q_proj", "query", "q", "wq", "q_lin", "query_proj", "project_q", "q_b_proj", "q_gate_proj")
+# kv_b_proj and kv_proj make keys and values from one latent; the last two are ZAYA's.
 VALUES = (
     *("v_proj", "value", "v", "wv", "v_lin", "value_proj", "project_v"),
-    *("kv_b_proj", "kv_proj"),  # keys and values from one latent
-    *("v_proj_current", "v_proj_delayed"),  # ZAYA
+    *("kv_b_proj", "kv_proj", "v_proj_current", "v_proj_delayed"),
 )
 KEYS = ("k_proj",)  # Gemma 4: where an attention has no projection of its values, they are its keys
 

@@ -1,9 +1,9 @@
 """``KDTrainer``: transformers' Trainer, with a teacher.
 
-Where the data flows: a step's micro-batches come in (get_batch_samples), where the student may write some anew; for each, the
-hidden states of both models enter one call of the loss (compute_loss), divided by the tokens that count in all of them; sums over
-their tokens are kept (TokenMeans). OKD's teacher takes a step of its own before the student's optimizer does, and TAID's controller
-sees the step's means after it. In an evaluation nothing of that moves.
+Where the data flows: a step's micro-batches come in (get_batch_samples), where the student may write some anew; each becomes a
+Lesson for the method's loss (compute_loss), divided by the tokens that count in all of them; sums over their tokens are kept.
+What a method does besides, it does in its hooks (methods/base.py): OKD's teacher takes a step of its own before the student's
+optimizer does, TAID's controller sees the step's means after it. In an evaluation nothing of that moves.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""How a student can be taught. A method is a file here and a name in the two lists below; its options follow from its settings."""
+"""How a student can be taught.
+
+A method is a file here: its settings (a dataclass of Settings) and its part (a subclass of Fixed, or of another method). The first
+is named in ``AllSettings``, the second in ``METHODS``; KDConfig's fields and the options of ``distill`` follow.
+"""
 
 from __future__ import annotations
 
