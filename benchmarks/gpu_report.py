@@ -180,11 +180,16 @@ def _machine(facts: Result) -> str:
     return f"{facts['device']}{memory}; {facts.get('date')}\n  {versions}\n  {facts.get('command')}"
 
 
+def latest(found: Iterable[Result]) -> list[Result]:
+    """Of each thing that was looked at the last result."""
+    told = (row for row in found if {"check", "rate", "contender", "candidate"} & row.keys())
+    return list({(row["stage"], about(row)): row for row in told}.values())
+
+
 def text(path: Path) -> str:
     """The tables of a result file, also of one whose run was cut off."""
     machines, found, cut = read(path)
-    told = (row for row in found if {"check", "rate", "contender", "candidate"} & row.keys())
-    results = list({(row["stage"], about(row)): row for row in told}.values())
+    results = latest(found)
     of_stage = {
         stage: [row for row in results if row["stage"] == stage] for stage in dict.fromkeys(row["stage"] for row in results)
     }

@@ -654,8 +654,8 @@ make_sweeps = vocabulary.LearnerSweeps
 def keys(tokens, a, temperature, width=static.VOCAB, architecture="sm_90"):
     # a block of columns begins at a multiple of 16 and may end anywhere
     vocabulary.LearnerSweeps = lambda step, hidden, tile, buffer: make_sweeps(step, hidden, tile[:, :width], buffer)
-    def step(name, dtype, metrics):
-        made = make_step(name, dtype, metrics)
+    def step(name, dtype, metrics, dress=""):
+        made = make_step(name, dtype, metrics, dress)
         terms = dataclasses.replace(made.terms, a=a, temperature=temperature, kd_scale=temperature**2)
         return dataclasses.replace(made, terms=terms, t=torch.tensor(a))
     static._step, static.TOKENS = step, tokens
