@@ -49,6 +49,15 @@ def whole(name: str, value: Any, accepted: str) -> int:
     return int(value)
 
 
+def count(name: str, value: Any, low: int = 1, high: int | None = None, *, kind: str = "a whole number") -> int:
+    """A whole number from low to high (None: any)."""
+    accepted = f"{kind} of at least {low}" if high is None else f"{kind} from {low} to {high}"
+    found = whole(name, value, accepted)
+    if found < low or (high is not None and found > high):
+        raise ValueError(f"{name} is {accepted}, got {found}")
+    return found
+
+
 def flag(name: str, value: Any) -> bool:
     if isinstance(value, bool):
         return value

@@ -25,7 +25,8 @@ from kdkernels.console.arguments import number as _number
 from kdkernels.demo.settings import DEFAULT_MINUTES, Settings, require_libraries
 from kdkernels.errors import CommandError
 from kdkernels.planning.devices import DEVICES
-from kdkernels.transformers import cache_command, distill_command
+from kdkernels.transformers import cache_command
+from kdkernels.transformers.distill import command as distill_command
 
 INTERRUPTED = 130
 BAD_INPUT = 2

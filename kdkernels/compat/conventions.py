@@ -16,6 +16,5 @@ def divergence_of_beta(beta: float) -> Divergence:
 
     Raises TypeError or ValueError that names beta.
     """
-    if number("beta", beta, BETA, 0.0) > 1.0:
-        raise ValueError(f"beta is {BETA}, got {beta}")
+    number("beta", beta, BETA, 0.0, 1.0)
     return forward_kl() if beta == 0 else reverse_kl() if beta == 1 else jsd(float(beta))

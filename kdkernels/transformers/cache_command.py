@@ -170,7 +170,7 @@ def _tokenizer_digest(tokenizer: Any) -> str:
 
 
 def _check_length(model: Any, longest: int) -> None:
-    from kdkernels.transformers.batches import most_positions
+    from kdkernels.transformers.batches.reading import most_positions
 
     most = most_positions(model)
     if most is not None and longest > most:

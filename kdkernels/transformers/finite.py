@@ -131,6 +131,16 @@ class Losses:
         rows = "" if begun is None else f", whose rows begin with the tokens {', '.join(map(str, begun.tolist()))}"
         return f"{self.batch} {number + 1} of {len(self.values)}{rows}"
 
+    def check_mean(self, name: str, mean: float, model: nn.Module, steps: int) -> None:
+        """Raises NotFinite where the mean of these losses, of all ranks, is no number. name: of it. steps: so far."""
+        if math.isfinite(mean):
+            return
+        wrong = self.wrong(torch.stack(self.values).tolist())
+        where = "a batch of another process" if wrong is None else self.where(wrong)
+        weights = wrong_weights(model)
+        cause = "" if weights is None else f"; the student's {weights}"
+        raise NotFinite(f"{name} is {mean} after {steps} steps{cause}; {where}")
+
 
 class Watch:
     """Ends a training whose numbers are none, or whose student gets no gradient.

@@ -1,9 +1,7 @@
 """What a causal model of transformers does between its last hidden states and its logits, read as an LMHead.
 
 Three places hold it: the output head module (weight, bias, adapters of PEFT), the model (its logit scale), and its configuration
-(scale, softcap). Names alone do not tell: ``logits_scaling`` divides the logits in Granite, multiplies them in HyperCLOVA X and
-divides the hidden states in MiniCPM3. So scales are taken from a table of model types, and a scale in a model that the table does
-not know is refused.
+(scale, softcap). What a scale does is told by the table of families; one in a model that the table does not know is refused.
 """
 
 from __future__ import annotations
@@ -16,20 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels.losses.checks import FLOATS, LMHead
-
-# Attribute, what it does, and the model types (by their beginning) whose source does that. Read in transformers 5.23.
-MULTIPLIES, DIVIDES, ELSEWHERE = "multiplies the logits", "divides the logits", "does not touch the head's output"
-SCALES = (
-    ("logit_scale", MULTIPLIES, ("cohere",)),
-    ("logit_scale", ELSEWHERE, ("mpt",)),  # in its configuration only
-    ("logits_scaling", DIVIDES, ("granite",)),
-    ("logits_scaling", MULTIPLIES, ("hyperclovax",)),
-    ("logits_scaling", ELSEWHERE, ("minicpm",)),  # divides the hidden states, before they enter the head
-    ("lm_head_multiplier", MULTIPLIES, ("falcon_h1",)),
-    ("output_multiplier", MULTIPLIES, ("muse_",)),
-    ("logits_mup_width_multiplier", ELSEWHERE, ("inkling",)),  # divides the hidden states
-)
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma and those after it; RecurrentGemma
+from kdkernels.transformers.families import DIVIDES, FAMILIES, MULTIPLIES, SOFTCAPS, families_of
 
 
 def unwrapped(model: Any) -> Any:
@@ -212,13 +197,15 @@ def _number(base: Any, text: Any, name: str) -> float | None:
 
 def _scale(base: Any, text: Any, kinds: tuple[str, ...]) -> float:
     scale = 1.0
-    for name in dict.fromkeys(name for name, *_ in SCALES):
+    own = [family.scale for family in families_of(*kinds) if family.scale is not None]
+    known = [(family.type, *family.scale) for family in FAMILIES if family.scale is not None]
+    for name in dict.fromkeys(attribute for _, attribute, _ in known):
         value = _number(base, text, name)
         if value is None or value == 1.0:
             continue
-        does = {does for known, does, types in SCALES if known == name and any(kind.startswith(types) for kind in kinds)}
+        does = {effect for attribute, effect in own if attribute == name}
         if not does:
-            others = "; ".join(f"{does} in {', '.join(types)}" for known, does, types in SCALES if known == name)
+            others = "; ".join(f"{effect} in {kind}" for kind, attribute, effect in known if attribute == name)
             raise ValueError(
                 f"{type(base).__name__} ({kinds[0]}) has {name} = {value:g}, and what that does is not known ({others}): make "
                 "kd.LMHead(weight, bias, logit_scale=...) by hand and check it with verify_lm_head(model, head=...)"

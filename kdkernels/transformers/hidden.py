@@ -16,7 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from kdkernels.transformers.batches import numbers_positions, positions_of, takes
+from kdkernels.transformers.batches.layout import positions_of
+from kdkernels.transformers.batches.reading import numbers_positions, takes
 from kdkernels.transformers.heads import output_module, read_head, unwrapped
 
 # With these a model would compute a loss of its own from the logits that it does not get.

@@ -15,20 +15,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from kdkernels.scalars import number
-from kdkernels.transformers.batches import IGNORED, most_positions
+from kdkernels.scalars import count, number, share, whole
+from kdkernels.transformers.batches.layout import IGNORED
+from kdkernels.transformers.batches.reading import most_positions
 from kdkernels.transformers.heads import unwrapped
-from kdkernels.transformers.modes import evaluating
+from kdkernels.transformers.writing import most_of_ranks, responses, writer
 
 SCHEDULES = ("constant", "adaptive")
 DATA, GENERATED, REPLAYED = "data", "generated", "replayed"
@@ -54,17 +52,6 @@ class _Written(NamedTuple):
         labels = tokens.clone()
         labels[: self.prompt] = IGNORED
         return _Row(tokens, labels)
-
-
-class _KnownTokens(LogitsProcessor):
-    """Never samples a token from ``vocab_size`` on: rows of a padded head, which the other model may not have."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores[:, self.vocab_size :] = -math.inf
-        return scores
 
 
 class OnPolicy:
@@ -102,25 +89,26 @@ class OnPolicy:
     ) -> None:
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule {schedule!r} is not known; accepted: {', '.join(SCHEDULES)}")
-        self.fraction = _share("fraction", fraction)
+        self.fraction = share("fraction", fraction)
         self.adaptive = schedule == "adaptive"
-        self.replay_size = _count("replay_size", replay_size, 1)
-        self.seed = _count("seed", seed, None)
+        self.replay_size = count("replay_size", replay_size)
+        self.seed = whole("seed", seed, "a whole number")
         ends = eos_token_id if eos_token_id is None or isinstance(eos_token_id, Sequence) else [eos_token_id]
-        self.ends = [] if ends is None else [_count("eos_token_id", end, 0) for end in ends]
+        self.ends = [] if ends is None else [count("eos_token_id", end, 0) for end in ends]
         if ends is not None and not self.ends:
             raise ValueError("eos_token_id is a token, at least one of them, or None, got an empty sequence")
-        self.pad = (self.ends or [0])[0] if pad_token_id is None else _count("pad_token_id", pad_token_id, 0)
-        self.vocab_size = None if vocab_size is None else _count("vocab_size", vocab_size, 1)
-        self.positions = None if positions is None else _count("positions", positions, 1)
-        self.max_new_tokens = _count("max_new_tokens", max_new_tokens, 1)
+        self.pad = (self.ends or [0])[0] if pad_token_id is None else count("pad_token_id", pad_token_id, 0)
+        self.vocab_size = None if vocab_size is None else count("vocab_size", vocab_size)
+        self.positions = None if positions is None else count("positions", positions)
+        self.max_new_tokens = count("max_new_tokens", max_new_tokens)
         self.sampling = {
             "do_sample": True,
             "temperature": number("temperature", temperature, "a positive number", 0.0, above=True),
-            "top_k": _count("top_k", top_k, 0),
-            "top_p": _share("top_p", top_p, above=True),
+            "top_k": count("top_k", top_k, 0),
+            "top_p": number("top_p", top_p, "a number in (0, 1]", 0.0, 1.0, above=True),
             "pad_token_id": self.pad,
             "eos_token_id": self.ends or None,
+            "max_new_tokens": self.max_new_tokens,
             "use_cache": True,  # also where the model's configuration says no, for training's sake
         }
         self._buffer: deque[_Written] = deque(maxlen=self.replay_size)
@@ -159,11 +147,11 @@ class OnPolicy:
         """
         rows = _checked(batch)
         for name, value in {"step": step, "micro": micro, "rank": rank}.items():
-            _count(name, value, 0)
-        _share("progress", progress)
+            count(name, value, 0)
+        share("progress", progress)
         if self.adaptive and rows > self.replay_size:
             raise ValueError(f"replay_size={self.replay_size} is smaller than a batch of {rows} rows; accepted: {rows} or more")
-        positions = self._positions(_writer(model)[1])
+        positions = self._positions(writer(model)[1])
         if positions is not None and self.max_new_tokens >= positions:
             raise ValueError(
                 f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in the {positions} positions of "
@@ -213,7 +201,7 @@ class OnPolicy:
         wanted = self.state_dict().keys()
         if state.keys() != wanted:
             raise ValueError(f"state has the keys {', '.join(map(str, state))}; accepted: those of state_dict, {', '.join(wanted)}")
-        fraction = _share("state['fraction']", state["fraction"])
+        fraction = share("state['fraction']", state["fraction"])
         tokens, lengths, prompts = (state[name] for name in ("tokens", "lengths", "prompts"))
         if not (
             len(lengths) == len(prompts) and int(lengths.sum()) == len(tokens) and bool(((prompts > 0) & (prompts < lengths)).all())
@@ -239,7 +227,7 @@ class OnPolicy:
         if not self.adaptive or coin < self.fraction * (1.0 - progress):
             return GENERATED
         # Of all ranks, as a rank that writes while others do not would wait for them in FSDP.
-        return GENERATED if _most(self.replay_size - len(self._buffer), device) else REPLAYED
+        return GENERATED if most_of_ranks(self.replay_size - len(self._buffer), device) else REPLAYED
 
     def _written(self, model: nn.Module, batch: Mapping[str, Tensor], seed: int, synced: bool) -> list[_Row] | None:
         """The rows, continued by the student from their prompts; None where none was."""
@@ -251,46 +239,21 @@ class OnPolicy:
             for place, prompt in prompts.items()
             if len(prompt) and (positions is None or len(prompt) + self.max_new_tokens <= positions)
         }
-        responses = self._responses(model, list(fits.values()), seed, batch["input_ids"].device, synced)
-        for (place, prompt), response in zip(fits.items(), responses, strict=True):
+        answers = responses(
+            model,
+            list(fits.values()),
+            self.sampling,
+            vocab_size=self.vocab_size,
+            seed=seed,
+            device=batch["input_ids"].device,
+            synced=synced,
+        )
+        for (place, prompt), response in zip(fits.items(), answers, strict=True):
             written = _Written(torch.cat([prompt, response]).int(), len(prompt))
             rows[place] = written.row()
             if self.adaptive:
                 self._buffer.append(written)
         return rows if fits else None
-
-    def _responses(self, model: nn.Module, prompts: list[Tensor], seed: int, device: torch.device, synced: bool) -> list[Tensor]:
-        """What the student answers to each prompt, up to and with the first end token; on the CPU."""
-        groups = [list(range(len(prompts)))] if prompts else []
-        generate, base = _writer(model)
-        if getattr(base, "_is_stateful", False):
-            # A state that runs through the tokens may take in the padding too (RWKV, RecurrentGemma): one length at a time.
-            lengths = sorted({len(prompt) for prompt in prompts})
-            groups = [[place for place, prompt in enumerate(prompts) if len(prompt) == length] for length in lengths]
-        calls = _most(len(groups), device) if synced else len(groups)
-        responses = [torch.empty(0, dtype=torch.int64)] * len(prompts)
-        processors = LogitsProcessorList([] if self.vocab_size is None else [_KnownTokens(self.vocab_size)])
-        with _as_writer(model, base), _seeded(seed, device):
-            for call in range(calls):
-                # A rank with nothing left to write still takes part in what the others' forwards share.
-                group = groups[call] if call < len(groups) else []
-                asked = [prompts[place] for place in group] or [torch.zeros(1, dtype=torch.int64)]
-                ids = pad_sequence(asked, batch_first=True, padding_value=self.pad, padding_side="left")
-                mask = pad_sequence([torch.ones_like(one) for one in asked], batch_first=True, padding_side="left")
-                answered = generate(
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
-                    generation_config=_configuration(**self.sampling, max_new_tokens=self.max_new_tokens if group else 1),
-                    logits_processor=processors,
-                    synced_gpus=synced,
-                )
-                for place, tokens in zip(group, answered[:, ids.shape[1] :].cpu(), strict=False):
-                    responses[place] = self._ended(tokens)
-        return responses
-
-    def _ended(self, response: Tensor) -> Tensor:
-        ends = torch.isin(response, torch.tensor(self.ends, dtype=response.dtype)).nonzero()
-        return response[: int(ends[0]) + 1] if len(ends) else response
 
     def _collated(self, rows: list[_Row], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ids, labels = like["input_ids"], like["labels"]
@@ -300,23 +263,6 @@ class OnPolicy:
             "attention_mask": pad_sequence([torch.ones_like(row.tokens) for row in rows], batch_first=True).to(mask),
             "labels": pad_sequence([row.labels for row in rows], batch_first=True, padding_value=IGNORED).to(labels),
         }
-
-
-def _count(name: str, value: Any, least: int | None) -> int:
-    accepted = "a whole number" if least is None else f"a whole number of at least {least}"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {accepted}, got {type(value).__name__}")
-    if least is not None and value < least:
-        raise ValueError(f"{name} is {accepted}, got {value}")
-    return value
-
-
-def _share(name: str, value: Any, *, above: bool = False) -> float:
-    accepted = "a number in (0, 1]" if above else "a number in [0, 1]"
-    found = number(name, value, accepted, 0.0, above=above)
-    if found > 1.0:
-        raise ValueError(f"{name} is {accepted}, got {value}")
-    return found
 
 
 def _checked(batch: Any) -> int:
@@ -352,66 +298,6 @@ def _prompt(labels: Tensor) -> int:
         return 0
     first, last = int(counts[0]), int(counts[-1])
     return first or max(1, (last + 1) // 2)
-
-
-def _writer(model: Any) -> tuple[Any, Any]:
-    """The ``generate`` to call, PEFT's own where there is one, and the model of transformers that it works on."""
-    base = unwrapped(model)
-    if not (callable(getattr(base, "generate", None)) and hasattr(base, "generation_config")):
-        raise ValueError(f"{type(base).__name__} cannot generate; accepted: causal language models of transformers that can")
-    if any("_fsdp_wrapped_module" in module._modules for module in model.modules()):
-        raise ValueError("model is sharded by FSDP1, whose root a generation would by-pass; accepted: fully_shard (FSDP2)")
-    outer = next((module for module in model.modules() if hasattr(module, "get_base_model")), base)
-    for adapter in getattr(outer, "peft_config", {}).values():
-        if adapter.is_prompt_learning:
-            raise ValueError(
-                f"model has an adapter of {type(adapter).__name__}, whose virtual tokens would stand before the padding of shorter "
-                "prompts; accepted: LoRA and others that change layers"
-            )
-    return outer.generate, base
-
-
-def _configuration(**options: Any) -> Any:
-    return GenerationConfig(**options)
-
-
-@contextmanager
-def _as_writer(model: nn.Module, base: Any) -> Iterator[None]:
-    """Inside, the model is in evaluation mode and has a generation_config that says nothing; afterwards it is as it was."""
-    configured = base.generation_config
-    # What is None in a configuration given to generate() is taken from this one: penalties, forced tokens, lengths.
-    base.generation_config = _configuration()
-    try:
-        # a graph for each length would be compiled
-        with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        base.generation_config = configured
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, random numbers of the CPU and the device follow from the seed; afterwards they go on as if nothing had been."""
-    if device.type == "cpu":
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            yield
-        return
-    # Not torch.manual_seed, which would seed the other devices too.
-    accelerator = torch.get_device_module(device)
-    with torch.random.fork_rng(devices=[device.index], device_type=device.type), accelerator.device(device):
-        torch.default_generator.manual_seed(seed)
-        accelerator.manual_seed(seed)
-        yield
-
-
-def _most(count: int, device: torch.device) -> int:
-    """The largest count of all ranks."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return count
-    found = torch.tensor(count, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
 
 
 def _key(purpose: str, *counters: int) -> int:

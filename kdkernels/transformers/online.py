@@ -27,24 +27,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kdkernels.errors import to_install
-from kdkernels.scalars import number
+from kdkernels.scalars import count, number
+from kdkernels.transformers.families import FUSED, KEYS, QUERIES, VALUES
 from kdkernels.transformers.finite import NotFinite
 from kdkernels.transformers.heads import unwrapped
 from kdkernels.transformers.modes import evaluate
-
-# Names of the linear modules directly in an attention layer, in lower case. Read in transformers 5.23 and, for wqkv (InternLM2) and
-# w_pack (Baichuan), known from the models' own code on the hub.
-FUSED = ("qkv_proj", "query_key_value", "c_attn", "wqkv", "qkv", "w_pack", "in_proj_qkv", "in_proj_qkvz")
-QUERIES = (
-    *("q_proj", "query", "q", "wq", "q_lin", "query_proj", "project_q"),
-    *("q_b_proj", "q_gate_proj"),  # the second factor of low-rank queries
-)
-VALUES = (
-    *("v_proj", "value", "v", "wv", "v_lin", "value_proj", "project_v"),
-    *("kv_b_proj", "kv_proj"),  # keys and values from one latent
-    *("v_proj_current", "v_proj_delayed"),  # ZAYA
-)
-KEYS = ("k_proj",)  # Gemma 4: where an attention has no projection of its values, they are its keys
 
 
 def query_value_modules(model: nn.Module) -> list[str]:
@@ -123,10 +110,7 @@ class OnlineTeacher:
         seed: int = 0,
     ) -> None:
         for name, value, low in (("rank", rank, 1), ("seed", seed, 0)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} is a whole number of at least {low}, got {type(value).__name__}")
-            if value < low:
-                raise ValueError(f"{name} is a whole number of at least {low}, got {value}")
+            count(name, value, low)
         if alpha is not None:
             number("alpha", alpha, "a number above 0, or None", 0.0, above=True)
         if number("dropout", dropout, "a number in [0, 1)", 0.0) >= 1.0:

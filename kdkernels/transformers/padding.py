@@ -3,32 +3,69 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kdkernels.transformers.heads import lm_head, unwrapped
-from kdkernels.transformers.vocabularies import shared_vocabulary, token_ids
+from kdkernels.transformers.vocabularies import compare, real_tokens, token_ids
 
 logger = logging.getLogger(__name__)
+
+
+class Common(NamedTuple):
+    """rows: how many rows of both heads a loss compares. agreed: how many leading ids mean the same to both tokenizers, None where
+    they were not compared. notes: what a person should know of the rest, in sentences."""
+
+    rows: int
+    agreed: int | None
+    notes: tuple[str, ...]
+
+
+def common_rows(heads: Sequence[int], tokenizers: Sequence[Any], names: Sequence[str], vocab_size: int | None = None) -> Common:
+    """What student and teacher have in common, by the heights of their heads and their tokenizers, in that order.
+
+    Compared are the rows that both heads have, or the leading ids that mean the same to both tokenizers, where one of these has
+    tokens behind them. Rows behind all tokens, alike in both heads, stay: a student has to learn that they mean nothing. names: of
+    the arguments that the tokenizers are, for errors; a tokenizer may be None. vocab_size: these rows instead, as for ``compare``.
+
+    Raises ValueError where the tokenizers disagree, and TypeError where one is none.
+    """
+    rows = min(heads)
+    if any(tokenizer is None for tokenizer in tokenizers):
+        return Common(rows if vocab_size is None else vocab_size, None, ())
+    student, teacher = tokenizers
+    agreed, notes = compare(student, teacher, vocab_size)
+    ours, theirs = token_ids(student, names[0]), token_ids(teacher, names[1])
+    if vocab_size is not None:
+        return Common(vocab_size, agreed, notes)
+    without = real_tokens(student, {token: at for token, at in ours.items() if rows <= at < agreed})
+    if without:
+        notes += (
+            f"both tokenizers have {agreed:,} tokens, of which student and teacher have {heads[0]:,} and {heads[1]:,} rows: the "
+            f"loss leaves out {len(without):,} tokens from {without[0][1]!r} ({without[0][0]}) on",
+        )
+    last = max(*ours.values(), *theirs.values())
+    return Common(min(rows, agreed) if agreed <= last else rows, agreed, notes)
 
 
 def shared_rows(student: Any, teacher: Any, student_tokenizer: Any = None, teacher_tokenizer: Any = None) -> int:
     """``vocab_size`` for a loss of these two models, as ``KDTrainer`` takes it: the rows that both heads have, or the leading ids
     that mean the same to both tokenizers, where one of these has tokens behind them.
 
-    Rows behind all tokens, alike in both heads, stay: a student has to learn that they mean nothing. student, teacher: as for
-    ``lm_head``. Where a tokenizer is not given, the one saved with its model is looked for; without both, one warning says that the
-    tokens were not compared. Raises ValueError as ``lm_head`` does, and where the tokenizers disagree.
+    student, teacher: as for ``lm_head``. Rows behind all tokens, alike in both heads, stay. Where a tokenizer is not given, the one
+    saved with its model is looked for; without both, one warning says that the tokens were not compared. Raises
+    ValueError as ``lm_head`` does, and where the tokenizers disagree.
     """
-    rows = [lm_head(model).weight.shape[0] for model in (student, teacher)]
+    heads = [lm_head(model).weight.shape[0] for model in (student, teacher)]
     given = (student_tokenizer, student), (teacher_tokenizer, teacher)
-    ours, theirs = (tokenizer_of(model) if tokenizer is None else tokenizer for tokenizer, model in given)
-    if ours is None or theirs is None:
+    tokenizers = [tokenizer_of(model) if tokenizer is None else tokenizer for tokenizer, model in given]
+    found = common_rows(heads, tokenizers, ("student_tokenizer", "teacher_tokenizer"))
+    if found.agreed is None:
         logger.warning("The vocabularies of teacher and student were not compared: give shared_rows both tokenizers.")
-        return min(rows)
-    agreed = shared_vocabulary(ours, theirs)
-    last = max(*token_ids(ours, "student_tokenizer").values(), *token_ids(theirs, "teacher_tokenizer").values())
-    return min(*rows, agreed) if agreed <= last else min(rows)
+    for note in found.notes:
+        logger.warning(note)
+    return found.rows
 
 
 def tokenizer_of(model: Any) -> Any:

@@ -1,96 +1,43 @@
 """``KDTrainer``: transformers' Trainer, with a teacher.
 
-Where the data flows: a step's micro-batches come in (get_batch_samples), where the student may write some anew; for each, the
-hidden states of both models enter one call of the loss (compute_loss), divided by the tokens that count in all of them; sums over
-their tokens are kept (TokenMeans). OKD's teacher takes a step of its own before the student's optimizer does, and TAID's controller
-sees the step's means after it. In an evaluation nothing of that moves.
+Where the data flows: a step's micro-batches come in (get_batch_samples), where the student may write some anew; each becomes a
+Lesson for the method's loss (compute_loss), divided by the tokens that count in all of them; sums over their tokens are kept.
+What a method does besides, it does in its hooks (methods/base.py): OKD's teacher takes a step of its own before the student's
+optimizer does, TAID's controller sees the step's means after it. In an evaluation nothing of that moves.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from kdkernels.engine.outcomes import WEIGHED_BY_STUDENT
-from kdkernels.errors import CommandError
-from kdkernels.losses.linear import linear_kd_loss
-from kdkernels.losses.okd import linear_okd_loss
-from kdkernels.losses.topk import linear_topk_kd_loss
-from kdkernels.transformers.batches import (
-    IGNORED,
-    PADDING,
-    Inputs,
-    Prepared,
-    check_examples,
-    document_numbers,
-    looked_at,
-    next_tokens,
-    plain,
-)
-from kdkernels.transformers.cache import TOKENIZER, TopKCache, is_cache
-from kdkernels.transformers.config import OKD, TAID, KDConfig
+from kdkernels.losses.taid import TAIDSchedule
+from kdkernels.transformers import checkpoints, given
+from kdkernels.transformers.batches.inputs import Collated, Inputs
+from kdkernels.transformers.batches.layout import IGNORED, PADDING, TARGETS, Prepared, document_numbers, next_tokens
+from kdkernels.transformers.config import KDConfig
 from kdkernels.transformers.data import Collator
-from kdkernels.transformers.finite import Losses, NotFinite, Watch, check_weights, wrong_weights
-from kdkernels.transformers.heads import lm_head, output_module, unwrapped
+from kdkernels.transformers.finite import Losses, NotFinite, Watch, check_weights
+from kdkernels.transformers.heads import lm_head
 from kdkernels.transformers.hidden import hidden_states
-from kdkernels.transformers.load import is_causal, load_model
+from kdkernels.transformers.means import TokenMeans, floats
+from kdkernels.transformers.methods import parts_of
+from kdkernels.transformers.methods.base import Lesson, Means
 from kdkernels.transformers.modes import evaluate, evaluating
 from kdkernels.transformers.on_policy import OnPolicy
-from kdkernels.transformers.online import OnlineTeacher, shard
-from kdkernels.transformers.padding import tokenizer_at as _tokenizer_at
-from kdkernels.transformers.padding import tokenizer_of as _tokenizer_of
-from kdkernels.transformers.verify import mixes_documents, verify_lm_head
-from kdkernels.transformers.vocabularies import compare, real_tokens, token_ids, tokenizer_of
+from kdkernels.transformers.online import OnlineTeacher
+from kdkernels.transformers.padding import tokenizer_of as saved_tokenizer
+from kdkernels.transformers.verify import check_documents, verify_lm_head
 
 logger = logging.getLogger(__name__)
-
-STATE = "distillation.pt"
-
-
-class TokenMeans:
-    """Means over tokens, of batches that come one by one: sums on the device, so that nothing waits for it."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self, means: Mapping[str, Tensor]) -> None:
-        """means: 0-dim tensors; "tokens" says of how many tokens they are the means."""
-        tokens = means["tokens"].double()
-        for name, value in means.items():
-            part = tokens if name == "tokens" else torch.where(tokens > 0, value.double() * tokens, 0.0)
-            self.sums[name] = self.sums[name] + part if name in self.sums else part
-
-    def drained(self) -> dict[str, Tensor]:
-        """Means over all tokens of all ranks (to be called on each of them), and a new start; empty if nothing was added."""
-        sums, self.sums = self.sums, {}
-        if not sums:
-            return {}
-        stacked = torch.stack(list(sums.values()))
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(stacked)
-        found = dict(zip(sums, stacked, strict=True))
-        tokens = found.pop("tokens")
-        return {**{name: value / tokens.clamp(min=1) for name, value in found.items()}, "tokens": tokens}
-
-
-def _floats(means: Mapping[str, Tensor]) -> dict[str, float]:
-    """What is logged of them, in one transfer."""
-    if not means:
-        return {}
-    values = dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
-    del values["tokens"]
-    return values
 
 
 class _Steps(TrainerCallback):
@@ -100,31 +47,15 @@ class _Steps(TrainerCallback):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.trainer.step_teacher()
+        for part in self.trainer.parts:
+            part.before_step()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.trainer.move_target()
+        for part in self.trainer.parts:
+            part.after_step()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         check_weights(self.trainer.model, "student")
-
-
-class _Batches:
-    """A collator whose batches are what both models read, and carry a cached teacher's log-probabilities."""
-
-    def __init__(self, collator: Callable[[Any], Any], inputs: Inputs, cache: TopKCache | None) -> None:
-        self.collator, self.inputs, self.cache = collator, inputs, cache
-
-    def __call__(self, features: Any) -> Prepared:
-        return self.prepared(self.collator(features))
-
-    def prepared(self, batch: Mapping[str, Any]) -> Prepared:
-        if isinstance(batch, Prepared):
-            return batch
-        made = self.inputs(batch)
-        if self.cache is not None and "topk_ids" not in made:
-            made.update(self.cache.batch(**self.inputs.readable(made)))
-        return made
 
 
 class KDTrainer(Trainer):
@@ -181,36 +112,16 @@ class KDTrainer(Trainer):
         teacher_processing_class: Any = None,
         **options: Any,
     ) -> None:
-        if not isinstance(args, KDConfig):
-            raise TypeError(f"args is a KDConfig, got {type(args).__name__}")
-        for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func", "model_init"):
-            if options.get(name) is not None:
-                raise ValueError(f"{name} is not accepted: the loss is the trainer's own, of the given model, and makes no logits")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"one process sees {args.n_gpu} GPUs, which transformers would run as DataParallel: start one for each"
-            )
-        _check_student(model)
-        _check_tokenizers(processing_class, teacher_processing_class)
-        _check_model(model, "model")
-        self.cache = _cache(teacher)
-        self.teacher: Any = None
+        given.check_options(args, options)
+        given.check_student(model)
+        given.check_tokenizers(processing_class, teacher_processing_class)
+        given.check_model(model, "model")
+        self.cache = given.cache_of(teacher)
+        self.teacher: Any = given.teacher_of(teacher, model) if self.cache is None else None
         if self.cache is not None:
-            _check_cache(args, self.cache)
-            if train_dataset is None and self.cache.columns:
-                raise ValueError(
-                    f"train_dataset is None, and the cache holds its examples without {', '.join(self.cache.columns)}, with which "
-                    "the teacher read them; accepted: the data that it was made from"
-                )
-            if train_dataset is None:
-                train_dataset = self.cache.examples()
-        else:
-            self.teacher = _model(teacher)
-            _check_model(self.teacher, "teacher")
-            if unwrapped(self.teacher) is unwrapped(model):
-                raise ValueError("teacher and model are one and the same model; load it twice")
+            train_dataset = given.learned_from(self.cache, args, train_dataset)
         if processing_class is None:
-            processing_class = _tokenizer_of(model)
+            processing_class = saved_tokenizer(model)
         own_collator = data_collator is not None
         if not own_collator:
             # The student's own padding may be a token that the teacher has no row for; what stands at padding does not matter.
@@ -219,25 +130,24 @@ class KDTrainer(Trainer):
 
         self.model_accepts_loss_kwargs = True  # the loss divides by the tokens of the whole step
         self._loss_shifts_labels = True
-        self.online: OnlineTeacher | None = None
-        self._teacher_prepared = False
+        self._prepared = False  # its parts
         if not self.is_fsdp_enabled:  # there it waits until the weights are where they belong
             verify_lm_head(model, role="student")
         if self.teacher is not None:
             self._place_teacher()
             verify_lm_head(self.teacher, role="teacher")
-        self.vocab_size, self._known_tokens = self._shared_vocabulary(teacher_processing_class)
+        self.vocab_size, self.known_tokens = given.in_common(
+            self.model, self.teacher, self.cache, self.processing_class, teacher_processing_class, args.vocab_size
+        )
         models = {"model": self.model} if self.teacher is None else {"model": self.model, "teacher": self.teacher}
-        self.inputs = Inputs.of(models, None if args.vocab_size is not None else self._known_tokens)
+        self.inputs = Inputs.of(models, None if args.vocab_size is not None else self.known_tokens)
         if not own_collator:
-            self._look_at(train_dataset=self.train_dataset, eval_dataset=self.eval_dataset)
-        self._collate = _Batches(self.data_collator, self.inputs, self.cache)
+            given.look_at(self.data_collator, self.inputs, train_dataset=self.train_dataset, eval_dataset=self.eval_dataset)
+        self._collate = Collated(self.data_collator, self.inputs, self.cache)
         self.data_collator = self._collate
-        if args.method == OKD:
-            self._let_teacher_learn()
-        self.taid = args.taid_schedule().to(args.device) if args.method == TAID else None
-        self.on_policy = self._student_writes()
-        self._logged, self._stepped, self._evaluated = TokenMeans(), TokenMeans(), TokenMeans()
+        self.method, *others = parts_of(self)
+        self.parts = (self.method, *others)
+        self._logged, self._evaluated = TokenMeans(), TokenMeans()
         steps_within_backward = any(kind in str(args.optim) for kind in ("lomo", "layerwise"))
         self._watch, self._evaluated_losses = Watch(model, keeps_gradients=not steps_within_backward), Losses("batch")
         self._empty: Tensor = torch.tensor(0)  # steps of which no token counted
@@ -247,56 +157,20 @@ class KDTrainer(Trainer):
 
     # ---- what is set up once ----
 
-    def _shared_vocabulary(self, teacher_processing_class: Any) -> tuple[int | None, int | None]:
-        """How many rows of both heads are compared, and how many of them are tokens that both know; None for all."""
-        rows = [lm_head(self.model).weight.shape[0]]
-        rows.append(lm_head(self.teacher).weight.shape[0] if self.cache is None else self.cache.vocab_size)
-        given = self.args.vocab_size
-        if given is not None and not 1 <= given <= min(rows):
-            raise ValueError(f"vocab_size={given}; accepted: 1 to {min(rows)}, the rows that both heads have")
-        agreed: int | None = None
-        theirs = teacher_processing_class
-        if theirs is None:
-            theirs = _tokenizer_of(self.teacher) if self.cache is None else _tokenizer_at(self.cache.folder / TOKENIZER)
-        if self.processing_class is not None and theirs is not None:
-            agreed, notes = compare(self.processing_class, theirs, given)
-            ours = token_ids(self.processing_class, "processing_class")
-            last = max(*ours.values(), *token_ids(theirs, "teacher_processing_class").values())
-            if given is None:
-                without = real_tokens(self.processing_class, {token: at for token, at in ours.items() if min(rows) <= at < agreed})
-                if without:
-                    notes += (
-                        f"both tokenizers have {agreed:,} tokens, of which student and teacher have {rows[0]:,} and {rows[1]:,} "
-                        f"rows: the loss leaves out {len(without):,} tokens from {without[0][1]!r} ({without[0][0]}) on",
-                    )
-            for note in notes:
-                logger.warning(note)
-            # Rows behind all tokens, alike in both heads, stay: a student has to learn that they mean nothing.
-            if agreed <= last:
-                rows.append(agreed)
-        elif given is None:
-            logger.warning(
-                "The vocabularies of teacher and student were not compared: pass processing_class and teacher_processing_class."
-            )
-        cut = min(rows) if len(set(rows)) > 1 else None
-        if given is not None:
-            cut = given
-        return cut, min([size for size in (cut, agreed) if size is not None], default=None)
+    @property
+    def online(self) -> OnlineTeacher | None:
+        """OKD's teacher."""
+        return getattr(self.method, "online", None)
 
-    def _look_at(self, **datasets: Any) -> None:
-        """What can be known of the data before any work: that the models read it, and that there is something to learn."""
-        parts = {name: part for name, dataset in datasets.items() for name, part in _parts(name, dataset)}
-        for name, dataset in parts.items():
-            if name == "train_dataset" and hasattr(dataset, "__len__") and len(dataset) == 0:
-                raise ValueError("train_dataset has no examples; accepted: at least one")
-            numbers = looked_at(dataset)
-            learns = check_examples(name, dataset, numbers, self.data_collator, self.inputs)
-            if learns or not 0 < len(numbers) == len(dataset):
-                continue
-            text = f"{name} has {len(dataset):,} examples and not one token to learn: no label but {IGNORED} behind a real token"
-            if name == "train_dataset":
-                raise ValueError(text)
-            logger.warning("%s", text)
+    @property
+    def taid(self) -> TAIDSchedule | None:
+        """TAID's controller."""
+        return getattr(self.method, "schedule", None)
+
+    @property
+    def on_policy(self) -> OnPolicy | None:
+        """Where the student writes, what decides when."""
+        return next((part.on_policy for part in self.parts if hasattr(part, "on_policy")), None)
 
     def _place_teacher(self) -> None:
         evaluate(self.teacher)
@@ -304,60 +178,16 @@ class KDTrainer(Trainer):
         if not self.is_fsdp_enabled and not any(placed):  # FSDP2 moves each shard, where the whole may not fit
             self.teacher.to(self.args.device)
 
-    def _let_teacher_learn(self) -> None:
-        self.online = OnlineTeacher(
-            self.teacher,
-            rank=self.args.okd_lora_rank,
-            alpha=self.args.okd_lora_alpha,
-            dropout=self.args.okd_lora_dropout,
-            target_modules=self.args.okd_target_modules,
-            seed=self.args.seed,
-        )
-        self.teacher = self.online.model
-        if self.args.activation_checkpointing:
-            self.online.checkpoint_activations()
-
-    def _student_writes(self) -> OnPolicy | None:
-        args = self.args
-        if args.on_policy_fraction == 0.0 and args.on_policy_schedule == "constant":
-            return None
-        limits = self.inputs.limits
-        if limits.positions is not None and args.on_policy_max_new_tokens >= limits.positions:
-            raise ValueError(
-                f"on_policy_max_new_tokens={args.on_policy_max_new_tokens} leaves no room for a prompt: {limits.whose} takes "
-                f"{limits.positions:,} tokens in a sequence; accepted: 1 to {limits.positions - 1}"
-            )
-        generation = getattr(unwrapped(self.model), "generation_config", None)
-        tokenizer = None if self.processing_class is None else tokenizer_of(self.processing_class, "processing_class")
-        ids = [getattr(tokenizer, "eos_token_id", None), getattr(generation, "eos_token_id", None)]
-        ends = {end for one in ids if one is not None for end in (one if isinstance(one, list) else [one])}
-        return OnPolicy(
-            args.on_policy_fraction,
-            schedule=args.on_policy_schedule,
-            max_new_tokens=args.on_policy_max_new_tokens,
-            temperature=args.on_policy_temperature,
-            top_k=args.on_policy_top_k,
-            top_p=args.on_policy_top_p,
-            replay_size=args.replay_buffer_size,
-            seed=args.seed,
-            pad_token_id=0,  # masked, and known to both
-            eos_token_id=sorted(ends) or None,
-            vocab_size=self._known_tokens,
-            positions=self.inputs.limits.positions,
-        )
-
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         # A second run starts where the first did, however that ended; a checkpoint's state comes after this.
-        self._logged, self._stepped = TokenMeans(), TokenMeans()
+        self._logged = TokenMeans()
         self._watch.begin_run()
-        self.on_policy = self._student_writes()
-        if self.taid is not None:
-            self.taid.load_state_dict(self.args.taid_schedule().state_dict())
-        for parameter in [] if self.online is None else self.online.parameters():
-            parameter.grad = None
-        if self.teacher is not None and not self._teacher_prepared:
-            self._teacher_prepared = True
-            self._prepare_teacher()
+        for part in self.parts:
+            part.begin_run()
+        if not self._prepared:
+            self._prepared = True
+            for part in self.parts:
+                part.prepare()
         if not self.is_fsdp_enabled and self.model_wrapped is self.model:
             # An evaluation before has let accelerate mark the model as prepared, which would now leave it without
             # DistributedDataParallel.
@@ -366,21 +196,6 @@ class KDTrainer(Trainer):
         if self.is_fsdp_enabled:
             verify_lm_head(self.model, role="student")
         return prepared
-
-    def _prepare_teacher(self) -> None:
-        """Shard it where the student is sharded, and give the one that learns its optimizer."""
-        if self.is_fsdp_enabled:
-            mesh = init_device_mesh(self.args.device.type, (self.args.world_size,))
-            shard(self.teacher, mesh) if self.online is None else self.online.shard(mesh)
-        if self.online is not None:
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.teacher)
-            of_its_own = {"params", "model", "optimizer_dict"} & options.keys()
-            if of_its_own or not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
-                raise ValueError(
-                    f"optim={self.args.optim!s} chooses parameters by itself; accepted with 'okd': adamw_torch and such"
-                )
-            rate = self.args.learning_rate if self.args.okd_learning_rate is None else self.args.okd_learning_rate
-            self.online.optimize_with(cls, options, rate)
 
     # ---- a step ----
 
@@ -400,24 +215,9 @@ class KDTrainer(Trainer):
             return [], None
         self._watch.begin_step()
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.on_policy is None or not batches:
-            self._notice(count)
-            return batches, count
-        step, steps = self.state.global_step, max(1, self.state.max_steps)
-        with self._writing(), self.compute_loss_context_manager():
-            batches = [
-                self.on_policy.batch(
-                    self.model,
-                    plain(self._prepare_inputs(batch)),
-                    step=step,
-                    micro=micro,
-                    progress=min(1.0, step / steps),
-                    rank=self.args.process_index,
-                    synced=self.is_fsdp_enabled,
-                )[0]
-                for micro, batch in enumerate(batches)
-            ]
-        count = self._get_num_items_in_batch(batches, device)
+        for part in self.parts if batches else ():
+            if (written := part.write(batches)) is not None:
+                batches, count = written, self._get_num_items_in_batch(written, device)
         self._notice(count)
         return batches, count
 
@@ -431,15 +231,9 @@ class KDTrainer(Trainer):
             self._told.add(what)
             logger.warning("%s has no token that counts: its loss is 0, and says nothing.", what)
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        check_weights(self.model, "student")  # sampling by NaN leaves a GPU unusable
-        try:
-            yield
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):
-                raise
-            raise self._watch.ended(self.state.global_step + 1, "the student writes by probabilities that are nan") from error
+    def ended(self, what: str) -> NotFinite:
+        """The error that ends the step at hand."""
+        return self._watch.ended(self.state.global_step + 1, what)
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Autocast also around the heads' products and the teacher, which the model's own forward does not cover."""
@@ -454,8 +248,8 @@ class KDTrainer(Trainer):
         loss, means = self._losses(model, self._collate.prepared(inputs), num_items_in_batch)
         if model.training:
             self._logged.add(means)
-            if self.taid is not None:
-                self._stepped.add(means)
+            for part in self.parts:
+                part.add(means)
             self._watch.add(loss, inputs.get("input_ids"), num_items_in_batch)
         else:
             self._evaluated.add(means)
@@ -469,72 +263,34 @@ class KDTrainer(Trainer):
         if "labels" not in batch and "shift_labels" not in batch:
             raise ValueError(f"the batch has no labels, which the loss needs; it has {', '.join(batch)}")
         labels = next_tokens(batch)
-        if PADDING in batch:
-            self._check_documents(len(labels))
-        targets = {name: batch[name] for name in ("topk_ids", "topk_logprobs", "topk_rest") if name in batch}
-        inputs = {name: value for name, value in batch.items() if name not in targets}
-        args = self.args
-        options: dict[str, Any] = {
-            "divergence": args.resolved_divergence(),
-            "temperature": args.temperature,
-            "kd_weight": args.kd_weight,
-            "ce_weight": args.ce_weight,
+        # Of each model once; where a forward is one of all ranks, not at all.
+        if PADDING in batch and not (self._apart or self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            check_documents({"model": self.model, "teacher": self.teacher}, len(labels))
+            self._apart = True
+        options = {
+            **self.args.loss_options(),
+            "divergence": self.args.resolved_divergence(),
             "normalizer": normalizer if normalizer is None or isinstance(normalizer, Tensor) else float(normalizer),
             "vocab_size": self.vocab_size,
-            "strategy": args.strategy,
-            "memory_budget": args.memory_budget,
             "return_metrics": True,
         }
-        training = model.training and torch.is_grad_enabled()
-        if self.online is not None:
-            self.online.train(training)
-        with torch.set_grad_enabled(self.online is not None and training):
-            target: Any = None if self.teacher is None else hidden_states(self.teacher, self.inputs.to("teacher", inputs))
-        hidden = hidden_states(model, self.inputs.to("model", inputs))
-        head = lm_head(model)
-        if self.online is not None and training:
-            student, teacher, means = linear_okd_loss(
-                hidden, head, target, lm_head(self.teacher), labels, teacher_alpha=args.okd_teacher_alpha, **options
-            )
-            # Its value is the student's loss, its gradient that of both.
-            loss = student + (teacher - teacher.detach())
-            means["teacher_loss"] = teacher.detach()
-        else:
-            if self.taid is not None and training:
-                options["t"] = self.taid.t
-            if self.cache is not None:
-                if args.topk_tail == "renormalize":
-                    targets.pop("topk_rest", None)
-                if self.vocab_size is not None:  # what the student has no row for is no part of the target
-                    unknown = targets["topk_ids"] >= self.vocab_size
-                    targets["topk_logprobs"] = targets["topk_logprobs"].masked_fill(unknown, -torch.inf)
-                options["tail"] = args.topk_tail
-                loss, means = linear_topk_kd_loss(hidden, head, **targets, labels=labels, **options)
-            else:
-                loss, means = linear_kd_loss(hidden, head, target, lm_head(self.teacher).detach(), labels, **options)
+        read = {name: value for name, value in batch.items() if name not in TARGETS}
+        lesson = Lesson(
+            batch=read,
+            targets={name: batch[name] for name in TARGETS if name in batch},
+            labels=labels,
+            student=lambda: (hidden_states(model, self.inputs.to("model", read)), lm_head(model)),
+            options=options,
+            training=model.training and torch.is_grad_enabled(),
+        )
+        loss, means = self.method.loss(lesson)
         return loss, self._per_token(means, loss, normalizer)
 
-    def _check_documents(self, rows: int) -> None:
-        """Of each model once: that it keeps apart the documents of a row."""
-        if self._apart or self.is_fsdp_enabled or self.is_deepspeed_enabled:  # there a forward is one of all ranks
-            return
-        for name, model in {"model": self.model, "teacher": self.teacher}.items():
-            if model is not None and mixes_documents(model, min(rows, 2)):
-                base = unwrapped(model)
-                attention = getattr(base.config, "_attn_implementation", None)
-                raise ValueError(
-                    f"the batch has several documents in a row (position_ids restart), and in {rows} rows the {name} "
-                    f"({type(base).__name__}, attention {attention}) mixes them; accepted: a document a row, or a model and "
-                    "attention that keep them apart"
-                )
-        self._apart = True
-
-    @staticmethod
-    def _per_token(means: dict[str, Tensor], loss: Tensor, normalizer: Tensor | int | None) -> dict[str, Tensor]:
+    def _per_token(self, means: Means, loss: Tensor, normalizer: Tensor | int | None) -> Means:
         """The metrics and the loss, whatever it was divided by, as means over the batch's tokens."""
         tokens = means["tokens"]
         scale = 1.0 if normalizer is None else torch.as_tensor(normalizer, device=tokens.device) / tokens
-        means = {name: value * scale if name == "teacher_loss" else value for name, value in means.items()}
+        means = {name: value * scale if name in self.method.losses else value for name, value in means.items()}
         return {**means, "loss": loss.detach() * scale}
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -544,40 +300,16 @@ class KDTrainer(Trainer):
             self._watch.check(self.state.global_step + 1, norm, self.accelerator.scaler)
         return norm
 
-    def step_teacher(self) -> None:
-        """Before the student's optimizer steps: OKD's teacher takes its own step, at the same point of the schedule."""
-        if self.online is None:
-            return
-        group = self.optimizer.param_groups[0]
-        start = group.get("initial_lr", self.args.learning_rate)
-        rate = group["lr"] / start if start else 1.0
-        try:
-            self.online.step(rate, self.args.max_grad_norm or None, self.accelerator.scaler)
-        except NotFinite as error:
-            raise self._watch.ended(self.state.global_step + 1, str(error)) from error
-
-    def move_target(self) -> None:
-        """After a step: TAID's share moves by the cross-entropy between target and student, the mean over the whole step."""
-        if self.taid is None:
-            return
-        means = self._stepped.drained()
-        if not self.accelerator.optimizer_step_was_skipped:
-            progress = min(1.0, self.state.global_step / self.state.max_steps)
-            loss = means["kd"] + means["target_entropy"]
-            self.taid.update(torch.where(means["tokens"] > 0, loss, torch.nan), progress)  # of no tokens it learns nothing
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's, with the means over the tokens since the last log."""
         self._tell(bool(self._empty), "A step")
         if "loss" in logs:
             means = self._logged.drained()
-            logs.update(_floats(means))
+            logs.update(floats(means))
             if means:
                 logs["tokens"] = float(means["tokens"])
-            if self.taid is not None:
-                logs["t"] = float(self.taid.t)
-            if self.on_policy is not None:
-                logs["on_policy_fraction"] = self.on_policy.fraction
+            for part in self.parts:
+                logs.update(part.logs())
         super().log(logs, start_time)
 
     # ---- evaluation: nothing moves ----
@@ -616,25 +348,19 @@ class KDTrainer(Trainer):
         The loss is against the teacher itself, which does not move: losses against two targets would not compare.
         """
         self._evaluated, self._evaluated_losses = TokenMeans(), Losses("batch")
-        with contextlib.nullcontext() if self.online is None else self.online.model.disable_adapter():
+        with self.method.evaluating():
             output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self._evaluated.drained()
         self._tell(not float(means.get("tokens", 0.0)), f"An evaluation ({metric_key_prefix})")
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in _floats(means).items()}
-        loss = metrics.get(f"{metric_key_prefix}_loss", 0.0)
-        if not math.isfinite(loss):
-            wrong = self._evaluated_losses.wrong(torch.stack(self._evaluated_losses.values).tolist())
-            where = "a batch of another process" if wrong is None else self._evaluated_losses.where(wrong)
-            weights = wrong_weights(self.model)
-            cause = "" if weights is None else f"; the student's {weights}"
-            raise NotFinite(f"{metric_key_prefix}_loss is {loss} after {self.state.global_step} steps{cause}; {where}")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in floats(means).items()}
+        name = f"{metric_key_prefix}_loss"
+        self._evaluated_losses.check_mean(name, metrics.get(name, 0.0), self.model, self.state.global_step)
         return output._replace(metrics={**(output.metrics or {}), **metrics})
 
     def _evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         metrics: dict[str, float] = super()._evaluate(*arguments, **options)
-        found = [value for name, value in metrics.items() if name.startswith("eval_") and name.endswith("_ce")]
-        if self.on_policy is not None and found:
-            self.on_policy.observe(sum(found) / len(found))
+        for part in self.parts:
+            part.evaluated(metrics)
         return metrics
 
     # ---- checkpoints ----
@@ -645,135 +371,22 @@ class KDTrainer(Trainer):
         Raises ValueError where a weight is NaN or infinite, and leaves what was saved before.
         """
         check_weights(self.model, "student")
-        if self.online is not None:
-            check_weights(self.online.model, "teacher")
+        for part in self.parts:
+            part.check()
         super().save_model(output_dir, _internal_call)
-        if self.online is not None and self.args.save_teacher:
-            self.online.save(Path(output_dir or self.args.output_dir or ".") / "teacher")
+        for part in self.parts:
+            part.save(Path(output_dir or self.args.output_dir or "."))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        state = {
-            "method": self.args.method,
-            "taid": None if self.taid is None else self.taid.state_dict(),
-            "teacher": None if self.online is None else self.online.state_dict(),
-        }
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / STATE)
-        if self.on_policy is not None:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)  # this rank may be here before the first one
-            torch.save(self.on_policy.state_dict(), self._on_policy_state(output_dir))
+        checkpoints.save(self.parts, Path(output_dir), self.args)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint) / STATE
-        if not path.exists():
-            raise ValueError(
-                f"resume_from_checkpoint={checkpoint} has no {STATE}: it was not made by KDTrainer, or save_only_model"
-            )
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["method"] != self.args.method:
-            raise ValueError(f"{checkpoint} was made with method {state['method']!r}; this run has method={self.args.method!r}")
-        if self.taid is not None:
-            self.taid.load_state_dict(state["taid"])
-        if self.online is not None:
-            self.online.load_state_dict(state["teacher"])
-        if self.on_policy is not None:
-            written = self._on_policy_state(checkpoint)
-            if not written.exists():
-                why = "its run had no on_policy_fraction, or fewer processes"
-                raise ValueError(f"resume_from_checkpoint={checkpoint} has no {written.name}: {why}")
-            self.on_policy.load_state_dict(torch.load(written, map_location="cpu", weights_only=True))
+        if checkpoint is not None:
+            checkpoints.load(self.parts, Path(checkpoint), self.args)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self.online is not None and (path := Path(self.state.best_model_checkpoint or ".") / STATE).exists():
-            self.online.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["teacher"])
-
-    def _on_policy_state(self, folder: str) -> Path:
-        """Each rank has a replay buffer of its own."""
-        return Path(folder) / f"on_policy_{self.args.process_index}.pt"
-
-
-def _check_student(model: Any) -> None:
-    """It learns something, and what it learns from is this loss alone."""
-    base = unwrapped(model)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"model ({type(base).__name__}) has no parameter that requires a gradient: there is nothing to train")
-    if getattr(getattr(base, "config", None), "output_router_logits", False):
-        raise ValueError(
-            "model.config.output_router_logits asks for a loss that balances experts, which this loss does not add; accepted: False"
-        )
-
-
-def _check_tokenizers(processing_class: Any, teacher_processing_class: Any) -> None:
-    """Before any model is loaded: both can be compared, and the student's can be saved with it."""
-    for name, given in (("processing_class", processing_class), ("teacher_processing_class", teacher_processing_class)):
-        if given is not None:
-            token_ids(given, name)
-    if processing_class is not None and not hasattr(processing_class, "save_pretrained"):
-        raise TypeError(
-            f"processing_class is saved with the student, and {type(processing_class).__name__} has no save_pretrained; accepted: "
-            "a tokenizer of transformers, for example PreTrainedTokenizerFast(tokenizer_object=...)"
-        )
-
-
-def _check_model(model: Any, role: str) -> None:
-    """It has its weights, and predicts a token without having seen it."""
-    base = unwrapped(model)
-    output_module(base)
-    config = getattr(base, "config", None)
-    empty = [name for name, parameter in base.named_parameters() if parameter.is_meta]
-    if empty and getattr(base, "hf_device_map", None) is None:  # accelerate keeps what it offloads elsewhere
-        wrong = f"has weights on the meta device, {empty[0]} for one: load them first"
-    elif getattr(config, "is_encoder_decoder", False):
-        wrong = "is an encoder-decoder"
-    elif config is None or getattr(config, "is_decoder", True) or is_causal(base):
-        return
-    else:
-        wrong = "lets a token see the tokens after it"
-    raise ValueError(f"{role} ({type(base).__name__}) {wrong}; accepted: a causal language model, such as LlamaForCausalLM")
-
-
-def _parts(name: str, dataset: Any) -> list[tuple[str, Any]]:
-    """A data set, or the several that an evaluation may have, by their names."""
-    if isinstance(dataset, Mapping):
-        return [(f"{name}[{key!r}]", part) for key, part in dataset.items()]
-    return [] if dataset is None else [(name, dataset)]
-
-
-def _cache(teacher: Any) -> TopKCache | None:
-    if isinstance(teacher, TopKCache):
-        return teacher
-    return TopKCache(teacher) if isinstance(teacher, (str, Path)) and is_cache(teacher) else None
-
-
-def _model(teacher: Any) -> Any:
-    if isinstance(teacher, nn.Module):
-        return teacher
-    if not isinstance(teacher, (str, Path)):
-        raise TypeError(
-            "teacher is a causal language model, its folder or name, or a folder made by `python -m kdkernels cache`, got "
-            f"{type(teacher).__name__}"
-        )
-    try:
-        return load_model(teacher)
-    except CommandError as error:
-        raise ValueError(f"teacher {error}") from error
-
-
-def _check_cache(args: KDConfig, cache: TopKCache) -> None:
-    """What a list of log-probabilities cannot do, and the temperature that it was made for."""
-    if args.method == OKD:
-        raise ValueError("method 'okd' trains the teacher along, but the teacher given is a cache of its log-probabilities")
-    if args.on_policy_fraction > 0.0 or args.on_policy_schedule != "constant":
-        raise ValueError("on_policy_fraction needs a teacher that can judge new text; the teacher given is a cache")
-    divergence = args.resolved_divergence().name
-    if args.topk_tail == "renormalize" and divergence in WEIGHED_BY_STUDENT:
-        raise ValueError(
-            f"with topk_tail='renormalize' {divergence} moves mass outside the top-k, free of cost; accepted: 'bucket'"
-        )
-    if args.temperature != cache.temperature:
-        raise ValueError(f"temperature={args.temperature}, but the cache was made for {cache.temperature}")
+        if self.state.best_model_checkpoint is not None:
+            checkpoints.load_best(self.parts, Path(self.state.best_model_checkpoint))

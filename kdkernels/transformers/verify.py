@@ -11,7 +11,7 @@ and then as a whole, through ``hidden_states``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels.losses.checks import LMHead
-from kdkernels.transformers.batches import most_positions
+from kdkernels.transformers.batches.reading import most_positions
 from kdkernels.transformers.finite import NotFinite, check_weights, is_finite
 from kdkernels.transformers.heads import OutputHead, after_head, output_module, read_head, unwrapped
 from kdkernels.transformers.hidden import hidden_states, model_inputs
@@ -297,6 +297,19 @@ def mixes_documents(model: Any, rows: int = 1) -> bool:
         ]
     apart, together = (float((before - after).abs().max()) for before, after in found)
     return apart > min(64 * torch.finfo(weight.dtype).eps * float(found[0][0].abs().max()), 0.25 * together)
+
+
+def check_documents(models: Mapping[str, Any], rows: int) -> None:
+    """Raises ValueError where a model mixes documents of a row. models: by the names of the arguments; a model may be None."""
+    for name, model in models.items():
+        if model is not None and mixes_documents(model, min(rows, 2)):
+            base = unwrapped(model)
+            attention = getattr(base.config, "_attn_implementation", None)
+            raise ValueError(
+                f"the batch has several documents in a row (position_ids restart), and in {rows} rows the {name} "
+                f"({type(base).__name__}, attention {attention}) mixes them; accepted: a document a row, or a model and "
+                "attention that keep them apart"
+            )
 
 
 def _by_parts(hidden: Tensor, weight: Tensor, of_weight: Callable[[Tensor], Tensor] = lambda rows: rows) -> Tensor:

@@ -20,7 +20,8 @@ from kdkernels.console import files, info
 from kdkernels.console.arguments import Parser, memory
 from kdkernels.errors import CommandError, to_install
 from kdkernels.planning import roofline
-from kdkernels.transformers import distill_command
+from kdkernels.transformers.distill.configuration import read_config
+from kdkernels.transformers.distill.options import BY_NAME
 
 
 @pytest.fixture(autouse=True)
@@ -244,15 +245,15 @@ def test_a_budget_with_a_unit_is_that_many_bytes(capsys: pytest.CaptureFixture[s
 
 
 def test_distill_takes_the_same_on_the_command_line_and_in_a_file(tmp_path: Path) -> None:
-    kind = distill_command.BY_NAME["memory_budget"].kind
+    kind = BY_NAME["memory_budget"].kind
     assert kind.of_text()("512MiB") == 512 * 2**20
     for given, size in (("512MiB", 512 * 2**20), (10**9, 10**9), (1e9, 10**9), ("2g", 2**31)):
         assert kind.of_value(given) == size
     (tmp_path / "run.json").write_text('{"memory_budget": "1GB"}')
-    assert distill_command.read_config(tmp_path / "run.json") == {"memory_budget": 10**9}
+    assert read_config(tmp_path / "run.json") == {"memory_budget": 10**9}
     (tmp_path / "run.json").write_text('{"memory_budget": "1 gig"}')
     with pytest.raises(CommandError, match="memory_budget is '1 gig'; accepted: a number of bytes, such as"):
-        distill_command.read_config(tmp_path / "run.json")
+        read_config(tmp_path / "run.json")
     for bad in (True, 0, -1, 1.5, [1]):
         with pytest.raises(ValueError):  # noqa: PT011  (the words are those of the option)
             kind.of_value(bad)

@@ -25,7 +25,8 @@ import pytest
 import kdkernels as kd
 from kdkernels.cli import commands as cli
 from kdkernels.errors import CommandError, to_install
-from kdkernels.transformers import distill_command
+from kdkernels.transformers.distill.configuration import merged
+from kdkernels.transformers.distill.options import BY_NAME
 from tests.support import README, ROOT
 from tests.support.pages import blocks
 
@@ -90,7 +91,7 @@ def check_module(name: str, arguments: list[str]) -> None:
     if name == "kdkernels":
         found = vars(parsed(arguments))
         if found["command"] == "distill" and not {"config", "resume", "help"} & {key for key, value in found.items() if value}:
-            distill_command.merged({key: found[key] for key in found if key in distill_command.BY_NAME}, {})
+            merged({key: found[key] for key in found if key in BY_NAME}, {})
     elif name == "pytest":
         files = [word.partition("::")[0] for word in arguments if word.startswith("tests/")]
         assert files, arguments

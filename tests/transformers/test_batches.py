@@ -17,16 +17,9 @@ from tests.support.batches import APART, RESTARTING, TOGETHER, A, B, both_ways, 
 
 transformers = pytest.importorskip("transformers")
 from kdkernels.transformers import KDConfig, KDTrainer, TopKCache, hidden_states, lm_head, write_cache  # noqa: E402
-from kdkernels.transformers.batches import (  # noqa: E402
-    Inputs,
-    document_numbers,
-    documents,
-    laid_out,
-    most_positions,
-    next_tokens,
-    positions_of,
-    takes,
-)
+from kdkernels.transformers.batches.inputs import Inputs  # noqa: E402
+from kdkernels.transformers.batches.layout import document_numbers, documents, laid_out, next_tokens, positions_of  # noqa: E402
+from kdkernels.transformers.batches.reading import most_positions, takes  # noqa: E402
 from kdkernels.transformers.verify import mixes_documents  # noqa: E402
 from tests.support.tiny_models import MODELS, VOCAB, build  # noqa: E402
 

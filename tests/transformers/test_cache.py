@@ -29,10 +29,10 @@ from tests.support.cases import InsideOperators
 pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
-from kdkernels.transformers import cache as caches
 from kdkernels.transformers import lm_head
-from kdkernels.transformers.cache import TopKCache, is_cache, write_cache
-from kdkernels.transformers.most_likely import MostLikely
+from kdkernels.transformers.cache import TopKCache, documents, is_cache, read, write, write_cache
+from kdkernels.transformers.cache.manifest import shard_name, write_manifest
+from kdkernels.transformers.cache.most_likely import MostLikely
 from tests.support import ROOT
 from tests.support.tiny_models import VOCAB, build
 
@@ -165,11 +165,11 @@ def as_version_1(folder: Path) -> None:
     """Make of a cache what an earlier release wrote: without the log-probability of the others."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for number, shard in enumerate(manifest["shards"]):
-        tensors, facts = files.load(folder / caches.shard_name(number))
+        tensors, facts = files.load(folder / shard_name(number))
         del tensors["topk_rest"]
-        shard["digest"] = files.save(folder / caches.shard_name(number), tensors, facts)
+        shard["digest"] = files.save(folder / shard_name(number), tensors, facts)
     del manifest["digest"]
-    caches._write_manifest(folder, {**manifest, "version": 1})
+    write_manifest(folder, {**manifest, "version": 1})
 
 
 def test_a_cache_of_the_earlier_version_is_still_read(llama: Any, whole: Path, folder: Path) -> None:
@@ -267,7 +267,7 @@ def test_logits_never_exist_for_more_tokens_than_the_budget_holds(dtype: torch.d
         sequences = [torch.arange(40) for _ in range(batch_size)]
         kd.free_scratch()
         options = {"top_k": 4, "temperature": 1.0, "vocab": vocab, "budget": budget}
-        teacher = MostLikely(model, head, device=torch.device("cpu"), **options)
+        teacher = MostLikely(model, head, **options)
         with Largest() as largest:
             ids, *_ = teacher(sequences)
         assert ids.shape == (40 * batch_size, 4)
@@ -283,7 +283,7 @@ def test_logits_never_exist_for_more_tokens_than_the_budget_holds(dtype: torch.d
 def test_the_same_inputs_make_the_same_bytes(llama: Any, whole: Path, tmp_path: Path) -> None:
     write_cache(copy.deepcopy(llama), copy.deepcopy(EXAMPLES), tmp_path / "new", **OPTIONS)
     assert content(tmp_path / "new") == content(whole)
-    names = {"kdkernels-cache.json", "manifest.json", "index.safetensors", *map(caches.shard_name, range(SHARDS))}
+    names = {"kdkernels-cache.json", "manifest.json", "index.safetensors", *map(shard_name, range(SHARDS))}
     assert set(content(whole)) == names
 
 
@@ -309,7 +309,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(llama: Any, whole: Pat
         write_cache(llama, EXAMPLES, tmp_path, progress=killed_at(call), **OPTIONS)
     left = content(tmp_path)
     kept = max(0, call - 1) // 2
-    assert sorted(name for name in left if name.startswith("shard")) == [caches.shard_name(shard) for shard in range(kept)]
+    assert sorted(name for name in left if name.startswith("shard")) == [shard_name(shard) for shard in range(kept)]
     assert all(left[name] == content(whole)[name] for name in left if name != "manifest.json")
     if call:
         with pytest.raises(
@@ -358,7 +358,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_whole_files_only(llama: Any, who
 
 def test_a_finished_cache_is_not_made_again(llama: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = content(folder)
-    monkeypatch.setattr(caches, "MostLikely", None)
+    monkeypatch.setattr(write, "MostLikely", None)
     write_cache(llama, EXAMPLES, folder, **OPTIONS)
     assert content(folder) == before
 
@@ -411,7 +411,7 @@ def test_a_missing_file_is_named_and_made_anew(llama: Any, whole: Path, folder: 
 
 def test_a_shard_that_goes_missing_later_is_named(folder: Path) -> None:
     cache = TopKCache(folder)
-    (folder / caches.shard_name(2)).unlink()
+    (folder / shard_name(2)).unlink()
     cache.lookup(EXAMPLES[0]["input_ids"])
     with pytest.raises(CommandError, match=r"shard-00002\.safetensors is missing"):
         cache.lookup(EXAMPLES[-1]["input_ids"])
@@ -419,8 +419,8 @@ def test_a_shard_that_goes_missing_later_is_named(folder: Path) -> None:
 
 def test_a_whole_file_of_another_cache_or_place_is_damage(llama: Any, folder: Path, tmp_path: Path) -> None:
     write_cache(llama, EXAMPLES, tmp_path / "other", **{**OPTIONS, "temperature": 2.0})
-    second = folder / caches.shard_name(1)
-    for source in (tmp_path / "other" / second.name, folder / caches.shard_name(0)):
+    second = folder / shard_name(1)
+    for source in (tmp_path / "other" / second.name, folder / shard_name(0)):
         shutil.copyfile(source, second)
         with pytest.raises(CommandError, match=r"shard-00001\.safetensors is damaged \(it is another file"):
             look_everywhere(folder)
@@ -609,12 +609,13 @@ def test_without_labels_everything_counts_and_padding_is_left_out(llama: Any, tm
 
 
 def test_entries_are_found_though_all_hashes_are_the_same(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caches, "_key", lambda ids, further: -5)
+    for module in (documents, read):
+        monkeypatch.setattr(module, "key_of", lambda ids, further: -5)
     assert_right(write_cache(llama, EXAMPLES, tmp_path / "new", **OPTIONS), llama, EXAMPLES)
 
 
 def test_few_files_stay_open_and_a_pickled_cache_opens_its_own(llama: Any, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caches, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(read, "OPEN_SHARDS", 2)
     cache = TopKCache(whole)
     assert_right(cache, llama, EXAMPLES)
     assert len(cache._open) == 2

@@ -14,7 +14,7 @@ pytest.importorskip("tokenizers")
 import transformers
 
 from kdkernels.errors import CommandError
-from kdkernels.transformers.batches import IGNORED
+from kdkernels.transformers.batches.layout import IGNORED
 from kdkernels.transformers.data import Prepared, prepare
 from tests.support.data import CHAT, TEMPLATE, learned, put, tokenizer
 

@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from tokenizers import processors
 
 from kdkernels.errors import CommandError
-from kdkernels.transformers.batches import IGNORED
+from kdkernels.transformers.batches.layout import IGNORED
 from kdkernels.transformers.data import Collator, examples, prepare, read
 
 

@@ -26,12 +26,12 @@ import kdkernels as kd
 from kdkernels.cli import main
 from kdkernels.engine.outcomes import TAILS
 from kdkernels.errors import CommandError, to_install
-from kdkernels.transformers import distill_command
-from kdkernels.transformers.config import methods
-from kdkernels.transformers.distill import last_checkpoint
-from kdkernels.transformers.distill_command import BY_NAME, merged, read_config
-from kdkernels.transformers.distill_report import Watch
+from kdkernels.transformers.distill.configuration import merged, read_config
+from kdkernels.transformers.distill.options import BY_NAME
+from kdkernels.transformers.distill.report import Watch
+from kdkernels.transformers.distill.run import last_checkpoint
 from kdkernels.transformers.load import load_model, load_tokenizer
+from kdkernels.transformers.methods import methods
 from tests.support import ROOT
 from tests.support.data import CHAT, put, tokenizer
 from tests.support.tiny_models import build
@@ -516,7 +516,6 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_offers_the_methods_and_tails_of_the_library() -> None:
-    """They are named again there, so that --help imports no transformers."""
     for option, names in (("method", methods()), ("topk_tail", TAILS)):
         accepted = BY_NAME[option].kind.accepted.removeprefix("one of ").split(", ")
         assert sorted(accepted) == sorted(names)
@@ -732,7 +731,7 @@ def test_help_has_examples_and_every_option_and_needs_no_optional_library(tmp_pa
     assert done.stdout.count("python -m kdkernels distill --") >= 5
     for option in BY_NAME.values():
         assert option.flag in done.stdout
-    for method in (*kd.divergences(), distill_command.TAID, distill_command.OKD):
+    for method in methods():
         assert method in done.stdout
 
 

@@ -33,9 +33,11 @@ from transformers.integrations import integration_utils
 from kdkernels.cli import main
 from kdkernels.console import files, terminal
 from kdkernels.errors import CommandError
-from kdkernels.transformers import distill as run_module
-from kdkernels.transformers.distill import last_checkpoint
-from kdkernels.transformers.distill_command import BY_NAME, merged
+from kdkernels.transformers.distill import data as data_module
+from kdkernels.transformers.distill import run as run_module
+from kdkernels.transformers.distill.configuration import merged
+from kdkernels.transformers.distill.options import BY_NAME
+from kdkernels.transformers.distill.run import last_checkpoint
 from kdkernels.transformers.load import load_model, load_tokenizer
 from tests.support.data import put
 from tests.transformers.test_distill import TEXT, arguments, given, offline, pytestmark, refusal, weights  # noqa: F401
@@ -551,18 +553,18 @@ def test_an_interrupt_at_any_moment_is_exit_130(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    for place, begun in (
-        ("load_tokenizer", False),
-        ("prepare", False),
-        ("load_model", True),
-        ("KDTrainer", True),
-        ("_evaluation", True),
-        ("plot", True),
-        ("show", True),
+    for module, place, begun in (
+        (run_module, "load_tokenizer", False),
+        (data_module, "prepare", False),
+        (run_module, "load_model", True),
+        (run_module, "KDTrainer", True),
+        (run_module, "_evaluation", True),
+        (run_module, "plot", True),
+        (run_module, "show", True),
     ):
         out = tmp_path / place
         with monkeypatch.context() as patched:
-            patched.setattr(run_module, place, interrupted)
+            patched.setattr(module, place, interrupted)
             assert main(arguments(given, out)) == 130
         then = "the same command with --resume continues" if begun else "nothing was written yet: the same command begins anew"
         said = capsys.readouterr().err.splitlines()[-1]

@@ -18,7 +18,7 @@ from tests.support.oracle import Options
 transformers = pytest.importorskip("transformers")
 
 from kdkernels.transformers import KDConfig, KDTrainer, TopKCache, hidden_states, write_cache  # noqa: E402
-from kdkernels.transformers.config import methods  # noqa: E402
+from kdkernels.transformers.methods import methods  # noqa: E402
 from kdkernels.transformers.online import query_value_modules  # noqa: E402
 from tests.support.tiny_models import MODELS, VOCAB, build  # noqa: E402
 from tests.transformers.test_cache import as_version_1  # noqa: E402
@@ -375,14 +375,14 @@ def test_checkpointed_activations_change_nothing(tmp_path: Path) -> None:
 def test_bfloat16_runs_the_products_in_bfloat16(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Master weights stay float32, and the loss is that of float32 within the rounding of bfloat16."""
     taken = []
-    for name in ("linear_kd_loss", "linear_okd_loss"):
+    for module, name in (("fixed", "linear_kd_loss"), ("okd", "linear_okd_loss")):
         real = getattr(kd, name)
 
         def spy(*arguments: Any, real: Any = real, **options: Any) -> Any:
             taken.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
             return real(*arguments, **options)
 
-        monkeypatch.setattr(f"kdkernels.transformers.trainer.{name}", spy)
+        monkeypatch.setattr(f"kdkernels.transformers.methods.{module}.{name}", spy)
     losses = []
     for bf16 in (False, True):
         student, teacher = models(torch.float32)

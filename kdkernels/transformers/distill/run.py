@@ -12,14 +12,10 @@ The output folder holds
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import math
 import os
-import pickle
 import shutil
 import time
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -28,29 +24,29 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import logging as transformers_logging
 
 from kdkernels.console import files, terminal
 from kdkernels.errors import CommandError
-from kdkernels.transformers.batches import most_positions
-from kdkernels.transformers.cache import TOKENIZER, TopKCache, is_cache
+from kdkernels.transformers.cache import TopKCache, is_cache
 from kdkernels.transformers.config import KDConfig
-from kdkernels.transformers.data import Example, Prepared, prepare
-from kdkernels.transformers.distill_command import BY_NAME, FREE, RUN, read_run
-from kdkernels.transformers.distill_report import Watch, plot, show
+from kdkernels.transformers.data import Example
+from kdkernels.transformers.distill.configuration import RUN, read_run
+from kdkernels.transformers.distill.data import check_answers, check_length, digest_of, examples_of
+from kdkernels.transformers.distill.errors import json_of, of_option, refused, reporting, unreadable
+from kdkernels.transformers.distill.options import BY_NAME, FREE
+from kdkernels.transformers.distill.report import Watch, plot, show
 from kdkernels.transformers.load import load_model, load_tokenizer
 from kdkernels.transformers.trainer import KDTrainer
-from kdkernels.transformers.vocabularies import Known
 
 COMMAND = "distill"
 RESULTS, STUDENT, PLOT = "results.json", "student", "loss.png"
 
 
 def distill(settings: argparse.Namespace, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
-    """Run, or go on with, what ``settings`` describe (all of distill_command.OPTIONS); returns what results.json holds.
+    """Run, or go on with, what ``settings`` describe (all of options.OPTIONS); returns what results.json holds.
 
     Raises CommandError for all that the person who gave the settings can put right, before the models are loaded where that can
     be known, and where a file cannot be written: what was written before is whole then.
@@ -62,18 +58,18 @@ def distill(settings: argparse.Namespace, *, resume: bool = False, console: Cons
     out = Path(settings.out).expanduser()
     settings = argparse.Namespace(**{**vars(settings), "teacher": os.path.expanduser(settings.teacher)})
     earlier = _earlier(out, settings, resume)
-    with _refused():
+    with refused():
         config = _config(settings, out)
     if earlier is not None and (out / RESULTS).exists():
-        results: dict[str, Any] = _json(out / RESULTS)
+        results: dict[str, Any] = json_of(out / RESULTS)
         say(f"finished before: {out / RESULTS}")
         show(console, results, out / STUDENT)
         return results
 
     cache = TopKCache(settings.teacher) if is_cache(settings.teacher) else None
-    tokenizer = _for("student", load_tokenizer, settings.student)
-    train, held_out, longest_prompt = _data(settings, tokenizer, cache, say)
-    digest = _digest(train, held_out)
+    tokenizer = of_option("student", load_tokenizer, settings.student)
+    train, held_out, longest_prompt = examples_of(settings, tokenizer, cache, say)
+    digest = digest_of(train, held_out)
     if earlier is not None and earlier["data"] != digest:
         raise CommandError(f"--resume: the data is not that of the run in {out}; accepted: the same, or another --out")
     run: dict[str, Any] = {"settings": _kept(settings), "data": digest, "before": earlier and earlier["before"]}
@@ -82,7 +78,7 @@ def distill(settings: argparse.Namespace, *, resume: bool = False, console: Cons
             files.claim(out, COMMAND)
             files.write(out / RUN, json.dumps(run, indent=1).encode())
             _tidy(out)
-        with _quiet(), _reporting(config):
+        with _quiet(), reporting(config):
             trainer = _trainer(settings, config, tokenizer, train, held_out, longest_prompt)
             checkpoint = last_checkpoint(out) if earlier is not None else None
             if resume:
@@ -112,21 +108,21 @@ def _trained(
                 files.write(out / RUN, json.dumps(run, indent=1).encode())
         started, first_step = time.monotonic(), trainer.state.global_step
 
-    with _refused(), Watch(console) as watch:
+    with refused(), Watch(console) as watch:
         callbacks = _AtStart(begin), watch.callback()
         for callback in callbacks:
             trainer.add_callback(callback)
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except Exception as error:
-            if checkpoint is not None and not started and _unreadable(error):
+            if checkpoint is not None and not started and unreadable(error):
                 raise files.damaged(checkpoint, str(error)) from error
             raise
         for callback in callbacks:
             trainer.remove_callback(callback)
     seconds = time.monotonic() - started
     after = _evaluation(trainer)
-    with _refused():
+    with refused():
         trainer.save_model(str(out / STUDENT))
     return {
         "settings": run["settings"],
@@ -151,16 +147,16 @@ def _trainer(
     longest_prompt: int,
 ) -> KDTrainer:
     longest = max(len(example["input_ids"]) for part in (train, held_out) for example in part)
-    student = _for("student", load_model, settings.student, dtype=settings.dtype)
-    _check_length("student", student, longest)
-    _check_answers("student", student, longest_prompt, settings.max_new_tokens)
+    student = of_option("student", load_model, settings.student, dtype=settings.dtype)
+    check_length("student", student, longest)
+    check_answers("student", student, longest_prompt, settings.max_new_tokens)
     teacher = teacher_tokenizer = None
     if not is_cache(settings.teacher):
-        teacher = _for("teacher", load_model, settings.teacher, dtype=settings.teacher_dtype)
-        _check_length("teacher", teacher, longest)
-        _check_answers("teacher", teacher, longest_prompt, settings.max_new_tokens)
-        teacher_tokenizer = _for("teacher", load_tokenizer, settings.teacher)
-    with _refused():
+        teacher = of_option("teacher", load_model, settings.teacher, dtype=settings.teacher_dtype)
+        check_length("teacher", teacher, longest)
+        check_answers("teacher", teacher, longest_prompt, settings.max_new_tokens)
+        teacher_tokenizer = of_option("teacher", load_tokenizer, settings.teacher)
+    with refused():
         trainer = KDTrainer(
             student,
             config,
@@ -207,52 +203,26 @@ def _config(settings: argparse.Namespace, out: Path) -> KDConfig:
         raise CommandError("--on-policy-schedule adaptive goes by evaluations, and --eval-steps is not given")
     if evaluates and settings.eval_data is None and settings.eval_fraction == 0:
         raise CommandError("--eval-steps needs held-out data: --eval-data, or an --eval-fraction above 0")
-    optional = {
-        "taid_t_start": settings.taid_t_start,
-        "okd_lora_rank": settings.lora_rank,
-        "okd_teacher_alpha": settings.teacher_alpha,
+    given = {
+        field: value
+        for option in BY_NAME.values()
+        for field in option.sets
+        if (value := getattr(settings, option.name)) is not None
     }
-    return KDConfig(
-        output_dir=str(out),
-        method=settings.method,
-        divergence=settings.divergence,
-        divergence_parameter=settings.divergence_parameter,
-        temperature=settings.temperature,
-        kd_weight=settings.kd_weight,
-        ce_weight=settings.ce_weight,
-        okd_learning_rate=settings.teacher_learning_rate,
-        save_teacher=bool(settings.save_teacher),
-        on_policy_fraction=settings.on_policy_fraction,
-        on_policy_schedule=settings.on_policy_schedule,
-        on_policy_max_new_tokens=settings.max_new_tokens,
-        topk_tail=settings.topk_tail,
-        vocab_size=settings.vocab_size,
-        memory_budget=settings.memory_budget,
-        max_steps=settings.steps or -1,
-        num_train_epochs=settings.epochs or 1.0,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=settings.learning_rate,
-        warmup_steps=settings.warmup if settings.warmup < 1 else int(settings.warmup),
-        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
-        weight_decay=settings.weight_decay,
-        seed=settings.seed,
-        bf16=settings.bf16,
-        activation_checkpointing=settings.gradient_checkpointing,
-        save_strategy="steps",
-        save_steps=settings.save_steps or 0.1,
-        save_total_limit=1,
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=settings.eval_steps,
-        logging_steps=settings.logging_steps,
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        report_to=_reports(settings.report_to),
-        use_cpu=not torch.accelerator.is_available(),
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        **{name: value for name, value in optional.items() if value is not None},
-    )
+    fixed = {
+        "output_dir": str(out),
+        "warmup_steps": settings.warmup if settings.warmup < 1 else int(settings.warmup),
+        "lr_scheduler_type": "constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+        "save_strategy": "steps",
+        "save_total_limit": 1,
+        "eval_strategy": "steps" if evaluates else "no",
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "report_to": _reports(settings.report_to),
+        "use_cpu": not torch.accelerator.is_available(),
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+    }
+    return KDConfig(**{"num_train_epochs": 1.0, "save_steps": 0.1, **given, **fixed})
 
 
 def _reports(names: str) -> list[str]:
@@ -297,147 +267,6 @@ def _earlier(out: Path, settings: argparse.Namespace, resume: bool) -> dict[str,
     return earlier
 
 
-def _data(
-    settings: argparse.Namespace, tokenizer: Any, cache: TopKCache | None, say: Callable[[str], None]
-) -> tuple[Sequence[Example], Sequence[Example], int]:
-    """The examples to learn from, those that are held out, and how long the longest prompt without a completion is (0: none)."""
-    alone = settings.on_policy_fraction == 1.0 and cache is None  # then all that is asked of the data is its prompts
-    theirs = settings.teacher if cache is None else cache.folder / TOKENIZER
-    # A program may have made a cache without a tokenizer; then its height is all that is known.
-    teacher = _for("teacher", load_tokenizer, theirs) if cache is None or theirs.is_dir() else None
-    with _refused():
-        known = Known(tokenizer, teacher, rows=None if cache is None else cache.vocab_size, vocab_size=settings.vocab_size)
-
-    def read(option: str, source: str, split: str, limit: int | None, prompts: bool = False) -> Prepared:
-        length = settings.max_length
-        found: Prepared = _for(option, prepare, source, tokenizer, max_length=length, split=split, limit=limit, prompts=prompts)
-        if left_out := found.left_out(length):
-            say(f"{source}: {left_out}")
-        for note in found.notes:
-            say(note)
-        return found
-
-    prompts: list[Example] = []
-    if settings.data is not None:
-        found = read("data", settings.data, settings.split, settings.limit, alone)
-        train: Sequence[Example] = found.examples
-        prompts = found.prompts
-    elif cache is not None:
-        train = cache.examples()[: settings.limit]
-    else:
-        raise CommandError("--data is required, on the command line or in the file of --config")
-    if settings.eval_data is not None:
-        held_out: Sequence[Example] = read("eval_data", settings.eval_data, settings.eval_split or settings.split, None).examples
-    elif not train:
-        held_out = []
-        if settings.eval_fraction:
-            say("prompts alone have no tokens to judge the student by: nothing is held out (--eval-data with completions would be)")
-    else:
-        count = math.ceil(settings.eval_fraction * len(train))
-        if count >= len(train) + len(prompts):
-            raise CommandError(
-                f"--eval-fraction {settings.eval_fraction:g} of {len(train):,} examples leaves none to learn from; accepted: "
-                "--eval-data, more data, a smaller --max-length, or --eval-fraction 0"
-            )
-        train, held_out = train[: len(train) - count], train[len(train) - count :]
-    train = [*train, *prompts] if prompts else train
-    if settings.eval_steps is not None and not held_out:
-        raise CommandError("--eval-steps needs held-out data, and prompts alone are none; accepted: --eval-data with completions")
-    first = "--data" if settings.data else f"the cache {settings.teacher}"
-    for option, part in ((first, train), ("--eval-data" if settings.eval_data else first, held_out)):
-        problem = known.problem(part)
-        if problem is not None:
-            raise CommandError(f"{option} has {problem}")
-    return train, held_out, max((len(prompt["input_ids"]) - 1 for prompt in prompts), default=0)
-
-
-def _digest(*parts: Sequence[Example]) -> str:
-    """Of the data, so that a run does not go on with other data."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        for example in part:
-            for values in (example["input_ids"], example["labels"]):
-                digest.update(len(values).to_bytes(8, "little") + array("q", values).tobytes())
-        digest.update(b"end")
-    return digest.hexdigest()
-
-
-def _check_length(name: str, model: Any, longest: int) -> None:
-    most = most_positions(model)
-    if most is not None and longest > most:
-        raise CommandError(
-            f"the longest example has {longest:,} tokens, and the {name} takes {most:,}; accepted: --max-length {most}"
-        )
-
-
-def _check_answers(name: str, model: Any, prompt: int, answer: int) -> None:
-    """Where a prompt has no completion to fall back on, the student's own has to fit."""
-    most = most_positions(model)
-    if prompt and most is not None and prompt + answer > most:
-        raise CommandError(
-            f"the longest prompt has {prompt:,} tokens, with --max-new-tokens {answer:,} more than the {most:,} that the {name} "
-            "takes; accepted: fewer of them, or a smaller --max-length, which leaves out longer prompts"
-        )
-
-
-# ---- errors ----
-
-
-@contextmanager
-def _refused() -> Iterator[None]:
-    """The library's errors about what it was given, as the command's."""
-    try:
-        yield
-    except CommandError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise CommandError(
-            "the GPU's memory is too small: try a smaller --batch-size (and more --gradient-accumulation), --max-length or "
-            "--memory-budget, --gradient-checkpointing, or --bf16"
-        ) from error
-    except (ValueError, TypeError) as error:
-        raise CommandError(" ".join(str(error).split())) from error
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise CommandError(
-            "this machine's memory is too small: try a smaller --batch-size, --max-length or --memory-budget"
-        ) from error
-
-
-@contextmanager
-def _reporting(config: KDConfig) -> Iterator[None]:
-    """Errors of where the log is sent to, such as of an account that is not logged in, as the command's."""
-    try:
-        yield
-    except Exception as error:
-        library = type(error).__module__.partition(".")[0]
-        if library not in (config.report_to or ()):
-            raise
-        raise CommandError(f"--report-to {library}: {' '.join(str(error).split())}") from error
-
-
-def _for(option: str, load: Callable[..., Any], name: str | Path, *arguments: Any, **options: Any) -> Any:
-    """What ``load`` makes of an option's value; its error names the option."""
-    try:
-        return load(name, *arguments, **options)
-    except CommandError as error:
-        raise CommandError(f"--{option.replace('_', '-')}: {error}") from error
-
-
-def _unreadable(error: Exception) -> bool:
-    """Whether it is of a reader of a checkpoint's files: of safetensors, pickles, torch's archives or JSON."""
-    kinds = (SafetensorError, pickle.UnpicklingError, EOFError, OSError, json.JSONDecodeError)
-    return isinstance(error, kinds) or "PytorchStreamReader" in str(error)
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise files.damaged(path, str(error)) from error
-
-
 # ---- what is shown ----
 
 
@@ -462,7 +291,7 @@ def _evaluation(trainer: KDTrainer) -> dict[str, float]:
     """Means over the held-out tokens; empty where nothing is held out."""
     if trainer.eval_dataset is None:
         return {}
-    with _refused():
+    with refused():
         metrics = trainer.evaluate()
     times = ("_second", "_runtime", "_time", "epoch")
     return {name.removeprefix("eval_"): value for name, value in metrics.items() if not name.endswith(times)}

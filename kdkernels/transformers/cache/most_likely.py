@@ -7,6 +7,7 @@ scratch that a byte budget bounds, and of each row only the largest entries are 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from kdkernels.engine.cut import chunk_rows
 from kdkernels.engine.scratch import borrowed
 from kdkernels.losses.checks import LMHead
 from kdkernels.transformers.data import Collator
+from kdkernels.transformers.heads import unwrapped
 from kdkernels.transformers.hidden import hidden_states
 
 
@@ -24,7 +26,7 @@ class MostLikely:
     """The top_k largest entries of log softmax(z / temperature) over the first ``vocab`` logits z of a model, for batches of
     sequences.
 
-    device: of the token ids. budget: bytes for the logits of a chunk and what is made from them.
+    budget: bytes for the logits of a chunk and what is made from them.
     """
 
     def __init__(
@@ -32,13 +34,13 @@ class MostLikely:
         model: nn.Module,
         head: LMHead,
         *,
-        device: torch.device,
         top_k: int,
         temperature: float,
         vocab: int,
         budget: int,
     ) -> None:
-        self.model, self.device = model, device
+        embeddings: Any = unwrapped(model).get_input_embeddings()
+        self.model, self.device = model, embeddings.weight.device  # that of the token ids
         self.top_k, self.temperature, self.budget = top_k, temperature, budget
         self.weight, self.logit_scale, self.softcap = head.weight[:vocab], head.logit_scale, head.softcap
         dtype, device = head.weight.dtype, head.weight.device

@@ -1,0 +1,1 @@
+"""``python -m kdkernels distill``: from names of models and data to a trained student."""
