@@ -34,11 +34,11 @@ class Outcome:
 
 
 def size_of(step: Step) -> Size:
-    """What its plan depends on; the same on every rank."""
+    """What its cut depends on."""
     student, teacher = step.student, step.teacher
     return Size(
         tokens=step.count,
-        vocab=max(step.vocab, step.ranks.widest),
+        vocab=step.vocab,
         student_dim=student.weight.shape[1],
         teacher_dim=0 if step.alone else teacher.weight.shape[1],
         dtype=student.dtype,
@@ -49,6 +49,9 @@ def size_of(step: Step) -> Size:
         budget=step.budget,
         learners=1 if step.teacher_needs is None else 2,
         train_teacher_head=step.teacher_needs is not None and step.teacher_needs[1],
+        alone=step.alone,
+        shared=not step.ranks.alone,
+        widest=step.ranks.widest,
     )
 
 

@@ -16,8 +16,11 @@ from torch import Tensor
 from kdkernels.backends.base import Step, Terms
 from kdkernels.backends.operators import accumulate_dtype, library
 from kdkernels.backends.products import product_dtype
-from kdkernels.engine import logits, outcomes, tokens, vocab
+from kdkernels.engine import logits
+from kdkernels.engine.cut import CUTS, Size
+from kdkernels.engine.run import run
 from kdkernels.engine.step import METRICS, Inputs, Outcome, Split, prepare, prepare_both, size_of, summary
+from kdkernels.engine.target import Target, of_known, of_teacher
 from kdkernels.losses.autograd import OWNERS, of_operator
 from kdkernels.planning.plan import choose, default_budget
 
@@ -50,16 +53,15 @@ library.define(
 )
 
 
-_STRATEGIES = {"tokens": tokens.run, "vocab": vocab.run}
-
-
-def _run(strategy: str, steps: tuple[Step, ...], inputs: tuple[Inputs, ...]) -> tuple[list[Outcome], Tensor]:
+def _run(
+    strategy: str, size: Size, steps: tuple[Step, ...], inputs: tuple[Inputs, ...], target: Target = of_teacher
+) -> tuple[list[Outcome], Tensor]:
     """Outcomes of the learners, and the first one's metrics (empty if not wanted)."""
     step = steps[0]
-    if strategy == "auto" and step.backend == "triton" and not step.ranks.alone:
+    if strategy == "auto" and size.fused and size.shared:
         # There is no row operation over ranks, and kernels that multiply themselves have nothing to gain from chunks of tokens.
         strategy = "vocab"
-    done = _STRATEGIES[choose(strategy, size_of(step))](steps, inputs)
+    done = run(CUTS[choose(strategy, size)](size), steps, inputs, target)
     means = summary(done[0].metric_sums, step.count, step.sum_dtype) if step.metrics else done[0].losses.new_empty(0)
     return done, means
 
@@ -77,7 +79,7 @@ def linear_kd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             *(ignore_index, vocab_size, (student_dtype, teacher_dtype), tuple(needs), metrics, budget),
             split=Split(group, "linear_kd_loss", strategy) if group else None,
         )
-        (done,), means = _run(strategy, (step,), (student,))
+        (done,), means = _run(strategy, size_of(step), (step,), (student,))
     return done.losses, *done.grads, means
 
 
@@ -97,7 +99,7 @@ def linear_okd(*arguments: Any) -> tuple[Tensor, ...]:
             *(ignore_index, vocab_size, (student_dtype, teacher_dtype), tuple(needs), metrics, budget),
             split=Split(group, "linear_okd_loss", strategy) if group else None,
         )
-        (one, other), means = _run(strategy, steps, (student, teacher))
+        (one, other), means = _run(strategy, size_of(steps[0]), steps, (student, teacher))
     return one.losses, other.losses, *one.grads, *other.grads, means
 
 
@@ -113,9 +115,8 @@ def linear_topk_kd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
             *(ignore_index, vocab_size, (dtype, dtype), tuple(needs), metrics, budget, known),
         )
         # One sweep over the vocabulary gives the statistics, whatever the divergence; to the plan that is forward KL.
-        chosen = choose(strategy, replace(size_of(step), divergence="forward_kl"))
-        done = outcomes.run(chosen, step, student, known, tail)
-        means = summary(done.metric_sums, step.count, step.sum_dtype) if metrics else done.losses.new_empty(0)
+        size = replace(size_of(step), known=True, divergence="forward_kl")
+        (done,), means = _run(strategy, size, (step,), (student,), of_known(known, tail))
     return done.losses, *done.grads, means
 
 

@@ -23,7 +23,17 @@ from kdkernels.engine.cut import block_columns, column_bytes
 from kdkernels.engine.scratch import row_stride
 from tests.engine.test_cost import US, UT, N, Products, V, count
 from tests.engine.test_cost import case as counted_case
-from tests.support.cases import NATIVE_DTYPES, Case, InsideOperators, draw, dressed, parameters, running, strided
+from tests.support.cases import (
+    NATIVE_DTYPES,
+    Case,
+    InsideOperators,
+    draw,
+    dressed,
+    parameters,
+    running,
+    strategies_that_run,
+    strided,
+)
 from tests.support.oracle import Options
 
 ONE_SWEEP = [name for name in kd.divergences() if resolve(name).one_sweep]
@@ -304,7 +314,7 @@ TOKENS_HALF = torch.arange(N) % 2 == 0
 
 @every_backend
 class TestProducts:
-    """What the docstring of vocab.py promises, counted."""
+    """What the docstring of sweeps.py promises, counted."""
 
     def several(self, case: Case, learn: tuple[str, ...] = EVERYTHING, **more: Any) -> int:
         return count(case, learn, strategy="vocab", memory_budget=budget(case, SMALL), **more)
@@ -535,13 +545,13 @@ class TestBlockColumns:
     @pytest.mark.parametrize("columns", [1, 16, 40, 150])
     def test_the_loss_runs_these_blocks(self, columns: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         case, seen = draw(tokens=(18,), vocab=150, dtype=dtype), []
-        add = kd.engine.gradients.Gradients.add_columns
+        add = kd.engine.gradients.Gradients.add
 
-        def spied(grads: Any, head: Any, dx: Tensor, hidden: Tensor, block: slice, buffer: Tensor) -> None:
+        def spied(grads: Any, head: Any, dx: Tensor, hidden: Tensor, counted: slice, block: slice, buffer: Tensor) -> None:
             seen.append((block.start, block.stop, tuple(dx.shape)))
-            add(grads, head, dx, hidden, block, buffer)
+            add(grads, head, dx, hidden, counted, block, buffer)
 
-        monkeypatch.setattr(kd.engine.gradients.Gradients, "add_columns", spied)
+        monkeypatch.setattr(kd.engine.gradients.Gradients, "add", spied)
         run(case, strategy="vocab", memory_budget=budget(case, columns))
         width = block_columns(
             *(18, 150, column_bytes(dtype, dtype, torch.device("cpu")), budget(case, columns)), torch.device("cpu")
@@ -679,11 +689,7 @@ def test_an_unknown_strategy_is_refused() -> None:
 
 
 def test_the_strategy_asked_for_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[str] = []
-    for name, strategy in list(kd.losses.operators._STRATEGIES.items()):
-        monkeypatch.setitem(
-            kd.losses.operators._STRATEGIES, name, lambda *step, of=name, run=strategy: ran.append(of) or run(*step)
-        )
+    ran = strategies_that_run(monkeypatch)
     for strategy in ("tokens", "vocab"):
         draw().loss(strategy=strategy)
     assert ran == ["tokens", "vocab"]

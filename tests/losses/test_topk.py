@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels.engine import outcomes, step
+from kdkernels.engine import keep as keeping
+from kdkernels.engine import outcomes
+from kdkernels.engine import run as loop
 from tests.backends.test_backends import SPREADS, yardsticks
 from tests.engine.test_cost import STUDENT, US, N, Products, V
 from tests.engine.test_products import kind  # noqa: F401  (a fixture)
@@ -528,13 +530,13 @@ class TestCost:
         self, memory_budget: int, dtype: torch.dtype, strategy: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         taken: list[int] = []
-        borrowed = outcomes.borrowed
+        borrowed = loop.borrowed
 
         def recording(block: int, tiles: Any, *rest: Any) -> Any:
             taken.append(sum(rows * columns * of.itemsize for (rows, columns), of in tiles))
             return borrowed(block, tiles, *rest)
 
-        monkeypatch.setattr(outcomes, "borrowed", recording)
+        monkeypatch.setattr(loop, "borrowed", recording)
         full(dtype=dtype).run(strategy=strategy, memory_budget=memory_budget)
         least = 8 * (37 if strategy == "tokens" else 6)  # one token or one column: less there cannot be
         assert taken
@@ -915,7 +917,7 @@ def test_bad_input_is_refused_before_any_work(
 @pytest.mark.parametrize("wrong", [37, -1, int(KEPT.ids[3, 0])])
 def test_bad_ids_are_found_in_whatever_pieces_they_are_looked_at(wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for slots in (1, 8, 100):
-        monkeypatch.setattr(step, "SLOTS", slots)
+        monkeypatch.setattr(keeping, "SLOTS", slots)
         assert call().isfinite()
         with refused(ValueError, f"topk_ids holds {wrong}"):
             call(topk_ids=with_id(wrong))

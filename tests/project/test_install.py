@@ -54,7 +54,6 @@ if {no_extension!r}:
 LOSS = """
 import torch
 import kdkernels as kd
-from tests.support import ROOT
 torch.manual_seed(0)
 hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(37, 8, requires_grad=True)
 loss, metrics = kd.linear_kd_loss(
@@ -83,7 +82,6 @@ def test_without_the_extension_every_operator_still_keeps_its_contract() -> None
     import torch
     import kdkernels as kd
     from kdkernels.backends import native
-from tests.support import ROOT
 
     assert kd.backend() == "reference"
     assert native.instruction_sets() == ()

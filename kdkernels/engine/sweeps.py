@@ -1,4 +1,4 @@
-"""The ``vocab`` strategy: a block of vocabulary columns at a time, for all tokens.
+"""A chunk of rows in sweeps over blocks of the vocabulary: all tokens in one chunk is the ``vocab`` strategy.
 
 A first sweep over the blocks keeps statistics of each row only; where the divergence's value is no running sum (or metrics are
 wanted) a second one adds up value and slope; a last one makes the gradient tile [N, Vb] of each block, from which the gradient of
@@ -7,14 +7,14 @@ that part of the head is written once and that of the hidden states added up. Ea
 head's gradient, and a scratch that is free to be a thin slice of the vocabulary. A teacher that learns too adds the products of its
 own gradients; kernels that multiply themselves go over the vocabulary for each of the two.
 
-Where ranks share the vocabulary, each sweeps over its own columns, statistics and sums are merged over the ranks after their sweep,
+Where ranks share the vocabulary, a row's statistics span them, and there is no row operation: with one block of all that a rank
+holds its logits stay in the scratch between the sweeps. Each sweeps over its own columns, statistics and sums are merged over the ranks after their sweep,
 and the gradient needs nothing more of the others, except for the sum of the hidden states' in the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,12 +25,9 @@ from kdkernels import backends
 from kdkernels.backends.base import Step
 from kdkernels.backends.merge import PLACES, merged, nothing, sums_of_one_sweep
 from kdkernels.backends.operators import SUMS_COLUMNS, row_columns
-from kdkernels.backends.products import HeadProducts, block_size
+from kdkernels.backends.products import HeadProducts
 from kdkernels.divergences import flat
-from kdkernels.engine.cut import block_columns, column_bytes
-from kdkernels.engine.gradients import Gradients
-from kdkernels.engine.scratch import borrowed
-from kdkernels.engine.step import Inputs, Outcome, empty_sums, weighted
+from kdkernels.engine.tiles import Block, Tiles
 
 
 class Sweeps(Protocol):
@@ -47,43 +44,29 @@ class Sweeps(Protocol):
 
 
 class BlockSweeps:
-    """Tiles of both models' logits by library products, and the block operations of a backend over them."""
+    """The block operations of a backend over tiles of both models' logits."""
 
-    def __init__(self, steps: Sequence[Step], hidden: tuple[Tensor, ...], tiles: list[Tensor], buffer: Tensor) -> None:
-        """hidden: the models' counted rows. tiles: scratch [count, Vb] for x, unless alone for z, with two learners for x again."""
-        self.steps, self.hidden, self.tiles, self.buffer = steps, hidden, tiles, buffer
+    def __init__(self, steps: Sequence[Step], tiles: Tiles) -> None:
+        self.steps, self.tiles = steps, tiles
         step = steps[0]
-        self.models = (step.student,) if step.alone else (step.student, step.teacher)
         self.operators = backends.operators_of_loss(step.backend, step.device, step.student.logits, step.teacher.logits)
         index = step.index(0, step.count)
         self.labels = step.labels_at(index)
         self.weights = [one.weights[index] * one.scale for one in steps]
-        self.multiplied: slice | None = None
 
-    def blocks(self) -> Iterator[tuple[slice, list[HeadProducts], list[tuple[Any, ...]], Tensor | None]]:
-        """Columns, the models' heads there, each learner's (own, other, own bias, other bias), and labels counted from the first
-        column."""
-        step, width = self.steps[0], self.tiles[0].shape[1]
-        for begin in range(0, step.vocab, width):
-            block = slice(begin, min(begin + width, step.vocab))
-            heads = [HeadProducts(model.weight[block], model.dtype, self.buffer) for model in self.models]
-            tiles = [tile[:, : block.stop - begin] for tile in self.tiles[: len(self.models)]]
-            if block != self.multiplied:
-                for head, hidden, tile in zip(heads, self.hidden, tiles, strict=True):
-                    head.logits(hidden, tile)
-                self.multiplied = block
-            sides = [
-                (tile, None if model.bias is None else model.bias[block]) for tile, model in zip(tiles, self.models, strict=True)
-            ]
-            (x, x_bias), (z, z_bias) = sides[0], sides[-1]
+    def blocks(self) -> Iterator[tuple[Block, list[tuple[Any, ...]], Tensor | None]]:
+        """Blocks, each learner's (own, other, own bias, other bias) there, and labels counted from the first column."""
+        for block in self.tiles.blocks():
+            biases = [None if model.bias is None else model.bias[block.columns] for model in self.tiles.models]
+            (x, x_bias), (z, z_bias) = (block.logits[0], biases[0]), (block.logits[-1], biases[-1])
             logits = [(x, z, x_bias, z_bias), (z, x, z_bias, x_bias)][: len(self.steps)]
-            yield block, heads, logits, None if self.labels is None else self.labels - begin
+            yield block, logits, None if self.labels is None else self.labels - block.columns.start
 
     def statistics(self, wanted: Sequence[tuple[str, bool]]) -> list[Tensor]:
         step = self.steps[0]
         # Of each learner the blocks so far and the next one.
         pairs = [torch.stack([nothing(step.count, step.device)] * 2) for _ in self.steps]
-        for block, _, logits, labels in self.blocks():
+        for block, logits, labels in self.blocks():
             for pair, step, own, (weigh, ce) in zip(pairs, self.steps, logits, wanted, strict=True):
                 so_far, here = pair
                 here.copy_(
@@ -91,14 +74,14 @@ class BlockSweeps:
                         *own, labels, step.t, step.terms.temperature, step.terms.head, weigh, ce, step.metrics
                     )
                 )
-                here[:, PLACES] += block.start
-                so_far.copy_(here if block.start == 0 else merged(pair, weigh))
+                here[:, PLACES] += block.columns.start
+                so_far.copy_(here if block.columns.start == 0 else merged(pair, weigh))
         return [pair[0] for pair in pairs]
 
     def sums(self, stats: Sequence[Tensor | None]) -> list[Tensor | None]:
         found = [None if one is None else one.new_zeros((len(one), len(SUMS_COLUMNS))) for one in stats]
         rounded = [None if one is None else one.to(self.steps[0].sum_dtype) for one in stats]
-        for _, _, logits, _ in self.blocks():
+        for _, logits, _ in self.blocks():
             for step, own, of_rows, total in zip(self.steps, logits, rounded, found, strict=True):
                 if total is not None:
                     divergence, a, temperature, *_ = step.terms.loss
@@ -110,68 +93,23 @@ class BlockSweeps:
     def gradients(self, stats: Sequence[Tensor], sums: Sequence[Tensor]) -> Iterator[tuple[int, slice, HeadProducts, Tensor]]:
         dtype = self.steps[0].sum_dtype
         rounded = [(one.to(dtype), of_rows.to(dtype)) for one, of_rows in zip(stats, sums, strict=True)]
-        for block, heads, logits, labels in self.blocks():
-            self.multiplied = None  # the gradients overwrite the logits
-            if len(self.steps) == 2:
-                again = self.tiles[2][:, : block.stop - block.start].copy_(logits[0][0])
-                logits[1] = (logits[1][0], again, *logits[1][2:])
+        for block, logits, labels in self.blocks():
+            self.tiles.overwritten()
+            again = self.tiles.tile("again", block.columns)
+            if again is not None:
+                logits[1] = (logits[1][0], again.copy_(logits[0][0]), *logits[1][2:])
             for at, (step, own, weights) in enumerate(zip(self.steps, logits, self.weights, strict=True)):
                 self.operators.block_grad(*own, labels, weights, step.t, *step.terms.loss, step.terms.head, *rounded[at])
-                yield at, block, heads[at], own[0].to(step.student.dtype)
-
-
-def run(steps: tuple[Step, ...], inputs: tuple[Inputs, ...]) -> list[Outcome]:
-    """steps: the student's, and that of a teacher that learns too, with the roles swapped. inputs: hidden states, weight and bias
-    of each learner, not cut to the vocabulary, which its gradients are shaped like."""
-    step = steps[0]
-    count, vocab = step.count, step.vocab
-    dtypes = step.student.dtype, step.teacher.dtype
-    width = block_columns(count, vocab, column_bytes(*dtypes, step.device, len(steps)), step.budget, step.device)
-    grads = [Gradients(one, *source, hidden_parts=-(-vocab // width)) for one, source in zip(steps, inputs, strict=True)]
-    losses = [torch.zeros(step.weights.shape[0], dtype=step.sum_dtype, device=step.device) for _ in steps]
-    if count == 0:
-        return [Outcome(loss, empty_sums(step.device), grad.finished()) for loss, grad in zip(losses, grads, strict=True)]
-    index = step.index(0, count)
-    rows = step.student.rows(index), step.teacher.rows(index)
-    with scratch(steps, count, width) as (tiles, buffer):
-        swept = Swept(steps, rows, tiles, buffer)
-        if any(any(one.needs) for one in steps):
-            for at, columns, head, dx in swept.gradients():
-                grads[at].add_columns(head, dx, rows[at], columns, buffer)
-    done = []
-    for at, (learner, loss, grad) in enumerate(zip(steps, losses, grads, strict=True)):
-        of_rows = swept.columns(at)
-        loss[index] = (learner.weights[index] * weighted(of_rows, learner.terms)).to(step.sum_dtype)
-        done.append(Outcome(loss, of_rows.sum(0) if learner.metrics else empty_sums(step.device), grad.finished()))
-    return done
-
-
-def _fused(step: Step) -> bool:
-    """Whether the kernels multiply themselves; they take no vocabulary without a column, which a rank may be left with."""
-    return step.backend == "triton" and step.vocab > 0
-
-
-@contextmanager
-def scratch(steps: tuple[Step, ...], rows: int, width: int) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Tiles [rows, width] that the sweeps take, and the buffer of a head's block."""
-    step = steps[0]
-    models = (step.student,) if step.alone else (step.student, step.teacher)
-    block = max(block_size(step.vocab, model.weight.shape[1], step.device) for model in models)
-    # One gradient at a time where the kernels multiply themselves; else both logits, and the student's again for a second learner.
-    again = [step.student.logits] if len(steps) == 2 else []
-    widest = max((one.student.dtype for one in steps), key=lambda dtype: dtype.itemsize)
-    tiles = [widest] if _fused(step) else [*(model.logits for model in models), *again]
-    with borrowed(block, [((rows, width), dtype) for dtype in tiles], step.budget, step.device) as (buffer, found):
-        yield found, buffer
+                yield at, block.columns, block.heads[at], own[0].to(step.student.dtype)
 
 
 class Swept:
     """Statistics and sums of the counted rows over the whole vocabulary, for each learner, and the gradients that they lead to."""
 
-    def __init__(self, steps: tuple[Step, ...], rows: tuple[Tensor, Tensor], tiles: list[Tensor], buffer: Tensor) -> None:
-        """rows: both models' counted rows, in their products' dtype. tiles, buffer: as ``scratch`` gives them."""
+    def __init__(self, steps: tuple[Step, ...], tiles: Tiles) -> None:
+        """steps: of the rows that the tiles were given."""
         step = steps[0]
-        self.steps, self.sweeps = steps, _sweeps(steps, rows, tiles, buffer)
+        self.steps, self.sweeps = steps, _sweeps(steps, tiles)
         self.kinds = [_Kind.of(one) for one in steps]
         parts = self.sweeps.statistics([(kind.weigh, kind.ce) for kind in self.kinds])
         self.stats = [
@@ -196,19 +134,21 @@ class Swept:
 
     def gradients(self) -> Iterator[tuple[int, slice, HeadProducts, Tensor]]:
         """As ``Sweeps`` says."""
-        return self.sweeps.gradients(self.stats, self.sums)
+        return self.sweeps.gradients(self.stats, self.sums) if any(any(one.needs) for one in self.steps) else iter(())
 
     def columns(self, at: int) -> Tensor:
         """ROW_COLUMNS of a learner's counted rows."""
         return row_columns(self.stats[at], self.sums[at], self.kinds[at].ce, self.steps[at].metrics)
 
 
-def _sweeps(steps: tuple[Step, ...], rows: tuple[Tensor, Tensor], tiles: list[Tensor], buffer: Tensor) -> Sweeps:
-    if _fused(steps[0]):
-        from kdkernels.backends.triton.vocabulary import FusedSweeps
+def _sweeps(steps: tuple[Step, ...], tiles: Tiles) -> Sweeps:
+    if not tiles.cut.size.fused:
+        return BlockSweeps(steps, tiles)
+    from kdkernels.backends.triton.vocabulary import FusedSweeps
 
-        return FusedSweeps(steps, rows, tiles[0], buffer)
-    return BlockSweeps(steps, rows[:1] if steps[0].alone else rows, tiles, buffer)
+    tile = tiles.tile("dx", slice(0, tiles.cut.columns))
+    assert tile is not None
+    return FusedSweeps(steps, (tiles.hidden[0], tiles.hidden[-1]), tile, tiles.buffer)
 
 
 @dataclass(frozen=True)
