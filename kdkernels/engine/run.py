@@ -16,7 +16,7 @@ from kdkernels.engine.cut import Cut
 from kdkernels.engine.gradients import Gradients
 from kdkernels.engine.scratch import borrowed
 from kdkernels.engine.step import Inputs, Outcome, empty_sums, weighted
-from kdkernels.engine.target import Target
+from kdkernels.engine.target import Chunk, Target
 from kdkernels.engine.tiles import Tiles, cast
 
 
@@ -29,9 +29,9 @@ class _Learner:
         self.losses = torch.zeros(inputs[0].shape[0], dtype=step.sum_dtype, device=step.device)
         self.metric_sums = empty_sums(step.device)
 
-    def add(self, columns: Tensor, index: slice | Tensor) -> None:
-        """columns: ROW_COLUMNS of the rows ``index`` of all."""
-        self.losses[index] = (self.step.weights[index] * weighted(columns, self.step.terms)).to(self.losses.dtype)
+    def add(self, columns: Tensor, weights: Tensor, index: slice | Tensor) -> None:
+        """columns: ROW_COLUMNS of the rows ``index`` of all, whose token weights are ``weights``."""
+        self.losses[index] = (weights * weighted(columns, self.step.terms)).to(self.losses.dtype)
         if self.step.metrics:
             self.metric_sums += columns.sum(0, dtype=torch.float64)
 
@@ -52,10 +52,11 @@ def run(cut: Cut, steps: tuple[Step, ...], inputs: tuple[Inputs, ...], target: T
             tiles = Tiles(cut, steps, scratch, buffer)
             for counted in cut.chunk_slices():
                 index = step.index(counted.start, counted.stop)
+                chunk = Chunk(counted, index, [one.weights[index] for one in steps])
                 tiles.take(index)
-                work = target(cut, steps, tiles, counted)
+                work = target(steps, tiles, chunk)
                 for at, columns, head, dx in work.gradients():
                     learners[at].grads.add(head, dx, tiles.hidden[at], counted, columns, buffer)
                 for at, learner in enumerate(learners):
-                    learner.add(work.columns(at), index)
+                    learner.add(work.columns(at), chunk.weights[at], index)
     return [learner.done() for learner in learners]

@@ -8,8 +8,8 @@ head's gradient, and a scratch that is free to be a thin slice of the vocabulary
 own gradients; kernels that multiply themselves go over the vocabulary for each of the two.
 
 Where ranks share the vocabulary, a row's statistics span them, and there is no row operation: with one block of all that a rank
-holds its logits stay in the scratch between the sweeps. Each sweeps over its own columns, statistics and sums are merged over the ranks after their sweep,
-and the gradient needs nothing more of the others, except for the sum of the hidden states' in the end.
+holds its logits stay in the scratch between the sweeps. Each sweeps over its own columns, statistics and sums are merged over the
+ranks after their sweep, and the gradient needs nothing more of the others, except for the sum of the hidden states' in the end.
 """
 
 from __future__ import annotations

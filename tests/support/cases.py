@@ -114,9 +114,9 @@ class InsideOperators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         library, name = func._schema.name.split("::")
         self.before(func._schema.name, args)
-        if library == "kdkernels" and hasattr(ops, name):
+        if library == "kdkernels" and name in ops.IMPLEMENTATIONS:
             with self:
-                made = getattr(ops, name)(*args)
+                made = ops.IMPLEMENTATIONS[name](*args)
         else:
             made = func(*args, **(kwargs or {}))
         self.after(func._schema.name, made)
