@@ -151,16 +151,17 @@ def products(given: Problem, block: int, dtype: torch.dtype | None = None) -> Ca
     return run
 
 
-def ours(loss: str, strategy: Any, memory_budget: int | None = None) -> Loss:
+def ours(loss: str, strategy: Any, memory_budget: int | None = None, softcap: float | None = None, **options: Any) -> Loss:
+    """softcap: of both heads. options: more of ``kd.linear_kd_loss``."""
     divergence: Any = "forward_kl" if loss == "taid" else loss
     t = TAID_T if loss == "taid" else 1.0
 
     def run(given: Problem) -> Tensor:
         value: Tensor = kd.linear_kd_loss(
             given.hidden,
-            given.head,
+            kd.LMHead(given.head, softcap=softcap),
             given.teacher_hidden,
-            given.teacher_head,
+            kd.LMHead(given.teacher_head, softcap=softcap),
             given.labels,
             divergence=divergence,
             t=t,
@@ -168,6 +169,7 @@ def ours(loss: str, strategy: Any, memory_budget: int | None = None) -> Loss:
             vocab_size=given.vocab,
             strategy=strategy,
             memory_budget=memory_budget,
+            **options,
         )
         return value
 

@@ -118,6 +118,7 @@ def parts(size: str) -> dict[str, list[Part]]:
     labels = gpu_kernels.ROW_CANDIDATES[: 2 if toy else None]
     vocabularies = (150,) if toy else gpu_kernels.ROW_VOCABULARIES
     tried = gpu_kernels.TOY_BLOCKS if toy else gpu_kernels.BLOCK_CANDIDATES
+    blocks = tuple((loss, dress, *each) for dress, some in tried.items() for each in some for loss in timed[::-1])
 
     def compiled_then_timed(
         name: str, opened: Callable[..., Any], first: tuple[Any, ...], all_of_them: tuple[Any, ...]
@@ -143,9 +144,7 @@ def parts(size: str) -> dict[str, list[Part]]:
             tuple(itertools.product(timed, vocabularies[:1], labels)),
             tuple(itertools.product(timed, vocabularies, labels)),
         ),
-        "blocks": compiled_then_timed(
-            "blocks", gpu_kernels.opened_blocks, *[tuple((loss, *blocks) for blocks in tried for loss in timed[::-1])] * 2
-        ),
+        "blocks": compiled_then_timed("blocks", gpu_kernels.opened_blocks, blocks, blocks),
         "others": [Part(f"time {head}", gpu_times.opened, (head,), others, 75) for head in extent.other_heads],
     }
     # times of the interpreter mean nothing, so nothing has to be alone

@@ -2,7 +2,8 @@
 
 - profile: the kernels of one step under torch.profiler, and how much of the step is none of them.
 - rows: the row kernel alone, and the rate at which it moves the bytes that traffic.py counts.
-- blocks: the kernels of ``vocab``, with the same blocks for all three.
+- blocks: the kernels of ``vocab``, with the same blocks for all three: of a plain loss, of one with temperature and labels
+  ("dressed"), and of that under a softcap ("capped").
 
 A winner goes into kdkernels/backends/triton/blocks.py by hand.
 """
@@ -23,11 +24,11 @@ import torch
 from benchmarks import contenders
 from benchmarks.contenders import Head, Problem, problem
 from benchmarks.gpu_parts import Result, cluster_rows, device_of, told
-from benchmarks.gpu_times import EXTENTS, OURS, milliseconds, spread, stepped
+from benchmarks.gpu_times import CLUSTERED, EXTENTS, OURS, milliseconds, spread, stepped
 from kdkernels.divergences import resolve
 from kdkernels.planning import traffic
 
-PROFILED = ("tokens", "tokens, cluster rows", "vocab")
+PROFILED = ("tokens", CLUSTERED, "vocab")
 PROFILED_HEADS = ("qwen2.5", "gemma3")
 SHOWN = 14  # kernels of a profile
 # How the row operation is done: by Triton's kernel; by the cluster kernel as it cuts rows by itself; by it with other clusters
@@ -35,22 +36,31 @@ SHOWN = 14  # kernels of a profile
 TRITON, CLUSTER = "Triton", "cluster"
 CLUSTERS = ((4, 8, 2), (8, 8, 2), (8, 8, 3), (16, 8, 2), (16, 8, 3), (4, 16, 1), (8, 16, 1), (16, 16, 1))
 ROW_TOKENS, ROW_VOCABULARIES = 2048, (151_936, 262_144)
-# block_n, block_v, block_d, num_warps, num_stages, group; a group of 1024 blocks leaves the grid in its own order
-BLOCK_CANDIDATES = (
-    (64, 128, 64, 8, 3, 1024),
-    (64, 128, 64, 8, 3, 16),
-    (64, 128, 64, 8, 4, 8),
-    (64, 128, 64, 4, 3, 16),
-    (64, 128, 64, 4, 4, 16),
-    (64, 64, 64, 4, 4, 16),
-    (64, 64, 128, 4, 3, 16),
-    (128, 64, 64, 8, 4, 16),
-    (128, 64, 64, 4, 4, 16),
-    (128, 128, 64, 8, 3, 16),
-    (128, 128, 64, 8, 4, 16),
+# block_n, block_v, block_d, num_warps, num_stages, group. Around the table's blocks, and around its roomy ones.
+WIDE = (
     (128, 128, 64, 8, 4, 8),
+    (128, 128, 64, 8, 4, 4),
+    (128, 128, 64, 8, 5, 8),
+    (128, 128, 64, 8, 6, 8),
+    (128, 128, 128, 8, 2, 8),
+    (128, 128, 128, 8, 3, 8),
 )
-TOY_BLOCKS = ((16, 32, 16, 4, 1, 2),)
+ROOMY = (
+    (128, 64, 64, 8, 4, 8),
+    (128, 64, 64, 8, 6, 8),
+    (128, 64, 128, 8, 3, 8),
+    (128, 64, 128, 8, 4, 8),
+    (64, 128, 64, 8, 6, 8),
+    (64, 128, 128, 8, 3, 8),
+)
+# What of the loss is switched on, and the blocks that are tried for it. A softcap is where the table leaves its wide blocks.
+DRESSES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dressed": {"temperature": 2.0, "ce_weight": 0.5},
+    "capped": {"temperature": 2.0, "ce_weight": 0.5, "softcap": 30.0},
+}
+BLOCK_CANDIDATES = {"plain": (*WIDE, (64, 256, 64, 8, 4, 8)), "dressed": (*WIDE, ROOMY[0]), "capped": (*ROOMY, WIDE[0])}
+TOY_BLOCKS = dict.fromkeys(DRESSES, ((16, 32, 16, 4, 1, 2),))
 BLOCK_HEAD = "qwen2.5"
 # As many columns as a compiler needs to see the same divisible sizes that the measured problem has.
 COMPILED_TOKENS, COMPILED_VOCAB = 256, 4096
@@ -161,15 +171,16 @@ def opened_blocks(size: str, compile_only: bool) -> Callable[..., Iterator[Resul
     if compile_only and size != "toy":
         head, tokens = Head("", "", COMPILED_VOCAB, COMPILED_VOCAB, head.student_dim, head.teacher_dim), COMPILED_TOKENS
     given: Problem = problem(head, tokens, extent.dtype, device)
+    labelled = replace(given, labels=torch.arange(tokens, device=device) % given.vocab)
 
-    def measure(loss: str, candidate: tuple[int, ...]) -> Result:
+    def measure(loss: str, dress: str, candidate: tuple[int, ...]) -> Result:
         matrix = blocks.Matrix(*candidate)
 
         def entry(*of: Any) -> blocks.Entry:
-            return replace(table(*of), statistics=matrix, sums=matrix, gradient=matrix)
+            return replace(table(*of), statistics=matrix, sums=matrix, gradient=matrix, roomy=None)
 
         with mock.patch.object(blocks, "entry", entry):
-            step = stepped(contenders.ours(loss, "vocab"), given)
+            step = stepped(contenders.ours(loss, "vocab", **DRESSES[dress]), labelled if DRESSES[dress] else given)
             begin = time.perf_counter()
             step().item()
             found: Result = {"first_s": time.perf_counter() - begin}
@@ -180,14 +191,14 @@ def opened_blocks(size: str, compile_only: bool) -> Callable[..., Iterator[Resul
             return {**found, "skipped": "the interpreter's kernels are none of the profiler's"}
         return {**found, "kernels": kernels, "median_ms": sum(kernels.values())}
 
-    def run(loss: str, *candidate: int) -> Iterator[Result]:
+    def run(loss: str, dress: str, *candidate: int) -> Iterator[Result]:
         facts: Result = {
             "head": name,
-            "loss": loss,
+            "loss": loss if dress == "plain" else f"{loss} {dress}",
             "tokens": tokens,
             "candidate": "{} x {} x {}, {} warps, {} stages, group {}".format(*candidate),
         }
-        yield told(facts, lambda: measure(loss, candidate))
+        yield told(facts, lambda: measure(loss, dress, candidate))
         given.hidden.grad = given.head.grad = None
 
     return run

@@ -180,11 +180,16 @@ def _machine(facts: Result) -> str:
     return f"{facts['device']}{memory}; {facts.get('date')}\n  {versions}\n  {facts.get('command')}"
 
 
+def latest(found: Iterable[Result]) -> list[Result]:
+    """Of each thing that was looked at the last result."""
+    told = (row for row in found if {"check", "rate", "contender", "candidate"} & row.keys())
+    return list({(row["stage"], about(row)): row for row in told}.values())
+
+
 def text(path: Path) -> str:
     """The tables of a result file, also of one whose run was cut off."""
     machines, found, cut = read(path)
-    told = (row for row in found if {"check", "rate", "contender", "candidate"} & row.keys())
-    results = list({(row["stage"], about(row)): row for row in told}.values())
+    results = latest(found)
     of_stage = {
         stage: [row for row in results if row["stage"] == stage] for stage in dict.fromkeys(row["stage"] for row in results)
     }
@@ -194,8 +199,9 @@ def text(path: Path) -> str:
         [line(row) for row in found if "broken" in row],
         _checks(results),
         [line(row) for row in results if "rate" in row],
-        _times(of_stage.get("ours", []) + of_stage.get("others", [])),
-        _profiles(of_stage.get("profile", [])),
+        # A stage may begin with small losses, which compile what it times.
+        _times([row for stage in ("ours", "others") for row in of_stage.get(stage, []) if "contender" in row]),
+        _profiles([row for row in of_stage.get("profile", []) if "contender" in row]),
         _candidates(of_stage.get("rows", []) + of_stage.get("blocks", [])),
         [f"{cut} line{'s' * (cut > 1)} of {path} cut off, and ignored"] if cut else [],
     ]

@@ -24,6 +24,7 @@ from benchmarks.contenders import CONTENDERS, HEADS, Head, Loss, Problem, proble
 from benchmarks.gpu_parts import Result, cluster_rows, device_of, freed, told
 
 GIB = 2**30
+CLUSTERED = "tokens, cluster rows"
 
 
 def _with_cluster_rows(loss: Loss) -> Loss:
@@ -41,10 +42,9 @@ def _with_cluster_rows(loss: Loss) -> Loss:
 
 OURS: dict[str, Callable[[str], Loss]] = {
     "tokens": CONTENDERS["tokens"],
-    "tokens 8 GiB": lambda loss: contenders.ours(loss, "tokens", 8 * GIB),
-    "tokens, cluster rows": lambda loss: _with_cluster_rows(CONTENDERS["tokens"](loss)),
+    "tokens 1 GiB": lambda loss: contenders.ours(loss, "tokens", GIB),
+    CLUSTERED: lambda loss: _with_cluster_rows(CONTENDERS["tokens"](loss)),
     "vocab": CONTENDERS["vocab"],
-    "vocab 8 GiB": lambda loss: contenders.ours(loss, "vocab", 8 * GIB),
     "eager": CONTENDERS["eager"],
 }
 PEERS = ("liger", "liger triton", "trl")

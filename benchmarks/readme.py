@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import contenders
+from benchmarks import contenders, gpu_report
+from benchmarks.gpu_times import GIB
 from benchmarks.limits import limits_table
 from benchmarks.linear import DTYPES, LOSSES, RESULTS, SHAPES, Case, name
 from benchmarks.measure import MIB
@@ -239,6 +240,26 @@ def growth_table(results: dict[str, Any]) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def _on_a_gpu(row: Row) -> str:
+    return f"{row['median_ms']:.1f} ms, {row['ratio']:.2f}; {row['peak_bytes'] / GIB:.1f} GiB"
+
+
+def gpu_table(path: Path) -> str:
+    """Times and memory of a result file of benchmarks.gpu, and how its checks went."""
+    machines, found, _ = gpu_report.read(path)
+    facts, results = machines[-1], gpu_report.latest(found)
+    rows = [row for row in results if row["stage"] in ("ours", "others") and "ratio" in row]
+    checks = [row for row in results if "check" in row and "skipped" not in row]
+    passed = sum(row["passed"] for row in checks)
+    columns = {(row["head"], row["loss"]): f"{row['student']} ← {row['teacher']}, {row['loss']}" for row in rows}
+    versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "triton", "liger-kernel", "trl"))
+    return (
+        f"{facts['device']}, {versions}, {facts['date'][:10]}; {passed} of {len(checks)} checks passed. "
+        f"{rows[0]['tokens']:,} tokens, {rows[0]['dtype']}: a step's time, also over that of its four bare products, and its peak memory above inputs, returned "
+        f"gradients in it.\n\n{_grid('', columns, rows, lambda row: (row['head'], row['loss']), _on_a_gpu)}\n"
+    )
+
+
 def _between(readme: str, mark: str, content: str) -> str:
     before, rest = readme.split(f"<!-- {mark} -->\n")
     return f"{before}<!-- {mark} -->\n{content}{END}{rest.split(END, 1)[1]}"
@@ -258,7 +279,7 @@ def updated(readme: str) -> str:
     """The README with the tables of the result files between their marks."""
     for mark, (file, make) in SECTIONS.items():
         readme = _between(readme, mark, make(json.loads(RESULTS.with_name(file).read_text())))
-    return readme
+    return _between(readme, "gpu", gpu_table(RESULTS.with_name("gpu-h100.jsonl")))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
-"""``make static``: every Triton kernel compiled for every architecture, without a GPU, and what the compiler made of it.
+"""``make static``: every GPU kernel compiled for every architecture, without a GPU, and what the compiler made of it.
 
     python -m benchmarks.static [--only ARCHITECTURE] [--dtype DTYPE] [--kernel KERNEL] [--all] [--compile-only]
 
 The launches are recorded from the library's own launchers, with everything a loss can have switched on (biases, softcaps,
-temperature, cross-entropy), and compiled for sm_80, sm_90, sm_100 and gfx942 with the blocks of the table. Per kernel the worst of
-its divergences is printed (--all: each): registers of a thread, bytes spilled to memory, shared memory of a program, tensor-core
+temperature, cross-entropy), and compiled for sm_80, sm_90, sm_100 and gfx942 with the blocks that the launchers take; where those
+depend on what is switched on also without biases and softcaps, and with nothing. Per kernel and blocks the worst of its divergences
+is printed (--all: each): registers of a thread, bytes spilled to memory, shared memory of a program, tensor-core
 instructions, and occupancy, the share of the multiprocessor's warps that fit.
 
-For the row kernel a second table, of NVIDIA's machine code: instructions per logit in each sweep of a plain loss (float32 logits,
-no bias, softcap, temperature or cross-entropy), at t = 1 and at t < 1, and the widths in bits of the accesses in them.
+The cluster row kernel (static_cluster.py) is compiled by NVRTC for sm_90 and sm_100, of a plain loss and of one with everything,
+for rows that leave room for three blocks on a multiprocessor and for longer ones.
+
+For Triton's row kernel a second table, of NVIDIA's machine code: instructions per logit in each sweep of a plain loss (float32
+logits, no bias, softcap, temperature or cross-entropy), at t = 1 and at t < 1, and the widths in bits of the accesses in them.
 
 Then, for the whole report, the bytes that both strategies move per token, counted in Triton's interpreter (benchmarks/traffic.py),
 beside the least possible and beside Liger's.
@@ -25,6 +29,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import io
+import itertools
 import multiprocessing
 import os
 import re
@@ -33,7 +38,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -41,12 +45,14 @@ from unittest import mock
 import torch
 
 import kdkernels as kd
+from benchmarks import static_cluster
 from kdkernels.backends.base import Model, Step, Terms
 from kdkernels.divergences import resolve
 from kdkernels.planning.roofline import ROW_INSTRUCTIONS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KERNELS = ("row_loss", "statistics", "sums", "gradient")
+CLUSTER = "cluster_row"  # in CUDA C++, from compute capability 9.0 on; its gradient is stored as bf16
 TOKENS, VOCAB, DIMS = 256, 4096, (512, 1024)
 
 
@@ -76,6 +82,7 @@ TARGETS = {
 # What the roofline's instructions of the row kernel are counted for, at t < 1.
 COUNTED = ("sm_90", "bf16")
 PLAIN = ", plain"
+BARE = ", bare heads"
 VALUE = ", value alone"
 ODD = ", rows that start anywhere"  # as of a caller's logits, over an odd vocabulary: accesses are as narrow as an entry
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma_|v_smfmac_)")
@@ -148,6 +155,7 @@ class Compiled:
     dtype: str
     kernel: str
     label: str
+    blocks: str
     registers: int
     spilled: int
     shared: int
@@ -174,7 +182,7 @@ class Compiled:
         if self.spilled:
             found.append(f"spills {self.spilled} bytes")
         on_nvidia = TARGETS[self.architecture].backend == "cuda"
-        if self.kernel != "row_loss":
+        if self.kernel not in ("row_loss", CLUSTER):
             if on_nvidia and self.dtype == "fp32":
                 if self.tensor_cores:
                     found.append("multiplies float32 by matrix units, which cut it to TF32")
@@ -190,7 +198,7 @@ class Compiled:
             stated = [count for count in ROW_INSTRUCTIONS.get(self.label.removesuffix(PLAIN), ()) if count]
             if stated and (self.architecture, self.dtype) == COUNTED and self.label.endswith(PLAIN):
                 counted = [round(count) for count in per_logit(self)[1]]
-                if any(abs(one - other) > 3 for one, other in zip_longest(counted, stated, fillvalue=0)):
+                if any(abs(one - other) > 3 for one, other in itertools.zip_longest(counted, stated, fillvalue=0)):
                     found.append(f"takes {counted} instructions per logit in its sweeps; roofline.ROW_INSTRUCTIONS states {stated}")
             narrow = sorted({bits for sweep in self.sweeps for bits in sweep.widths if bits < 128})
             if narrow and not self.label.endswith(ODD):
@@ -237,11 +245,14 @@ def recorded(architecture: str) -> Iterator[tuple[list[Launch], Callable[[str], 
         yield launches, label
 
 
-def _step(divergence: str, dtype: torch.dtype, metrics: bool) -> Step:
+def _step(divergence: str, dtype: torch.dtype, metrics: bool, dress: str = "") -> Step:
+    """dress: "" for everything that a loss can have, BARE without biases and softcaps, PLAIN without temperature and labels too."""
+    softcap = 0.0 if dress else 30.0
+    temperature, ce = (1.0, 0.0) if dress == PLAIN else (2.0, 0.5)
+
     def model(dim: int) -> Model:
-        return Model(
-            torch.empty(TOKENS, dim, dtype=dtype), torch.empty(VOCAB, dim, dtype=dtype), torch.empty(VOCAB), dtype, torch.float32
-        )
+        bias = None if dress else torch.empty(VOCAB)
+        return Model(torch.empty(TOKENS, dim, dtype=dtype), torch.empty(VOCAB, dim, dtype=dtype), bias, dtype, torch.float32)
 
     return Step(
         student=model(DIMS[0]),
@@ -250,7 +261,7 @@ def _step(divergence: str, dtype: torch.dtype, metrics: bool) -> Step:
         weights=torch.ones(TOKENS),
         scale=torch.ones(()),
         t=torch.ones(()),
-        terms=Terms(divergence, resolve(divergence).a, 2.0, 1.0, 0.5, [0.5, 30.0, 0.5, 30.0]),
+        terms=Terms(divergence, resolve(divergence).a, temperature, 1.0, ce, [0.5, softcap, 0.5, softcap]),
         rows=None,
         count=TOKENS,
         needs=(True, True, True),
@@ -262,11 +273,39 @@ def _step(divergence: str, dtype: torch.dtype, metrics: bool) -> Step:
     )
 
 
+def _dresses(architecture: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """What makes the launchers take other blocks, where the table has others."""
+    from kdkernels.backends.triton.blocks import TABLE
+
+    return ("", BARE, PLAIN) if TABLE[architecture, dtype.itemsize].roomy else ("",)
+
+
+def _record_vocabulary(dtype: torch.dtype, dress: str, label: Callable[[str], None]) -> None:
+    """The launches of the strategy ``vocab``."""
+    from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS
+    from kdkernels.backends.triton.vocabulary import LearnerSweeps
+
+    def sweeps(step: Step) -> LearnerSweeps:
+        tile = torch.empty(TOKENS, VOCAB, dtype=dtype)
+        return LearnerSweeps(step, (step.student.hidden, step.teacher.hidden), tile, torch.empty(0))
+
+    stats, sums = torch.zeros(TOKENS, len(STATS_COLUMNS)), torch.zeros(TOKENS, len(SUMS_COLUMNS))
+    for name, metrics in itertools.product(kd.divergences(), (False, True)):
+        label(name + (", metrics" if metrics else "") + dress)
+        step = _step(name, dtype, metrics, dress)
+        if metrics or not step.terms.resolved().one_sweep:
+            sweeps(step).sums(stats)
+        if not metrics:
+            list(sweeps(step).gradients(stats, sums))
+    # The statistics know of a divergence only whose exponentials they weigh.
+    for weigh, metrics in (("", False), ("target", False), ("student", False), ("", True)):
+        label((f"weighed by the {weigh}" if weigh else "metrics" if metrics else "two sweeps") + dress)
+        sweeps(_step("jsd", dtype, metrics, dress)).statistics(weigh, dress != PLAIN)
+
+
 def launches(architecture: str, dtype: torch.dtype) -> list[Launch]:
     """Every kernel with every divergence, with and without metrics where that matters to it."""
-    from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS
     from kdkernels.backends.triton import rows
-    from kdkernels.backends.triton.vocabulary import LearnerSweeps
 
     row_loss: Callable[..., Any] = rows.row_loss
     with recorded(architecture) as (found, label):
@@ -290,17 +329,8 @@ def launches(architecture: str, dtype: torch.dtype) -> list[Launch]:
                     odd = [torch.empty(TOKENS, VOCAB + 1, dtype=dtype) for _ in range(2)]
                     row_loss(*odd, *plain[2:], True, False, torch.empty_like(odd[0]))
                     label(name)
-                sweeps = LearnerSweeps(step, (step.student.hidden, step.teacher.hidden), x, torch.empty(0))
-                stats, sums = torch.zeros(TOKENS, len(STATS_COLUMNS)), torch.zeros(TOKENS, len(SUMS_COLUMNS))
-                if metrics or not step.terms.resolved().one_sweep:
-                    sweeps.sums(stats)
-                if not metrics:
-                    list(sweeps.gradients(stats, sums))
-        # The statistics know of a divergence only whose exponentials they weigh.
-        for weigh, metrics in (("", False), ("target", False), ("student", False), ("", True)):
-            label(f"weighed by the {weigh}" if weigh else "metrics" if metrics else "two sweeps")
-            step = _step("jsd", dtype, metrics)
-            LearnerSweeps(step, (step.student.hidden, step.teacher.hidden), x, torch.empty(0)).statistics(weigh, True)
+        for dress in _dresses(architecture, dtype):
+            _record_vocabulary(dtype, dress, label)
     return found
 
 
@@ -355,6 +385,7 @@ def compiled(launch: Launch, architecture: str, dtype: str) -> Compiled:
             target=GPUTarget(limits.backend, limits.number, limits.warp),
             options=options,
         )
+    blocks = "x".join(str(launch.keywords[name]) for name in ("BLOCK_N", "BLOCK_V", "BLOCK_D") if name in launch.keywords)
     sweeps: tuple[Sweep, ...] = ()
     stores: tuple[int, ...] = ()
     if limits.backend == "cuda":
@@ -375,6 +406,7 @@ def compiled(launch: Launch, architecture: str, dtype: str) -> Compiled:
         dtype,
         launch.name,
         launch.label,
+        blocks,
         registers,
         spilled,
         made.metadata.shared,
@@ -403,28 +435,47 @@ def _job(job: tuple[str, str, tuple[str, ...]]) -> list[Compiled]:
     knobs.nvidia.dump_ptxas_log = True
     knobs.compilation.always_compile = True  # what the cache holds has no log
     found = launches(architecture, DTYPES[dtype])
-    return [compiled(launch, architecture, dtype) for launch in found if launch.name in kernels]
+    made = [compiled(launch, architecture, dtype) for launch in found if launch.name in kernels]
+    return made + (clusters(architecture, dtype) if CLUSTER in kernels else [])
 
 
-HEADER = ("architecture", "dtype", "kernel", "of", "registers", "spilled", "shared", "tensor-core", "occupancy")
+def clusters(architecture: str, dtype: str) -> list[Compiled]:
+    """The cluster row kernels, where the architecture has any."""
+    limits = TARGETS[architecture]
+    if limits.backend != "cuda" or int(limits.number) < 90 or dtype != "bf16":
+        return []
+    found = static_cluster.kernels(architecture, DTYPES[dtype], limits.shared, limits.shared_all)
+    return [
+        Compiled(architecture, dtype, CLUSTER, one.label, one.blocks, one.registers, one.spilled, one.shared, 0, one.warps)
+        for one in found
+    ]
+
+
+HEADER = ("architecture", "dtype", "kernel", "blocks", "of", "registers", "spilled", "shared", "tensor-core", "occupancy")
 
 
 def table(found: Sequence[Compiled], everything: bool) -> str:
-    """One line for each kernel, architecture and dtype, the divergence with the most registers; or all of them."""
-    groups: dict[tuple[str, str, str], list[Compiled]] = {}
+    """One line for each kernel, blocks, architecture and dtype, the divergence with the most registers; or all of them."""
+    groups: dict[tuple[str, str, str, str], list[Compiled]] = {}
     for one in found:
-        groups.setdefault((one.architecture, one.dtype, one.kernel), []).append(one)
+        groups.setdefault((one.architecture, one.dtype, one.kernel, one.blocks), []).append(one)
     lines = [HEADER]
     for group in groups.values():
         shown = group if everything else [max(group, key=lambda one: (one.spilled, one.registers, one.shared))]
         lines += [
             (
-                *(one.architecture, one.dtype, one.kernel, one.label if everything else f"{len(group)}, worst: {one.label}"),
+                *(
+                    one.architecture,
+                    one.dtype,
+                    one.kernel,
+                    one.blocks,
+                    one.label if everything else f"{len(group)}, worst: {one.label}",
+                ),
                 *(str(one.registers), str(one.spilled), str(one.shared), str(one.tensor_cores), f"{one.occupancy:.0%}"),
             )
             for one in shown
         ]
-    return aligned(lines, 4)
+    return aligned(lines, 5)
 
 
 def aligned(lines: Sequence[Sequence[str]], names: int) -> str:
@@ -469,14 +520,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", choices=TARGETS, help="one architecture (default: all)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the models (default: all)")
-    parser.add_argument("--kernel", choices=KERNELS, help="one kernel (default: all)")
+    parser.add_argument("--kernel", choices=(*KERNELS, CLUSTER), help="one kernel (default: all)")
     parser.add_argument("--all", action="store_true", help="a line for every divergence, not only the worst of a kernel")
     parser.add_argument("--compile-only", action="store_true", help="count no bytes")
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("error: TRITON_INTERPRET=1 is set, so nothing would be compiled; unset it", file=sys.stderr)
         return 2
-    kernels = (arguments.kernel,) if arguments.kernel else KERNELS
+    kernels = (arguments.kernel,) if arguments.kernel else (*KERNELS, CLUSTER)
     jobs = [
         (architecture, dtype, kernels)
         for architecture in TARGETS

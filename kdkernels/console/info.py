@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import kdkernels as kd
-from kdkernels.backends import native
+from kdkernels.backends import cuda, native
 
 OPTIONAL = ("triton", "transformers", "tokenizers", "safetensors")
 
@@ -44,10 +44,17 @@ def facts() -> dict[str, Any]:
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "backends": {device: kd.backend(device) for device in devices},
+        "rows": _row_kernel() if "cuda" in devices else None,
         "instruction_set": sets[0] if sets else None,
         "instruction_sets": list(sets),
         "divergences": list(kd.divergences()),
     }
+
+
+def _row_kernel() -> str:
+    """Which kernel does the row operation on the GPU, and why it is not the one that reads each logit once."""
+    why_not = cuda.why_not(torch.device("cuda", torch.cuda.current_device()))
+    return f"{kd.backend('cuda')}: {why_not}" if why_not else "cluster"
 
 
 def _version(library: str) -> str | None:
@@ -65,6 +72,8 @@ def text() -> str:
     lines |= {name: known[name] or "not installed" for name in OPTIONAL}
     lines |= {name: known[name] for name in ("system", "processor", "threads")}
     lines |= {f"backend, {device}": name for device, name in known["backends"].items()}
+    if known["rows"] is not None:
+        lines["rows, cuda"] = known["rows"]
     if in_use is None:
         lines["instruction set"] = f"none: {native.missing or native.NOT_BUILT}, so plain PyTorch does the work; {native.GET_IT}"
     else:

@@ -18,12 +18,13 @@ from kdkernels.divergences import resolve
 
 pytest.importorskip("triton")
 
-from benchmarks import static
-from benchmarks.static import ODD, PLAIN, VALUE, Compiled, Launch, Sweep
+from benchmarks import static, static_cluster
+from benchmarks.static import BARE, ODD, PLAIN, VALUE, Compiled, Launch, Sweep
+from kdkernels.backends.triton.blocks import LEAN, TABLE
 from kdkernels.planning.roofline import ROW_INSTRUCTIONS
 from tests.support import ROOT
 
-GOOD = Compiled("sm_90", "bf16", "sums", "jsd", registers=128, spilled=0, shared=64 * 1024, tensor_cores=8, warps=8)
+GOOD = Compiled("sm_90", "bf16", "sums", "jsd", "64x64x64", registers=128, spilled=0, shared=64 * 1024, tensor_cores=8, warps=8)
 SWEEP = Sweep(instructions=200, exchanges=0, widths=(128,))
 ROW = replace(GOOD, kernel="row_loss", tensor_cores=0, sweeps=(SWEEP,) * 6)
 
@@ -33,6 +34,36 @@ def found() -> list[Launch]:
     return static.launches("sm_90", torch.bfloat16)
 
 
+class TestClusterKernel:
+    def test_every_divergence_with_nothing_and_with_everything_in_both_cuts(self) -> None:
+        limits = static.TARGETS["sm_90"]
+        found = static_cluster.launches(torch.bfloat16, limits.shared, limits.shared_all)
+        switches = [name for name, _ in found[0][1] if name not in ("KD_PAIR", "KD_WEIGH", "KD_FLAT", "KD_GRAD", "KD_OUT")]
+        settings = {(name, *(dict(macros)[one] for one in switches), shape.blocks) for name, macros, shape in found}
+        assert settings == {
+            (name, *[dressed] * len(switches), blocks) for name in kd.divergences() for dressed in (0, 1) for blocks in (1, 3)
+        }
+        assert len(found) == len(settings)
+
+    @pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
+    def test_what_the_assembler_says_of_it(self, architecture: str) -> None:
+        limits = static.TARGETS[architecture]
+        launch = static_cluster.launches(torch.bfloat16, limits.shared, limits.shared_all)[0]
+        made = static_cluster.compiled(*launch, architecture)
+        assert 32 <= made.registers <= 72, "of three blocks of 9 warps"
+        assert made.spilled == 0
+        assert launch[2].shared < made.shared <= limits.shared_all // 3
+        assert made.warps == 9
+
+    def test_a_spill_is_a_fault_and_nothing_about_matrix_units_is(self) -> None:
+        good = replace(GOOD, kernel=static.CLUSTER, tensor_cores=0)
+        assert good.faults() == []
+        assert replace(good, spilled=8).faults() == ["sm_90 bf16 cluster_row jsd: spills 8 bytes"]
+
+    def test_architectures_without_clusters_have_none(self) -> None:
+        assert static.clusters("sm_80", "bf16") == static.clusters("gfx942", "bf16") == []
+
+
 class TestLaunches:
     def test_every_kernel_is_there(self, found: list[Launch]) -> None:
         assert {launch.name for launch in found} == set(static.KERNELS)
@@ -40,9 +71,10 @@ class TestLaunches:
     def test_every_divergence_is_there_with_and_without_metrics(self, found: list[Launch]) -> None:
         labels = {kernel: [launch.label for launch in found if launch.name == kernel] for kernel in static.KERNELS}
         names, measured = set(kd.divergences()), {f"{name}, metrics" for name in kd.divergences()}
+        swept_twice = {name for name in names if not resolve(name).one_sweep}
         assert set(labels["row_loss"]) == names | measured | {name + kind for name in names for kind in (PLAIN, VALUE, ODD)}
-        assert set(labels["gradient"]) == names
-        assert set(labels["sums"]) == measured | {name for name in names if not resolve(name).one_sweep}
+        assert set(labels["gradient"]) == {name + dress for name in names for dress in ("", BARE, PLAIN)}
+        assert set(labels["sums"]) == {name + dress for name in measured | swept_twice for dress in ("", BARE, PLAIN)}
         # no moments, weighed by either side, and with metrics
         constants = {(launch.keywords["WEIGH"], launch.keywords["METRICS"]) for launch in found if launch.name == "statistics"}
         assert constants == {(0, False), (1, False), (2, False), (0, True)}
@@ -50,7 +82,7 @@ class TestLaunches:
 
     def test_everything_a_loss_can_have_is_switched_on(self, found: list[Launch]) -> None:
         for launch in found:
-            if launch.label.endswith((PLAIN, VALUE, ODD)):
+            if launch.label.endswith((BARE, PLAIN, VALUE, ODD)):
                 continue
             arguments = dict(zip(inspect.signature(launch.kernel.fn).parameters, launch.arguments, strict=False))
             heads = [arguments[name] for name in ("x_head", "z_head") if name in arguments]
@@ -62,14 +94,25 @@ class TestLaunches:
                 assert arguments["labels_ptr"] is not None
 
     def test_blocks_are_those_of_the_architecture(self) -> None:
-        from kdkernels.backends.triton.blocks import TABLE
-
         for architecture in static.TARGETS:
             for dtype in (torch.float32, torch.bfloat16):
+                entry = TABLE[architecture, dtype.itemsize]
                 for launch in static.launches(architecture, dtype):
                     if launch.name != "row_loss":
-                        matrix = getattr(TABLE[architecture, dtype.itemsize], launch.name)
-                        assert launch.keywords.items() >= {**matrix.blocks(), **matrix.options()}.items()
+                        matrices = {getattr(entry, launch.name), entry.roomy} - {None}
+                        assert any(
+                            launch.keywords.items() >= {**matrix.blocks(), **matrix.options()}.items() for matrix in matrices
+                        )
+
+    def test_heads_with_bias_or_softcap_metrics_and_long_formulas_take_the_roomy_blocks(self, found: list[Launch]) -> None:
+        entry = TABLE["sm_90", 2]
+        for launch in found:
+            if launch.name != "row_loss":
+                dressed = not launch.label.endswith((BARE, PLAIN))
+                lean = launch.name == "statistics" or launch.label.startswith(LEAN)
+                crowded = dressed or launch.keywords.get("METRICS", False) or not lean
+                matrix = entry.roomy if crowded else getattr(entry, launch.name)
+                assert launch.keywords.items() >= {**matrix.blocks(), **matrix.options()}.items(), launch.label
 
     def test_nothing_is_run_and_the_launchers_are_put_back(self, found: list[Launch]) -> None:
         from kdkernels.backends.triton import rows

@@ -273,7 +273,7 @@ def test_the_source_distribution_installs_with_its_extension(tmp_path: Path) -> 
     unpacked = tmp_path / sdist.name.removesuffix(".tar.gz")
     held = {str(file.relative_to(unpacked)) for file in unpacked.rglob("*") if file.is_file()}
     sources = {str(file.relative_to(ROOT)) for part in ("csrc", "kdkernels") for file in (ROOT / part).rglob("*")
-               if file.suffix in (".py", ".cpp", ".h", ".typed")}  # fmt: skip
+               if file.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".typed")}  # fmt: skip
     besides = {"setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "PKG-INFO", "setup.cfg"}
     assert {name for name in held if not name.startswith("kdkernels.egg-info/")} == sources | besides
 

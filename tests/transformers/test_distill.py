@@ -33,8 +33,8 @@ from kdkernels.transformers.distill_command import BY_NAME, merged, read_config
 from kdkernels.transformers.distill_report import Watch
 from kdkernels.transformers.load import load_model, load_tokenizer
 from tests.support import ROOT
+from tests.support.data import CHAT, put, tokenizer
 from tests.support.tiny_models import build
-from tests.transformers.test_data import CHAT, put, tokenizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),

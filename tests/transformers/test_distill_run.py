@@ -37,7 +37,7 @@ from kdkernels.transformers import distill as run_module
 from kdkernels.transformers.distill import last_checkpoint
 from kdkernels.transformers.distill_command import BY_NAME, merged
 from kdkernels.transformers.load import load_model, load_tokenizer
-from tests.transformers.test_data import put
+from tests.support.data import put
 from tests.transformers.test_distill import TEXT, arguments, given, offline, pytestmark, refusal, weights  # noqa: F401
 
 

@@ -23,7 +23,7 @@ from kdkernels.backends.triton.launch import architecture
 REPEATS = 5
 # Seconds after which the search of a kernel tries no more candidates: the three kernels of a dtype end within two minutes.
 PATIENCE = 35.0
-_winners: dict[tuple[str, str, torch.dtype], Matrix] = {}
+_winners: dict[tuple[str, str, torch.dtype, Matrix], Matrix] = {}
 
 
 def wanted() -> bool:
@@ -81,10 +81,10 @@ def seconds(start: Callable[[Matrix], None], matrix: Matrix) -> float:
 
 
 def chosen(kernel: Any, matrix: Matrix, device: torch.device, dtype: torch.dtype, start: Callable[[Matrix], None]) -> Matrix:
-    """The table's blocks, or the winner of a search that runs once for each kernel, architecture and dtype."""
+    """The table's blocks, or the winner of a search that runs once for each of them, kernel, architecture and dtype."""
     if not wanted() or device.type != "cuda":
         return matrix
-    key = kernel.fn.__name__, architecture(device), dtype
+    key = kernel.fn.__name__, architecture(device), dtype, matrix
     if key not in _winners:
         timed = fastest(matrix, lambda candidate: seconds(start, candidate))
         _winners[key] = min(timed, key=lambda candidate: timed[candidate])

@@ -23,8 +23,9 @@ from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS
 from kdkernels.backends.products import HeadProducts
 from kdkernels.backends.triton import autotune, blocks, device, launch
 
-# Programs in flight that fill every GPU of the table several times over, so that the vocabulary is split where tokens are few.
-PROGRAMS = 1024
+# Programs in flight that fill every GPU of the table a few times over, so that the vocabulary is split where tokens are few. Each
+# split keeps statistics of its own, so that more of them take memory.
+PROGRAMS = 512
 
 
 @triton.jit
@@ -262,6 +263,18 @@ class LearnerSweeps:
         self.widest = max((step.student.dtype, step.teacher.dtype), key=lambda dtype: dtype.itemsize)
         self.table = blocks.entry(step.device, self.widest)
         self.pair = launch.pair_function(step.terms.divergence, self.temperature)
+        self.dressed = any(bias is not None or softcap for _, _, bias, _, softcap in self.models)
+        self.lean = step.terms.divergence in blocks.LEAN
+
+    def matrix(self, kernel: str) -> blocks.Matrix:
+        """The table's blocks; the roomy ones for heads with a bias or a softcap, for metrics, and for long formulas."""
+        crowded = {
+            "statistics": self.step.metrics,
+            "sums": self.step.metrics or not self.lean,
+            "gradient": not self.lean,
+        }
+        roomy = self.table.roomy if self.dressed or crowded[kernel] else None
+        return roomy or getattr(self.table, kernel)
 
     def _operands(self, matrix: blocks.Matrix) -> list[Any]:
         """Hidden states and weight of student and teacher, then (layout, head) of both; None for a teacher that is not looked at.
@@ -299,13 +312,13 @@ class LearnerSweeps:
     def statistics(self, weigh: str, ce: bool) -> Tensor:
         arguments = (self.labels if ce else None, self.t, self.terms[1])
         constants = {"WEIGH": device.WEIGH[weigh], "METRICS": self.step.metrics}
-        parts = self._over_splits(statistics_kernel, self.table.statistics, len(STATS_COLUMNS), arguments, **constants)
+        parts = self._over_splits(statistics_kernel, self.matrix("statistics"), len(STATS_COLUMNS), arguments, **constants)
         return merged(parts.double(), weigh)
 
     def sums(self, stats: Tensor) -> Tensor:
         arguments = (stats.float(), self.t, self.terms[0], self.terms[1])
         constants = {"PAIR": self.pair, "METRICS": self.step.metrics}
-        parts = self._over_splits(sums_kernel, self.table.sums, len(SUMS_COLUMNS), arguments, **constants)
+        parts = self._over_splits(sums_kernel, self.matrix("sums"), len(SUMS_COLUMNS), arguments, **constants)
         sums = parts.sum(0, dtype=torch.float64)
         # A slope that compares (total variation) can hide a NaN that the value shows.
         sums[:, 1] = torch.where(sums[:, 0].isnan(), sums[:, 0], sums[:, 1])
@@ -324,7 +337,7 @@ class LearnerSweeps:
                 return triton.cdiv(count, chosen.block_n), triton.cdiv(columns, chosen.block_v)
 
             self._run(
-                *(gradient_kernel, self.table.gradient, grid),
+                *(gradient_kernel, self.matrix("gradient"), grid),
                 (tile, tile.stride(0), stats.float(), rows, labels, self.t, self.terms, count, vocab, block.start, block.stop),
                 PAIR=self.pair,
                 REACH=1 if tile.stride(0) % launch.ENTRIES or block.start % launch.ENTRIES else launch.ENTRIES,
