@@ -76,7 +76,8 @@ def _say_what_is_missing(fast: str) -> None:
     logger.warning(
         "kdkernels: %s, so plain PyTorch does its work: the results are as exact, the loss takes several times as long and more "
         "memory. To get it, %s",
-        *(why, get_it),
+        why,
+        get_it,
     )
 
 

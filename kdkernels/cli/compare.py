@@ -63,7 +63,11 @@ def compare(
     on.rate(dtype)
     make = functools.partial(
         plan,
-        *(tokens, vocab, student_dim, teacher_dim, dtype),
+        tokens,
+        vocab,
+        student_dim,
+        teacher_dim,
+        dtype,
         device=on.name,
         divergence=resolve(divergence),
         memory_budget=memory_budget,

@@ -1,17 +1,19 @@
-"""How a step is cut: tokens of a chunk and columns of a block, from the bytes that are there for logits."""
+"""How a step is cut: chunks of tokens and blocks of columns, from the bytes that are there for logits, and what that takes."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 import torch
 
 from kdkernels import backends
-from kdkernels.backends.operators import accumulate_dtype
-from kdkernels.backends.products import logits_dtype, product_dtype
+from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS, accumulate_dtype
+from kdkernels.backends.products import block_size, logits_dtype, product_dtype
 from kdkernels.backends.reference import LIVE_COPIES
+from kdkernels.divergences import resolve
 from kdkernels.engine.scratch import ROW_ELEMENTS, row_stride
 
 Strategy: TypeAlias = Literal["auto", "tokens", "vocab"]
@@ -20,13 +22,18 @@ STRATEGIES = get_args(Strategy)
 # results into tiles of 128 and 256: 129 rows take as long as 256. On a CPU 103 rows take a tenth longer each than 104.
 CPU_ROWS, CPU_COLUMNS = (16, 8, 4), (128, 64, 16)
 GPU_MULTIPLES = (128, 64, 32, 16, 8)
+# Float64 copies of a row's statistics at the vocab strategy's peak: those of the blocks so far and of the next one, both
+# merged, and about two of what merging takes. Those of another learner are kept beside them.
+STATISTICS_COPIES = 5
 
 
 @dataclass(frozen=True)
 class Size:
     """What a plan depends on: kept tokens N, vocabulary V, hidden sizes, dtypes of both models, the divergence's forward sweeps.
 
-    learners: 2 where the teacher learns too (OKD), by forward KL to the student; train_teacher_head: whether its head does.
+    learners: 2 where the teacher learns too (OKD), by forward KL to the student; train_teacher_head: whether its head does. alone:
+    the loss does not look at a teacher's logits; known: but at some log-probabilities of its. shared: ranks share the vocabulary,
+    of which one holds ``widest`` columns at most.
     """
 
     tokens: int
@@ -41,6 +48,16 @@ class Size:
     budget: int
     learners: int = 1
     train_teacher_head: bool = False
+    alone: bool = False
+    known: bool = False
+    shared: bool = False
+    widest: int = 0
+
+    @property
+    def fused(self) -> bool:
+        """Whether the sweeps' kernels multiply themselves; they take no vocabulary without a column, which a rank may be left
+        with."""
+        return backend_of(self.device, self.dtype, self.teacher_dtype) == "triton" and self.vocab > 0 and not self.known
 
     @property
     def accumulators(self) -> tuple[tuple[int, bool], ...]:
@@ -101,10 +118,142 @@ def block_columns(tokens: int, vocab: int, bytes_per_logit: int, budget: int, de
     return _share(vocab, most, CPU_COLUMNS if device.type == "cpu" else GPU_MULTIPLES)
 
 
-def cut_of(strategy: str, size: Size) -> tuple[int, int]:
-    """Tokens of a chunk, and columns of a block."""
-    if strategy == "tokens":
-        per_logit = logit_bytes(size.dtype, size.teacher_dtype, size.device, size.learners)
-        return chunk_rows(size.tokens, size.vocab, per_logit, size.budget, size.device), size.vocab
-    per_logit = column_bytes(size.dtype, size.teacher_dtype, size.device, size.learners)
-    return size.tokens, block_columns(size.tokens, size.vocab, per_logit, size.budget, size.device)
+@dataclass(frozen=True)
+class Tile:
+    """A piece of the scratch [rows, columns]: "x" and "z" hold both models' logits, "dx" and "dz" gradients that do not lie over
+    them, "again" the student's logits for a second learner."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a step is carried out: chunks of ``rows`` tokens, each in blocks of ``columns`` columns of the vocabulary.
+
+    whole_rows: a chunk's one block is worked out by a backend's row operation; otherwise by sweeps over its blocks, which keep
+    statistics and sums of each row between them.
+    """
+
+    size: Size
+    rows: int
+    columns: int
+    whole_rows: bool
+
+    @property
+    def chunks(self) -> int:
+        return math.ceil(self.size.tokens / max(1, self.rows))
+
+    @property
+    def blocks(self) -> int:
+        return math.ceil(self.size.vocab / self.columns)
+
+    def chunk_slices(self) -> Iterator[slice]:
+        """The chunks, among the rows that count."""
+        tokens = self.size.tokens
+        return (slice(begin, min(begin + self.rows, tokens)) for begin in range(0, tokens, max(1, self.rows)))
+
+    def block_slices(self) -> Iterator[slice]:
+        vocab = self.size.vocab
+        return (slice(begin, min(begin + self.columns, vocab)) for begin in range(0, vocab, self.columns))
+
+    @property
+    def tiles(self) -> tuple[Tile, ...]:
+        """The scratch that a chunk's block takes."""
+        shape = self.rows, self.columns
+        return tuple(Tile(name, dtype, shape) for name, dtype in _tiles(self.size, self.whole_rows).items())
+
+    @property
+    def buffer(self) -> int:
+        """Float32 elements of a head's block."""
+        size = self.size
+        dims = (size.student_dim,) if size.alone else (size.student_dim, size.teacher_dim)
+        return max(block_size(size.vocab, dim, size.device) for dim in dims)
+
+    @property
+    def products(self) -> int:
+        """How often the logits of both models are multiplied."""
+        fused = self.size.fused
+        # A whole vocabulary's logits stay in the scratch from sweep to sweep, unless the kernels multiply themselves.
+        if self.whole_rows or (self.blocks == 1 and not fused):
+            return 1
+        own = (1 if resolve(self.size.divergence).one_sweep else 2) + 1
+        return own + (2 if self.size.learners == 2 and fused else 0)
+
+    @property
+    def logits_bytes(self) -> int:
+        """Of the tiles, and of what lies beside them while they are worked on: the budget bounds it."""
+        size = self.size
+        per_logit = (logit_bytes if self.whole_rows else column_bytes)(size.dtype, size.teacher_dtype, size.device, size.learners)
+        return self.rows * row_stride(self.columns, size.device) * per_logit
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """Float32 sums of 16-bit gradients: of heads that several chunks add to, of hidden states that several blocks add to."""
+        size = self.size
+        heads = sum(dim for dim, head in size.accumulators if head) if self.rows < size.tokens else 0
+        hidden = sum(dim for dim, _ in size.accumulators) if self.columns < size.vocab else 0
+        return 4 * (size.vocab * heads + size.tokens * hidden)
+
+    @property
+    def other_bytes(self) -> int:
+        """Head blocks, copies in the products' dtype, what the native backend's threads keep of a row, and rows' statistics."""
+        size, rows = self.size, self.rows
+        native = backend_of(size.device, size.dtype, size.teacher_dtype) == "native"
+        threads = torch.get_num_threads() * 3 * self.columns * 4 if native else 0
+        computed = product_dtype(size.dtype, size.device), product_dtype(size.teacher_dtype, size.device)
+        widened = 0
+        if (size.dtype, size.teacher_dtype) != computed:
+            # hidden states of both models, and a learner's gradient before it is rounded
+            copies = [dim * dtype.itemsize for dim, dtype in zip((size.student_dim, size.teacher_dim), computed, strict=True)]
+            widened = rows * (sum(copies) + max(copies[: size.learners]))
+        statistics = 0
+        if not self.whole_rows:
+            copies_of = STATISTICS_COPIES + size.learners - 1
+            statistics = rows * (copies_of * len(STATS_COLUMNS) + 2 * size.learners * len(SUMS_COLUMNS)) * 8
+        return 4 * self.buffer + threads + widened + statistics
+
+    @property
+    def scratch_bytes(self) -> int:
+        """All of the step's own memory, at its peak."""
+        return self.logits_bytes + self.accumulator_bytes + self.other_bytes
+
+
+def _tiles(size: Size, whole_rows: bool) -> dict[str, torch.dtype]:
+    models = ((size.dtype, "x", "dx"),) if size.alone else ((size.dtype, "x", "dx"), (size.teacher_dtype, "z", "dz"))
+    tiles = {name: logits_dtype(dtype, size.device) for dtype, name, _ in models}
+    learned = {name: product_dtype(dtype, size.device) for dtype, _, name in models[: size.learners]}
+    # A gradient in the products' dtype lies over the logits where those have that dtype, beside them otherwise. The student's lies
+    # beside them too where the teacher learns after it, from the same logits.
+    if whole_rows or size.known:
+        beside = size.learners == 2
+        return tiles | {name: dtype for name, dtype in learned.items() if dtype != tiles[name[1:]] or (beside and name == "dx")}
+    if size.fused:  # one gradient at a time, and no logits
+        return {"dx": max(learned.values(), key=lambda dtype: dtype.itemsize)}
+    return tiles | ({"again": tiles["x"]} if size.learners == 2 else {})
+
+
+def by_tokens(size: Size) -> Cut:
+    """Chunks of tokens at full width: the fewest products. Where ranks share the vocabulary, each has as many chunks as the
+    others, by the most columns that one of them holds."""
+    whole_rows = not size.shared and not size.known
+    rows = chunk_rows(size.tokens, max(size.vocab, size.widest), _entry_bytes(size, whole_rows), size.budget, size.device)
+    return Cut(size, rows, max(1, size.vocab), whole_rows)
+
+
+def by_columns(size: Size) -> Cut:
+    """Blocks of the vocabulary for all tokens: the least memory."""
+    per_logit = _entry_bytes(size, False)
+    return Cut(size, size.tokens, block_columns(size.tokens, size.vocab, per_logit, size.budget, size.device), False)
+
+
+def _entry_bytes(size: Size, whole_rows: bool) -> int:
+    """Scratch bytes per token and column."""
+    if size.known:
+        return sum(dtype.itemsize for dtype in _tiles(size, whole_rows).values())
+    return (logit_bytes if whole_rows else column_bytes)(size.dtype, size.teacher_dtype, size.device, size.learners)
+
+
+# A strategy is a way to make a Cut.
+CUTS: dict[str, Callable[[Size], Cut]] = {"tokens": by_tokens, "vocab": by_columns}

@@ -1,4 +1,4 @@
-"""The student's gradients, as the strategies add them up: by chunks of rows, or by blocks of columns."""
+"""The student's gradients, as they are added up over chunks of rows and blocks of columns."""
 
 from __future__ import annotations
 
@@ -7,52 +7,46 @@ from torch import Tensor
 
 from kdkernels.backends.base import Step
 from kdkernels.backends.products import HeadProducts, add_head_grad
+from kdkernels.engine.cut import Cut
+from kdkernels.engine.step import Inputs
 
 
 class Gradients:
     """Gradients of the student's hidden states, weight and bias; what is not needed is neither computed nor allocated.
 
-    hidden, weight, bias: what the gradients belong to, not cut to the vocabulary. parts: over how many blocks a gradient that no
-    single product makes is added up; a 16-bit one is then summed in float32. Where ranks share the vocabulary, each adds up its
-    part of the hidden states' gradient, and that of all is rounded.
+    inputs: what the gradients belong to, not cut to the vocabulary. A 16-bit gradient that several chunks or blocks of the cut add
+    to is summed in float32. Where ranks share the vocabulary, each adds up its part of the hidden states' gradient, and that of all
+    is rounded.
     """
 
-    def __init__(
-        self, step: Step, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, hidden_parts: int = 1, weight_parts: int = 1
-    ) -> None:
+    def __init__(self, step: Step, inputs: Inputs, cut: Cut) -> None:
+        hidden, weight, bias = inputs
         self.step, self.vocab = step, step.vocab
         self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if step.needs[0] else None
         self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if step.needs[1] else None
         self.bias = torch.zeros_like(bias, dtype=step.sum_dtype) if step.needs[2] and bias is not None else None
         self.bias_dtype = None if bias is None else bias.dtype
         self.weight_sum = None if self.weight is None else self.weight[: self.vocab]
-        if self.weight_sum is not None and weight_parts > 1 and weight.dtype.itemsize == 2:
+        if self.weight_sum is not None and cut.chunks > 1 and weight.dtype.itemsize == 2:
             self.weight_sum = torch.empty_like(self.weight_sum, dtype=step.sum_dtype)
         self.hidden_sum: Tensor | None = None
-        if self.hidden is not None and (hidden_parts > 1 or not step.ranks.alone):
+        if self.hidden is not None and (cut.blocks > 1 or not step.ranks.alone):
             whole = step.rows is None and self.hidden.dtype == step.sum_dtype
             self.hidden_sum = self.hidden if whole else self.hidden.new_empty((step.count, hidden.shape[1]), dtype=step.sum_dtype)
             if self.vocab == 0:  # a rank that holds no column of the vocabulary adds nothing
                 self.hidden_sum.zero_()
 
-    def add_rows(
-        self,
-        head: HeadProducts,
-        dx: Tensor,
-        hidden: Tensor,
-        index: slice | Tensor,
-        buffer: Tensor,
-        first: bool,
-        counted: slice | None = None,
-    ) -> None:
-        """A chunk's logit gradients dx [C, V] and hidden states [C, D], which are the rows ``index`` of all; ``counted``: of those
-        that count, where ranks share the vocabulary."""
+    def add(self, head: HeadProducts, dx: Tensor, hidden: Tensor, counted: slice, columns: slice, buffer: Tensor) -> None:
+        """A block's logit gradients dx [C, Vb] and the chunk's hidden states [C, D]. counted: the chunk, among the rows that
+        count; columns: the block."""
+        first = counted.start == 0
         if self.bias is not None:
-            self.bias[: self.vocab] += dx.sum(0, dtype=self.bias.dtype)
+            here = self.bias[columns]
+            torch.sum(dx, 0, dtype=self.bias.dtype, out=here) if first else here.add_(dx.sum(0, dtype=self.bias.dtype))
         if self.hidden_sum is not None:
-            assert counted is not None
-            head.hidden_grad(dx, self.hidden_sum[counted])
+            head.add_hidden_grad(dx, self.hidden_sum[counted], first=columns.start == 0)
         elif self.hidden is not None:
+            index = self.step.index(counted.start, counted.stop)
             if self.hidden.dtype == hidden.dtype and isinstance(index, slice):
                 head.hidden_grad(dx, self.hidden[index])
             else:
@@ -60,21 +54,7 @@ class Gradients:
                 head.hidden_grad(dx, part)
                 self._scatter(part, index)
         if self.weight_sum is not None:
-            add_head_grad(dx, self._lowered(hidden), self.weight_sum, first, buffer)
-
-    def add_columns(self, head: HeadProducts, dx: Tensor, hidden: Tensor, block: slice, buffer: Tensor) -> None:
-        """A block's logit gradients dx [N, Vb] of the columns ``block``; hidden [N, D], all counted rows."""
-        if self.bias is not None:
-            torch.sum(dx, 0, dtype=self.bias.dtype, out=self.bias[block])
-        if self.hidden_sum is not None:
-            head.add_hidden_grad(dx, self.hidden_sum, first=block.start == 0)
-        elif self.hidden is not None:
-            part = self.hidden if self.step.rows is None and self.hidden.dtype == hidden.dtype else torch.empty_like(hidden)
-            head.hidden_grad(dx, part)
-            if part is not self.hidden:
-                self._scatter(part, self.step.index(0, self.step.count))
-        if self.weight_sum is not None:
-            add_head_grad(dx, self._lowered(hidden), self.weight_sum[block], True, buffer)
+            add_head_grad(dx, self._lowered(hidden), self.weight_sum[columns], first, buffer)
 
     def _lowered(self, hidden: Tensor) -> Tensor:
         return hidden if self.step.lift is None else (hidden / self.step.lift).to(hidden.dtype)

@@ -47,9 +47,17 @@ def run(
         here = slice(begin, begin + size)
         parts.append(
             row_loss(
-                *(student_logits[here], teacher_logits[here], None, None),
+                student_logits[here],
+                teacher_logits[here],
+                None,
+                None,
                 None if labels is None else labels[here].contiguous(),
-                *(weights[here] * scale, t, *terms.loss, terms.head, need, metrics),
+                weights[here] * scale,
+                t,
+                *terms.loss,
+                terms.head,
+                need,
+                metrics,
                 None if out is None else out[here],
             )
         )

@@ -1,4 +1,4 @@
-"""The loss against a target that knows k tokens of each row (an offline teacher's top-k), by either strategy.
+"""The loss of rows against a target that knows k tokens of each (an offline teacher's top-k).
 
 The vocabulary of a row falls into its k tokens and the rest. The target has k outcomes, or one more for all of the rest together
 (``tail="bucket"``), so value and slope of any divergence are sums over those few, in float64. Of the student's rest a row needs
@@ -20,12 +20,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.base import Step
-from kdkernels.backends.products import HeadProducts, block_size
-from kdkernels.engine.cut import block_columns, chunk_rows
-from kdkernels.engine.gradients import Gradients
 from kdkernels.engine.keep import Known
-from kdkernels.engine.scratch import borrowed
-from kdkernels.engine.step import Inputs, Outcome, empty_sums, weighted
 
 TAILS = ("renormalize", "bucket")
 # Divergences whose terms the student's own probabilities weigh: over the k tokens alone they fall below 0, as mass leaves these.
@@ -274,93 +269,3 @@ def log_of_rest(log_probs: Tensor, least: Tensor) -> Tensor:
     largest, at = log_probs.max(1, keepdim=True)
     others = log_probs.scatter(1, at, -torch.inf).exp().sum(1)
     return torch.maximum(-torch.expm1(largest[:, 0]) - others, least).log()
-
-
-class _Run:
-    """A step's losses and gradients, as both strategies add them up."""
-
-    def __init__(self, step: Step, inputs: Inputs, known: Known, tail: str, hidden_parts: int = 1, weight_parts: int = 1) -> None:
-        self.step, self.known, self.tail = step, known, tail
-        self.grads = Gradients(step, *inputs, hidden_parts=hidden_parts, weight_parts=weight_parts)
-        self.losses = torch.zeros(inputs[0].shape[0], dtype=step.sum_dtype, device=step.device)
-        self.metric_sums = empty_sums(step.device)
-
-    def outcomes(self, index: slice | Tensor) -> Outcomes:
-        return Outcomes(self.step, self.known, self.tail, index)
-
-    def finish(self, rows: Outcomes, index: slice | Tensor) -> None:
-        columns = rows.finished()
-        self.losses[index] = (rows.weights * weighted(columns, self.step.terms)).to(self.losses.dtype)
-        if self.step.metrics:
-            self.metric_sums += columns.sum(0)
-
-    def done(self) -> Outcome:
-        return Outcome(self.losses, self.metric_sums, self.grads.finished())
-
-
-def _tiles(step: Step) -> list[torch.dtype]:
-    """Of the logits, and of their gradient where its dtype is another: it lies over them otherwise."""
-    model = step.student
-    return [model.logits] if model.dtype == model.logits else [model.logits, model.dtype]
-
-
-def _by_tokens(step: Step, inputs: Inputs, known: Known, tail: str) -> Outcome:
-    model, tiles, everything = step.student, _tiles(step), slice(0, step.vocab)
-    per_logit = sum(dtype.itemsize for dtype in tiles)
-    size = chunk_rows(step.count, step.vocab, per_logit, step.budget, step.device)
-    run = _Run(step, inputs, known, tail, weight_parts=-(-step.count // size))
-    block = block_size(step.vocab, model.weight.shape[1], step.device)
-    shapes = [((size, step.vocab), dtype) for dtype in tiles]
-    with borrowed(block, shapes, step.budget, step.device) as (buffer, scratch):
-        head = HeadProducts(model.weight, model.dtype, buffer)
-        for begin in range(0, step.count, size):
-            index = step.index(begin, min(begin + size, step.count))
-            hidden = model.rows(index)
-            x, dx = (scratch[at][: len(hidden)] for at in (0, -1))
-            head.logits(hidden, x)
-            rows = run.outcomes(index)
-            rows.add(x, everything)
-            run.finish(rows, index)
-            if any(step.needs):
-                rows.write_gradient(x, everything, dx)
-                run.grads.add_rows(head, dx, hidden, index, buffer, first=begin == 0)
-    return run.done()
-
-
-def _by_columns(step: Step, inputs: Inputs, known: Known, tail: str) -> Outcome:
-    model, tiles = step.student, _tiles(step)
-    width = block_columns(step.count, step.vocab, sum(dtype.itemsize for dtype in tiles), step.budget, step.device)
-    blocks = [slice(begin, min(begin + width, step.vocab)) for begin in range(0, step.vocab, width)]
-    run = _Run(step, inputs, known, tail, hidden_parts=len(blocks))
-    if step.count == 0:
-        return run.done()
-    index = step.index(0, step.count)
-    hidden, rows = model.rows(index), run.outcomes(index)
-    size = block_size(step.vocab, model.weight.shape[1], step.device)
-    shapes = [((step.count, width), dtype) for dtype in tiles]
-    with borrowed(size, shapes, step.budget, step.device) as (buffer, scratch):
-
-        def multiplied(columns: slice) -> tuple[HeadProducts, Tensor, Tensor]:
-            head = HeadProducts(model.weight[columns], model.dtype, buffer)
-            x, dx = (scratch[at][:, : columns.stop - columns.start] for at in (0, -1))
-            return head, x, dx
-
-        for columns in blocks:
-            head, x, _ = multiplied(columns)
-            head.logits(hidden, x)
-            rows.add(x, columns)
-        run.finish(rows, index)
-        if any(step.needs):
-            for columns in blocks:
-                head, x, dx = multiplied(columns)
-                if len(blocks) > 1:  # a whole vocabulary's logits are still there
-                    head.logits(hidden, x)
-                rows.write_gradient(x, columns, dx)
-                run.grads.add_columns(head, dx, hidden, columns, buffer)
-    return run.done()
-
-
-def run(strategy: str, step: Step, inputs: Inputs, known: Known, tail: str) -> Outcome:
-    """strategy: "tokens" or "vocab". inputs: hidden states, weight and bias, not cut to the vocabulary, which the gradients are
-    shaped like. known: tokens [N, k], their log-probabilities, and that of the rest [N] or None. tail: one of TAILS."""
-    return (_by_tokens if strategy == "tokens" else _by_columns)(step, inputs, known, tail)

@@ -34,11 +34,11 @@ class Outcome:
 
 
 def size_of(step: Step) -> Size:
-    """What its plan depends on; the same on every rank."""
+    """What its cut depends on."""
     student, teacher = step.student, step.teacher
     return Size(
         tokens=step.count,
-        vocab=max(step.vocab, step.ranks.widest),
+        vocab=step.vocab,
         student_dim=student.weight.shape[1],
         teacher_dim=0 if step.alone else teacher.weight.shape[1],
         dtype=student.dtype,
@@ -49,6 +49,9 @@ def size_of(step: Step) -> Size:
         budget=step.budget,
         learners=1 if step.teacher_needs is None else 2,
         train_teacher_head=step.teacher_needs is not None and step.teacher_needs[1],
+        alone=step.alone,
+        shared=not step.ranks.alone,
+        widest=step.ranks.widest,
     )
 
 
@@ -82,22 +85,21 @@ class _Shares:
     budget: int
 
 
+def _alone(weight: Tensor | None, options: Options, known: Known | None = None) -> _Shares:
+    assert options.vocab is not None
+    rows = kept_rows(options.labels, weight, options.ignore_index, options.vocab, known)
+    return _Shares(ALONE, rows, options.labels, options.vocab, options.budget)
+
+
 def _shares(
-    split: Split | None,
-    models: tuple[Inputs, Inputs],
-    weight: Tensor | None,
-    labels: Tensor | None,
-    ignore_index: int,
-    vocab: int | None,
-    budget: int,
-    same: list[Fact],
+    split: Split | None, models: tuple[Inputs, Inputs], weight: Tensor | None, options: Options, same: list[Fact]
 ) -> _Shares:
     """weight: token weights, by which tokens are dropped. same: facts that ranks must agree on besides; tensors last."""
     if split is None:
-        assert vocab is not None
-        return _Shares(ALONE, kept_rows(labels, weight, ignore_index, vocab), labels, vocab, budget)
+        return _alone(weight, options)
+    labels = options.labels
     (hidden, student, _), (teacher_hidden, teacher, _) = models
-    keep, labelled = keep_of(labels, weight, ignore_index)
+    keep, labelled = keep_of(labels, weight, options.ignore_index)
     tokens = hidden.shape[0]
     read = [Fact("the number of tokens that labels and token_weight keep", tokens if keep is None else keep.sum())]
     if labels is not None and labelled is not None and tokens:
@@ -118,17 +120,17 @@ def _shares(
         Fact("the last dimension of student_hidden", hidden.shape[1]),
         Fact("the last dimension of teacher_hidden", teacher_hidden.shape[1]),
         one_of("strategy", split.strategy, STRATEGIES),
-        Fact("ignore_index", ignore_index),
-        Fact("vocab_size", vocab),
+        Fact("ignore_index", options.ignore_index),
+        Fact("vocab_size", options.vocab),
         *read,
         *same,
     ]
     facts = sorted(unsorted, key=lambda fact: isinstance(fact.value, Tensor))
-    agreed = agree(split.group, hidden.device, (student.shape[0], teacher.shape[0]), vocab, budget, facts)
+    agreed = agree(split.group, hidden.device, (student.shape[0], teacher.shape[0]), options.vocab, options.budget, facts)
     of = {fact.name: code for fact, code in zip(facts, agreed.codes, strict=True)}
     if labels is not None:
         if tokens:
-            check_labels(of["labels (the largest)"], of["labels (the least)"], agreed.vocab, ignore_index)
+            check_labels(of["labels (the largest)"], of["labels (the least)"], agreed.vocab, options.ignore_index)
         here = labels - agreed.ranks.begin
         labels = here.where((here >= 0) & (here < agreed.held), -1)
     rows = None if keep is None else places(keep, of[read[0].name])
@@ -159,43 +161,62 @@ def _facts_of(terms: Terms, models: tuple[Inputs, Inputs], dtypes: tuple[torch.d
     ]
 
 
+@dataclass(frozen=True)
+class Options:
+    """What a step was asked for besides its models and its loss.
+
+    vocab: None for all rows, with a ``Split`` only. dtypes: of both models' products. needs: which of a learner's hidden states,
+    weight and bias take a gradient, then the next learner's. budget: bytes of logits scratch. grad_scale: 0-dim, on top of the
+    token weights for gradients; lift: a factor on top of that which only the gradient of the hidden states keeps.
+    """
+
+    labels: Tensor | None
+    ignore_index: int
+    vocab: int | None
+    dtypes: tuple[torch.dtype, torch.dtype]
+    needs: tuple[bool, ...]
+    metrics: bool
+    budget: int
+    grad_scale: Tensor
+    lift: Tensor | None
+
+    @property
+    def scale(self) -> Tensor:
+        return self.grad_scale if self.lift is None else self.grad_scale * self.lift
+
+    def needs_of(self, learner: int) -> tuple[bool, bool, bool]:
+        hidden, weight, bias = self.needs[3 * learner : 3 * learner + 3]
+        return hidden, weight, bias
+
+
 def prepare(
     student: Inputs,
     teacher: Inputs | None,
     token_weight: Tensor | None,
-    grad_scale: Tensor,
-    lift: Tensor | None,
-    labels: Tensor | None,
     t: Tensor,
     terms: Terms,
-    ignore_index: int,
-    vocab: int | None,
-    dtypes: tuple[torch.dtype, torch.dtype],
-    needs: tuple[bool, bool, bool],
-    metrics: bool,
-    budget: int,
+    options: Options,
     known: Known | None = None,
     split: Split | None = None,
 ) -> Step:
-    """teacher: None where it is not a model; ``known`` is then what it left. lift: a factor on top of grad_scale that only the
-    gradient of the hidden states keeps. vocab: None for all rows, with a ``split`` only."""
+    """teacher: None where it is not a model; ``known`` is then what it left."""
+    dtypes, needs = options.dtypes, options.needs_of(0)
     tokens, device = student[0].shape[0], student[0].device
     sum_dtype = accumulate_dtype(product_dtype(dtypes[0], device))
     if known is None:
         models = student, student if teacher is None else teacher
         same = [] if split is None else [
-            *_facts_of(terms, models, dtypes, metrics),
+            *_facts_of(terms, models, dtypes, options.metrics),
             whether("student_hidden requires grad", needs[0]),
             whether("student_head requires grad", needs[1]),
             Fact("t", t),
-            Fact(_DIVISOR, grad_scale),
+            Fact(_DIVISOR, options.grad_scale),
         ]  # fmt: skip
-        shares = _shares(split, models, token_weight, labels, ignore_index, vocab, budget, same)
+        shares = _shares(split, models, token_weight, options, same)
     else:
-        assert vocab is not None
-        shares = _Shares(ALONE, kept_rows(labels, token_weight, ignore_index, vocab, known), labels, vocab, budget)
+        shares = _alone(token_weight, options, known)
     # Where the loss does not look at the teacher, the student stands in for it.
-    alone = teacher is None or (terms.kd_scale == 0.0 and not metrics)
+    alone = teacher is None or (terms.kd_scale == 0.0 and not options.metrics)
     learner = _model(student, dtypes[0], shares.vocab, sum_dtype)
     constant = learner if alone or teacher is None else _model(teacher, dtypes[1], shares.vocab, sum_dtype)
     if alone:
@@ -205,15 +226,15 @@ def prepare(
         teacher=constant,
         labels=shares.labels,
         weights=_weights(token_weight, tokens, sum_dtype, device),
-        scale=grad_scale if lift is None else grad_scale * lift,
+        scale=options.scale,
         t=t,
         terms=terms,
         rows=shares.rows,
         count=tokens if shares.rows is None else shares.rows.shape[0],
         needs=needs,
-        metrics=metrics,
+        metrics=options.metrics,
         alone=alone,
-        lift=lift,
+        lift=options.lift,
         backend=backends.select(device, learner.logits, constant.logits),
         budget=shares.budget,
         ranks=shares.ranks,
@@ -221,25 +242,17 @@ def prepare(
 
 
 def prepare_both(
-    student: Inputs,
-    teacher: Inputs,
+    models: tuple[Inputs, Inputs],
     token_weights: tuple[Tensor | None, Tensor | None],
-    grad_scale: Tensor,
-    lift: Tensor | None,
-    labels: Tensor | None,
     terms: tuple[Terms, Terms],
-    ignore_index: int,
-    vocab: int | None,
-    dtypes: tuple[torch.dtype, torch.dtype],
-    needs: tuple[bool, ...],
-    metrics: bool,
-    budget: int,
+    options: Options,
     split: Split | None = None,
 ) -> tuple[Step, Step]:
     """The student's step and the teacher's, which is the same with the roles swapped: each holds the other's logits constant.
 
-    token_weights, terms, needs: the student's, then the teacher's.
+    models, token_weights, terms: the student's, then the teacher's.
     """
+    (student, teacher), dtypes, needs = models, options.dtypes, options.needs
     device = student[0].device
     sum_dtype = accumulate_dtype(torch.promote_types(*dtypes))
     weights = [_weights(weight, student[0].shape[0], sum_dtype, device) for weight in token_weights]
@@ -247,35 +260,35 @@ def prepare_both(
     # A token counts if it does for either.
     either = given[0].abs() + given[1].abs() if len(given) == 2 else None
     same = [] if split is None else [
-        *_facts_of(terms[0], (student, teacher), dtypes, metrics),
+        *_facts_of(terms[0], (student, teacher), dtypes, options.metrics),
         Fact("teacher_alpha (times temperature² unless square_temperature=False)", terms[1].kd_scale),
         Fact("teacher_alpha", terms[1].ce_scale),
         whether("student_hidden requires grad", needs[0]),
         whether("teacher_hidden requires grad", needs[3]),
         whether("student_head requires grad", needs[1]),
         whether("teacher_head requires grad", needs[4]),
-        Fact(_DIVISOR, grad_scale),
+        Fact(_DIVISOR, options.grad_scale),
     ]  # fmt: skip
-    shares = _shares(split, (student, teacher), either, labels, ignore_index, vocab, budget, same)
+    shares = _shares(split, models, either, options, same)
     learners = [_model(inputs, dtype, shares.vocab, sum_dtype) for inputs, dtype in zip((student, teacher), dtypes, strict=True)]
     one = Step(
         student=learners[0],
         teacher=learners[1],
         labels=shares.labels,
         weights=weights[0],
-        scale=grad_scale if lift is None else grad_scale * lift,
+        scale=options.scale,
         t=torch.ones((), dtype=sum_dtype, device=device),
         terms=terms[0],
         rows=shares.rows,
         count=student[0].shape[0] if shares.rows is None else shares.rows.shape[0],
-        needs=(needs[0], needs[1], needs[2]),
-        metrics=metrics,
+        needs=options.needs_of(0),
+        metrics=options.metrics,
         alone=False,
-        lift=lift,
+        lift=options.lift,
         backend=backends.select(device, *(model.logits for model in learners)),
         budget=shares.budget,
         ranks=shares.ranks,
-        teacher_needs=(needs[3], needs[4], needs[5]),
+        teacher_needs=options.needs_of(1),
     )
     other = replace(
         one,
@@ -283,7 +296,7 @@ def prepare_both(
         teacher=learners[0],
         weights=weights[1],
         terms=terms[1],
-        needs=(needs[3], needs[4], needs[5]),
+        needs=options.needs_of(1),
         teacher_needs=one.needs,
         metrics=False,
     )

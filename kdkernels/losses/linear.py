@@ -51,7 +51,7 @@ def reduced(
         small = any(argument is not None and argument.dtype == torch.float16 for argument in differentiable)
         lift = (1.0 / factor).clamp(1.0, 1024.0) if small and loss.reduction == "mean" else None
         *values, summary = SummedLoss.apply(  # type: ignore[no-untyped-call]
-            *(operator, owners, metrics, factor, lift, anchors_of(differentiable)), *differentiable, loss.token_weight, *others
+            operator, owners, metrics, factor, lift, anchors_of(differentiable), *differentiable, loss.token_weight, *others
         )
     if loss.reduction == "none":
         values = [value.reshape(loss.shape) for value in values]
@@ -91,14 +91,14 @@ def models_of(
     vocab_size as it came."""
     if not group:
         models = linear_of(
-            *(student_hidden, student_head, teacher_hidden, teacher_head, vocab_size, strategy, memory_budget), constant_target
+            student_hidden, student_head, teacher_hidden, teacher_head, vocab_size, strategy, memory_budget, constant_target
         )
         return models, models.vocab
     if vocab_size is not None and abs(whole("vocab_size", vocab_size, "an integer")) >= 2**63:  # no operator takes it
         raise ValueError(f"vocab_size={vocab_size}; accepted: 1 to the rows that both heads have on all ranks")
     # every rank has a first row of both heads
     return linear_of(
-        *(student_hidden, student_head, teacher_hidden, teacher_head, 1, strategy, memory_budget), constant_target
+        student_hidden, student_head, teacher_hidden, teacher_head, 1, strategy, memory_budget, constant_target
     ), vocab_size
 
 
@@ -198,8 +198,15 @@ def linear_kd_loss(
     group = group_name(process_group)
     with told(group, student_hidden, teacher_hidden):
         models, vocab = models_of(
-            *(student_hidden, student_head, teacher_hidden, teacher_head, vocab_size, strategy, memory_budget),
-            *("linear_kd_loss", group),
+            student_hidden,
+            student_head,
+            teacher_hidden,
+            teacher_head,
+            vocab_size,
+            strategy,
+            memory_budget,
+            "linear_kd_loss",
+            group,
         )
         loss = checked(
             student_hidden,
@@ -226,7 +233,12 @@ def linear_kd_loss(
         loss.labels,
         loss.t.to(device=models.device, dtype=sum_dtype),
         *terms_of(loss, models.head),
-        *(loss.ignore_index, vocab, *models.dtypes, models.strategy, models.budget, group),
+        loss.ignore_index,
+        vocab,
+        *models.dtypes,
+        models.strategy,
+        models.budget,
+        group,
     )
     differentiable = (rows_of(student_hidden), student.weight, student.bias)
     (value,), metrics = reduced(loss, "linear_kd", differentiable, sum_dtype, others)

@@ -129,8 +129,15 @@ def linear_okd_loss(
     group = group_name(process_group)
     with told(group, student_hidden, teacher_hidden):
         models, vocab = models_of(
-            *(student_hidden, student_head, teacher_hidden, teacher_head, vocab_size, strategy, memory_budget),
-            *(None, group),
+            student_hidden,
+            student_head,
+            teacher_hidden,
+            teacher_head,
+            vocab_size,
+            strategy,
+            memory_budget,
+            None,
+            group,
         )
         teacher_alpha = share("teacher_alpha", teacher_alpha)
         if labels is None and teacher_alpha < 1.0:
@@ -155,8 +162,14 @@ def linear_okd_loss(
     others = (
         loss.labels,
         *terms_of(loss, models.head),
-        *(teacher_alpha * square, 1.0 - teacher_alpha),
-        *(loss.ignore_index, vocab, *models.dtypes, models.strategy, models.budget, group),
+        teacher_alpha * square,
+        1.0 - teacher_alpha,
+        loss.ignore_index,
+        vocab,
+        *models.dtypes,
+        models.strategy,
+        models.budget,
+        group,
     )
     differentiable = tuple(
         part

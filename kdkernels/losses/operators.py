@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ from torch import Tensor
 from kdkernels.backends.base import Step, Terms
 from kdkernels.backends.operators import accumulate_dtype, library
 from kdkernels.backends.products import product_dtype
-from kdkernels.engine import logits, outcomes, tokens, vocab
-from kdkernels.engine.step import METRICS, Inputs, Outcome, Split, prepare, prepare_both, size_of, summary
+from kdkernels.engine import logits
+from kdkernels.engine.cut import CUTS, Size
+from kdkernels.engine.run import run
+from kdkernels.engine.step import METRICS, Inputs, Options, Outcome, Split, prepare, prepare_both, size_of, summary
+from kdkernels.engine.target import Target, of_known, of_teacher
 from kdkernels.losses.autograd import OWNERS, of_operator
 from kdkernels.planning.plan import choose, default_budget
 
@@ -50,118 +54,166 @@ library.define(
 )
 
 
-_STRATEGIES = {"tokens": tokens.run, "vocab": vocab.run}
-
-
-def _run(strategy: str, steps: tuple[Step, ...], inputs: tuple[Inputs, ...]) -> tuple[list[Outcome], Tensor]:
+def _run(
+    strategy: str, size: Size, steps: tuple[Step, ...], inputs: tuple[Inputs, ...], target: Target = of_teacher
+) -> tuple[list[Outcome], Tensor]:
     """Outcomes of the learners, and the first one's metrics (empty if not wanted)."""
     step = steps[0]
-    if strategy == "auto" and step.backend == "triton" and not step.ranks.alone:
+    if strategy == "auto" and size.fused and size.shared:
         # There is no row operation over ranks, and kernels that multiply themselves have nothing to gain from chunks of tokens.
         strategy = "vocab"
-    done = _STRATEGIES[choose(strategy, size_of(step))](steps, inputs)
+    done = run(CUTS[choose(strategy, size)](size), steps, inputs, target)
     means = summary(done[0].metric_sums, step.count, step.sum_dtype) if step.metrics else done[0].losses.new_empty(0)
     return done, means
 
 
-def linear_kd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    student, (token_weight, grad_scale, lift), teacher, (labels, t) = (
-        arguments[begin:end] for begin, end in ((0, 3), (3, 6), (6, 9), (9, 11))
-    )
-    ignore_index, vocab_size, student_dtype, teacher_dtype, strategy, budget, group, needs, metrics = arguments[17:]
-    budget = budget or default_budget(student[0].device)
-    # The products' dtypes are decided already; an ambient autocast must not change them.
-    with torch.autocast(student[0].device.type, enabled=False):
-        step = prepare(
-            *(student, teacher, token_weight, grad_scale, lift, labels, t, Terms(*arguments[11:17])),
-            *(ignore_index, vocab_size, (student_dtype, teacher_dtype), tuple(needs), metrics, budget),
-            split=Split(group, "linear_kd_loss", strategy) if group else None,
+class Given(SimpleNamespace):
+    """An operator's arguments by the names that its schema has."""
+
+    @property
+    def student(self) -> Inputs:
+        return self.student_hidden, self.student_weight, self.student_bias
+
+    @property
+    def teacher(self) -> Inputs:
+        return self.teacher_hidden, self.teacher_weight, self.teacher_bias
+
+    @property
+    def terms(self) -> Terms:
+        return Terms(self.divergence, self.a, self.temperature, self.kd_scale, self.ce_scale, self.head)
+
+    def options(self, dtypes: tuple[torch.dtype, torch.dtype]) -> Options:
+        """dtypes: of both models' products."""
+        return Options(
+            labels=self.labels,
+            ignore_index=self.ignore_index,
+            vocab=self.vocab,
+            dtypes=dtypes,
+            needs=tuple(self.needs),
+            metrics=self.metrics,
+            budget=self.memory_budget or default_budget(self.student_hidden.device),
+            grad_scale=self.grad_scale,
+            lift=self.lift,
         )
-        (done,), means = _run(strategy, (step,), (student,))
+
+
+def linear_kd(given: Given) -> tuple[Tensor, ...]:
+    step = prepare(
+        given.student,
+        given.teacher,
+        given.token_weight,
+        given.t,
+        given.terms,
+        given.options((given.student_dtype, given.teacher_dtype)),
+        split=Split(given.group, "linear_kd_loss", given.strategy) if given.group else None,
+    )
+    (done,), means = _run(given.strategy, size_of(step), (step,), (given.student,))
     return done.losses, *done.grads, means
 
 
-def linear_okd(*arguments: Any) -> tuple[Tensor, ...]:
-    student, teacher, weights, (grad_scale, lift, labels) = (
-        arguments[begin:end] for begin, end in ((0, 3), (3, 6), (6, 8), (8, 11))
-    )
-    terms = Terms(*arguments[11:17])
-    teacher_kd, teacher_ce, ignore_index, vocab_size, student_dtype, teacher_dtype = arguments[17:23]
-    strategy, budget, group, needs, metrics = arguments[23:]
-    budget = budget or default_budget(student[0].device)
+def linear_okd(given: Given) -> tuple[Tensor, ...]:
+    terms = given.terms
     # KL(q || p) for the teacher is forward KL with the student as its constant target.
-    swapped = Terms("forward_kl", 0.0, terms.temperature, teacher_kd, teacher_ce, [*terms.head[2:], *terms.head[:2]])
-    with torch.autocast(student[0].device.type, enabled=False):
-        steps = prepare_both(
-            *(student, teacher, weights, grad_scale, lift, labels, (terms, swapped)),
-            *(ignore_index, vocab_size, (student_dtype, teacher_dtype), tuple(needs), metrics, budget),
-            split=Split(group, "linear_okd_loss", strategy) if group else None,
-        )
-        (one, other), means = _run(strategy, steps, (student, teacher))
+    swapped = Terms(
+        "forward_kl", 0.0, terms.temperature, given.teacher_kd_scale, given.teacher_ce_scale, [*terms.head[2:], *terms.head[:2]]
+    )
+    steps = prepare_both(
+        (given.student, given.teacher),
+        (given.token_weight, given.teacher_token_weight),
+        (terms, swapped),
+        given.options((given.student_dtype, given.teacher_dtype)),
+        split=Split(given.group, "linear_okd_loss", given.strategy) if given.group else None,
+    )
+    (one, other), means = _run(given.strategy, size_of(steps[0]), steps, (given.student, given.teacher))
     return one.losses, other.losses, *one.grads, *other.grads, means
 
 
-def linear_topk_kd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    student, (token_weight, grad_scale, lift), known, (labels, t) = (
-        arguments[begin:end] for begin, end in ((0, 3), (3, 6), (6, 9), (9, 11))
-    )
-    ignore_index, vocab_size, dtype, tail, strategy, budget, needs, metrics = arguments[17:]
-    budget = budget or default_budget(student[0].device)
-    with torch.autocast(student[0].device.type, enabled=False):
-        step = prepare(
-            *(student, None, token_weight, grad_scale, lift, labels, t, Terms(*arguments[11:17])),
-            *(ignore_index, vocab_size, (dtype, dtype), tuple(needs), metrics, budget, known),
-        )
-        # One sweep over the vocabulary gives the statistics, whatever the divergence; to the plan that is forward KL.
-        chosen = choose(strategy, replace(size_of(step), divergence="forward_kl"))
-        done = outcomes.run(chosen, step, student, known, tail)
-        means = summary(done.metric_sums, step.count, step.sum_dtype) if metrics else done.losses.new_empty(0)
+def linear_topk_kd(given: Given) -> tuple[Tensor, ...]:
+    known = given.topk_ids, given.topk_logprobs, given.topk_rest
+    options = given.options((given.student_dtype, given.student_dtype))
+    step = prepare(given.student, None, given.token_weight, given.t, given.terms, options, known)
+    # One sweep over the vocabulary gives the statistics, whatever the divergence; to the plan that is forward KL.
+    size = replace(size_of(step), known=True, divergence="forward_kl")
+    (done,), means = _run(given.strategy, size, (step,), (given.student,), of_known(known, given.tail))
     return done.losses, *done.grads, means
 
 
-def _absent_or_like(losses: Tensor, sources: tuple[Tensor | None, ...], needs: list[bool]) -> list[Tensor]:
-    return [
-        losses.new_empty(0) if not need or source is None else source.new_empty(source.shape)
-        for source, need in zip(sources, needs, strict=True)
+def logits_kd(given: Given) -> tuple[Tensor, ...]:
+    return logits.run(
+        given.student_logits,
+        given.token_weight,
+        given.grad_scale,
+        given.lift,
+        given.teacher_logits,
+        given.labels,
+        given.t,
+        given.terms,
+        given.ignore_index,
+        given.needs[0],
+        given.metrics,
+    )
+
+
+def _made(given: Given, dtype: torch.dtype, sources: tuple[Tensor | None, ...], learners: int = 1) -> tuple[Tensor, ...]:
+    """What an operator returns, empty: losses, a gradient for each source that needs one, metrics. dtype: of the losses."""
+    first = sources[0]
+    assert first is not None
+    losses = [first.new_empty(first.shape[0], dtype=dtype) for _ in range(learners)]
+    grads = [
+        losses[0].new_empty(0) if not need or source is None else source.new_empty(source.shape)
+        for source, need in zip(sources, given.needs, strict=True)
     ]
+    return *losses, *grads, losses[0].new_empty(len(METRICS) if given.metrics else 0)
 
 
-def _fake_of_a_student(*arguments: Any) -> tuple[Tensor, ...]:
-    """Of linear_kd and linear_topk_kd, which take the student's dtype at one place."""
-    hidden, compute, needs, metrics = arguments[0], arguments[19], *arguments[-2:]
-    losses = hidden.new_empty(hidden.shape[0], dtype=accumulate_dtype(product_dtype(compute, hidden.device)))
-    return losses, *_absent_or_like(losses, arguments[:3], needs), losses.new_empty(len(METRICS) if metrics else 0)
+def _fake_linear_kd(given: Given) -> tuple[Tensor, ...]:
+    dtype = accumulate_dtype(product_dtype(given.student_dtype, given.student_hidden.device))
+    return _made(given, dtype, given.student)
 
 
-def _fake_linear_okd(*arguments: Any) -> tuple[Tensor, ...]:
-    hidden, dtypes, needs, metrics = arguments[0], arguments[21:23], *arguments[-2:]
-    losses = hidden.new_empty(hidden.shape[0], dtype=accumulate_dtype(torch.promote_types(*dtypes)))
-    grads = _absent_or_like(losses, arguments[:6], needs)
-    return losses, torch.empty_like(losses), *grads, losses.new_empty(len(METRICS) if metrics else 0)
+def _fake_linear_okd(given: Given) -> tuple[Tensor, ...]:
+    dtype = accumulate_dtype(torch.promote_types(given.student_dtype, given.teacher_dtype))
+    return _made(given, dtype, (*given.student, *given.teacher), learners=2)
 
 
-def logits_kd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    run: Callable[..., tuple[Tensor, Tensor, Tensor]] = logits.run
-    ignore_index, needs, metrics = arguments[13:]
-    return run(*arguments[:7], Terms(*arguments[7:13]), ignore_index, needs[0], metrics)
+def _fake_linear_topk_kd(given: Given) -> tuple[Tensor, ...]:
+    return _fake_linear_kd(given)
 
 
-def _fake_logits_kd(student_logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    (need,), metrics = rest[-2:]
-    losses = student_logits.new_empty(student_logits.shape[0], dtype=accumulate_dtype(student_logits.dtype))
-    grad = student_logits.new_empty(student_logits.shape) if need else losses.new_empty(0)
-    return losses, grad, losses.new_empty(len(METRICS) if metrics else 0)
+def _fake_logits_kd(given: Given) -> tuple[Tensor, ...]:
+    return _made(given, accumulate_dtype(given.student_logits.dtype), (given.student_logits,))
 
 
-_FAKES = {
-    linear_kd: _fake_of_a_student,
+def _by_name(names: tuple[str, ...], function: Callable[[Given], tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    def called(*arguments: Any) -> tuple[Tensor, ...]:
+        return function(Given(**dict(zip(names, arguments, strict=True))))
+
+    return called
+
+
+def _with_own_dtypes(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """The products' dtypes are decided already; an ambient autocast must not change them."""
+
+    def called(*arguments: Any) -> tuple[Tensor, ...]:
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            return function(*arguments)
+
+    return called
+
+
+# What runs for each operator, by its name.
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {}
+for _operator, _fake in {
+    linear_kd: _fake_linear_kd,
     linear_okd: _fake_linear_okd,
-    linear_topk_kd: _fake_of_a_student,
+    linear_topk_kd: _fake_linear_topk_kd,
     logits_kd: _fake_logits_kd,
-}
-for _operator, _fake in _FAKES.items():
-    library.impl(_operator.__name__, _operator, "CompositeExplicitAutograd")
+}.items():
     _name = _operator.__name__
-    torch.library.register_fake(f"kdkernels::{_name}", _fake, lib=library)
-    _setup, _backward = of_operator(getattr(torch.ops.kdkernels, _name), OWNERS[_name])
+    _of = getattr(torch.ops.kdkernels, _name)
+    _names = tuple(argument.name for argument in _of.default._schema.arguments)
+    IMPLEMENTATIONS[_name] = _with_own_dtypes(_by_name(_names, _operator))
+    library.impl(_name, IMPLEMENTATIONS[_name], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kdkernels::{_name}", _by_name(_names, _fake), lib=library)
+    _setup, _backward = of_operator(_of, OWNERS[_name])
     torch.library.register_autograd(f"kdkernels::{_name}", _backward, setup_context=_setup, lib=library)

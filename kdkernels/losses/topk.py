@@ -168,7 +168,12 @@ def linear_topk_kd_loss(
         loss.labels,
         loss.t.to(device=device, dtype=sum_dtype),
         *terms_of(loss, [head.logit_scale, head.softcap or 0.0]),
-        *(loss.ignore_index, vocab, dtype, tail, strategy, budget),
+        loss.ignore_index,
+        vocab,
+        dtype,
+        tail,
+        strategy,
+        budget,
     )
     differentiable = (rows_of(student_hidden), head.weight, head.bias)
     (value,), metrics = reduced(loss, "linear_topk_kd", differentiable, sum_dtype, others)

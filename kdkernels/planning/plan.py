@@ -6,18 +6,15 @@ Bytes are counted from what the code allocates; tests hold them to what a proces
 from __future__ import annotations
 
 import functools
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from kdkernels import backends
-from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS
-from kdkernels.backends.products import block_size, product_dtype
+from kdkernels.backends.products import product_dtype
 from kdkernels.divergences import Divergence, DivergenceName, resolve
-from kdkernels.engine.cut import STRATEGIES, Size, Strategy, backend_of, column_bytes, cut_of, logit_bytes
-from kdkernels.engine.scratch import row_stride
+from kdkernels.engine.cut import CUTS, STRATEGIES, Size, Strategy, by_tokens
 from kdkernels.planning import devices, roofline
 from kdkernels.scalars import flag, one_of, whole
 
@@ -29,9 +26,6 @@ GPU_SHARE = 16  # of a GPU's memory
 # log-softmaxes and the gradient of the student's logits.
 EAGER_COPIES = {1: 5, 2: 6}
 EAGER_COPIES_WITH_GRADIENTS = 3
-# Float64 copies of a row's statistics at the vocab strategy's peak: those of the blocks so far and of the next one, both
-# merged, and about two of what merging takes. Those of another learner are kept beside them.
-STATISTICS_COPIES = 5
 
 
 @dataclass(frozen=True)
@@ -105,24 +99,10 @@ def _passes(strategy: str, size: Size, on: devices.Device) -> tuple[roofline.Pas
     loss = roofline.Loss(divergence=size.divergence, **learns)
     if strategy == "eager":
         return roofline.eager_passes(*sizes, **loss, cached_row=on.cached_row)
-    rows, columns = cut_of(strategy, size)
+    cut = CUTS[strategy](size)
     if strategy == "tokens":
-        return roofline.tokens_passes(*sizes, **loss, chunk_rows=rows)
-    return roofline.vocab_passes(*sizes, **loss, block_columns=columns, shared=not _fused(size))
-
-
-def _fused(size: Size) -> bool:
-    """Whether the vocab strategy's kernels multiply themselves, each learner's anew."""
-    return backend_of(size.device, size.dtype, size.teacher_dtype) == "triton"
-
-
-def _products(strategy: str, size: Size, blocks: int) -> int:
-    """How often the strategy multiplies both models' logits."""
-    # A whole vocabulary's logits stay in the scratch from sweep to sweep, unless the kernels multiply themselves.
-    if strategy == "tokens" or (blocks == 1 and not _fused(size)):
-        return 1
-    own = (1 if resolve(size.divergence).one_sweep else 2) + 1
-    return own + (2 if size.learners == 2 and _fused(size) else 0)
+        return roofline.tokens_passes(*sizes, **loss, chunk_rows=cut.rows)
+    return roofline.vocab_passes(*sizes, **loss, block_columns=cut.columns, shared=not size.fused)
 
 
 def choose(strategy: str, size: Size, on: devices.Device | None = None) -> str:
@@ -133,8 +113,10 @@ def choose(strategy: str, size: Size, on: devices.Device | None = None) -> str:
     if strategy != "auto":
         return strategy
     on = on or devices.nominal(size.device)
+    # Every rank decides alike, by the most columns that one holds; what is known of a teacher makes no difference here.
+    size = replace(size, vocab=max(size.vocab, size.widest), shared=False, alone=False, known=False)
     # One chunk is the fewest products, and no head is read twice.
-    if size.tokens <= cut_of("tokens", size)[0] or product_dtype(size.dtype, size.device) not in on.rates:
+    if size.tokens <= by_tokens(size).rows or product_dtype(size.dtype, size.device) not in on.rates:
         return "tokens"
     return min(("tokens", "vocab"), key=lambda name: roofline.seconds(_passes(name, size, on), on))
 
@@ -202,10 +184,7 @@ def plan(
         train_teacher_head=train_teacher_head,
     )
     chosen = choose(strategy, size, named)
-    rows, columns = cut_of(chosen, size)
-    chunks, blocks = math.ceil(tokens / rows), math.ceil(vocab / columns)
-    logits, accumulator, rest = (_tokens_bytes if chosen == "tokens" else _vocab_bytes)(size, rows, columns)
-    scratch = logits + accumulator + rest
+    cut = CUTS[chosen](size)
 
     inputs = (tokens + vocab) * (student_dim * dtype.itemsize + teacher_dim * size.teacher_dtype.itemsize)
     gradients = (tokens + (vocab if train_head else 0)) * student_dim * dtype.itemsize
@@ -220,15 +199,15 @@ def plan(
     predict = functools.partial(_predicted, size=size, on=on)
     return Plan(
         strategy=chosen,
-        chunk_rows=rows,
-        chunks=chunks,
-        block_columns=columns,
-        blocks=blocks,
-        logits_bytes=logits,
-        accumulator_bytes=accumulator,
-        scratch_bytes=scratch,
-        peak_bytes=scratch + inputs + gradients,
-        flops=_products(chosen, size, blocks) * both + gradient_products,
+        chunk_rows=cut.rows,
+        chunks=cut.chunks,
+        block_columns=cut.columns,
+        blocks=cut.blocks,
+        logits_bytes=cut.logits_bytes,
+        accumulator_bytes=cut.accumulator_bytes,
+        scratch_bytes=cut.scratch_bytes,
+        peak_bytes=cut.scratch_bytes + inputs + gradients,
+        flops=cut.products * both + gradient_products,
         seconds=predict(chosen),
         products_seconds=predict("products"),
         eager_scratch_bytes=eager - gradients,
@@ -242,34 +221,3 @@ def _predicted(strategy: str, size: Size, on: devices.Device | None) -> float | 
     if on is None or product_dtype(size.dtype, size.device) not in on.rates:
         return None
     return roofline.seconds(_passes(strategy, size, on), on)
-
-
-def _buffers(size: Size, row: int) -> int:
-    """Head blocks, and what each thread of the native backend keeps of a row of so many columns."""
-    blocks = 4 * max(block_size(size.vocab, width, size.device) for width in (size.student_dim, size.teacher_dim))
-    native = backend_of(size.device, size.dtype, size.teacher_dtype) == "native"
-    return blocks + (torch.get_num_threads() * 3 * row * 4 if native else 0)
-
-
-def _widened(size: Size, rows: int) -> int:
-    """Copies of so many hidden states in the products' dtype, and a learner's gradient before it is rounded."""
-    computed = product_dtype(size.dtype, size.device), product_dtype(size.teacher_dtype, size.device)
-    if (size.dtype, size.teacher_dtype) == computed:
-        return 0
-    copies = [dim * dtype.itemsize for dim, dtype in zip((size.student_dim, size.teacher_dim), computed, strict=True)]
-    return rows * (sum(copies) + max(copies[: size.learners]))
-
-
-def _tokens_bytes(size: Size, rows: int, columns: int) -> tuple[int, int, int]:
-    """Logits, accumulators and the rest."""
-    logits = rows * row_stride(columns, size.device) * logit_bytes(size.dtype, size.teacher_dtype, size.device, size.learners)
-    summed = sum(dim for dim, head in size.accumulators if head) if rows < size.tokens else 0
-    return logits, size.vocab * summed * 4, _buffers(size, columns) + _widened(size, rows)
-
-
-def _vocab_bytes(size: Size, rows: int, columns: int) -> tuple[int, int, int]:
-    logits = rows * row_stride(columns, size.device) * column_bytes(size.dtype, size.teacher_dtype, size.device, size.learners)
-    summed = sum(dim for dim, _ in size.accumulators) if columns < size.vocab else 0
-    copies = STATISTICS_COPIES + size.learners - 1
-    statistics = rows * (copies * len(STATS_COLUMNS) + 2 * size.learners * len(SUMS_COLUMNS)) * 8
-    return logits, rows * summed * 4, _buffers(size, columns) + _widened(size, rows) + statistics

@@ -59,9 +59,9 @@ class NoHostCopies(TorchFunctionMode):
             for part in args[1] if isinstance(args[1], tuple) else (args[1],):
                 if isinstance(part, list) or (isinstance(part, Tensor) and part.dtype == torch.bool):
                     raise AssertionError(f"{name} with {part}: a list is copied to the device, and a mask counted on it")
-        elif isinstance(func, torch._ops.OpOverloadPacket) and hasattr(ops, name):
+        elif isinstance(func, torch._ops.OpOverloadPacket) and name in ops.IMPLEMENTATIONS:
             with self, torch.no_grad():  # what it does inside; its result comes from the dispatcher, which has its backward
-                getattr(ops, name)(*args)
+                ops.IMPLEMENTATIONS[name](*args)
         return func(*args, **(kwargs or {}))
 
 

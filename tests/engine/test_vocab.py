@@ -16,7 +16,7 @@ from kdkernels.backends import reference
 from kdkernels.backends.operators import STATS_COLUMNS, accumulate_dtype
 from kdkernels.divergences import resolve
 from kdkernels.engine.cut import column_bytes
-from tests.support.cases import NATIVE_DTYPES, Case, draw, dressed, parameters, running, strided
+from tests.support.cases import NATIVE_DTYPES, Case, draw, dressed, parameters, running, strategies_that_run, strided
 from tests.support.oracle import Options
 
 ONE_SWEEP = [name for name in kd.divergences() if resolve(name).one_sweep]
@@ -358,11 +358,7 @@ def test_an_unknown_strategy_is_refused() -> None:
 
 
 def test_the_strategy_asked_for_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[str] = []
-    for name, strategy in list(kd.losses.operators._STRATEGIES.items()):
-        monkeypatch.setitem(
-            kd.losses.operators._STRATEGIES, name, lambda *step, of=name, run=strategy: ran.append(of) or run(*step)
-        )
+    ran = strategies_that_run(monkeypatch)
     for strategy in ("tokens", "vocab"):
         draw().loss(strategy=strategy)
     assert ran == ["tokens", "vocab"]

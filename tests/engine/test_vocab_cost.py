@@ -28,7 +28,7 @@ TOKENS_HALF = torch.arange(N) % 2 == 0
 
 @every_backend
 class TestProducts:
-    """What the docstring of vocab.py promises, counted."""
+    """What the docstring of sweeps.py promises, counted."""
 
     def several(self, case: Case, learn: tuple[str, ...] = EVERYTHING, **more: Any) -> int:
         return count(case, learn, strategy="vocab", memory_budget=budget(case, SMALL), **more)
@@ -198,13 +198,13 @@ class TestBlockColumns:
     @pytest.mark.parametrize("columns", [1, 16, 40, 150])
     def test_the_loss_runs_these_blocks(self, columns: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         case, seen = draw(tokens=(18,), vocab=150, dtype=dtype), []
-        add = kd.engine.gradients.Gradients.add_columns
+        add = kd.engine.gradients.Gradients.add
 
-        def spied(grads: Any, head: Any, dx: Tensor, hidden: Tensor, block: slice, buffer: Tensor) -> None:
+        def spied(grads: Any, head: Any, dx: Tensor, hidden: Tensor, counted: slice, block: slice, buffer: Tensor) -> None:
             seen.append((block.start, block.stop, tuple(dx.shape)))
-            add(grads, head, dx, hidden, block, buffer)
+            add(grads, head, dx, hidden, counted, block, buffer)
 
-        monkeypatch.setattr(kd.engine.gradients.Gradients, "add_columns", spied)
+        monkeypatch.setattr(kd.engine.gradients.Gradients, "add", spied)
         run(case, strategy="vocab", memory_budget=budget(case, columns))
         width = block_columns(
             *(18, 150, column_bytes(dtype, dtype, torch.device("cpu")), budget(case, columns)), torch.device("cpu")

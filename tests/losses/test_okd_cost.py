@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels.engine import gradients, tokens, vocab
+from kdkernels.engine import gradients
+from kdkernels.engine import run as loop
 from tests.support.cases import (
     NATIVE_DTYPES,
     Case,
@@ -138,14 +139,13 @@ def test_the_scratch_of_both_gradients_is_within_the_budget(
     memory_budget: int, dtype: torch.dtype, strategy: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, taken = full(dtype), []
-    module = {"tokens": tokens, "vocab": vocab}[strategy]
-    borrowed = module.borrowed
+    borrowed = loop.borrowed
 
     def recording(block: int, tiles: Any, *rest: Any) -> Any:
         taken.append(sum(rows * columns * of.itemsize for (rows, columns), of in tiles))
         return borrowed(block, tiles, *rest)
 
-    monkeypatch.setattr(module, "borrowed", recording)
+    monkeypatch.setattr(loop, "borrowed", recording)
     least = 37 if strategy == "tokens" else 6  # one token or one column: less there cannot be
     with running(backend):
         call(case, leaves_of(case), strategy=strategy, memory_budget=memory_budget)

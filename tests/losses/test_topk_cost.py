@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.engine import outcomes
+from kdkernels.engine import run as loop
 from tests.support.cases import (
     DTYPES,
     InsideOperators,
@@ -75,13 +76,13 @@ class TestCost:
         self, memory_budget: int, dtype: torch.dtype, strategy: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         taken: list[int] = []
-        borrowed = outcomes.borrowed
+        borrowed = loop.borrowed
 
         def recording(block: int, tiles: Any, *rest: Any) -> Any:
             taken.append(sum(rows * columns * of.itemsize for (rows, columns), of in tiles))
             return borrowed(block, tiles, *rest)
 
-        monkeypatch.setattr(outcomes, "borrowed", recording)
+        monkeypatch.setattr(loop, "borrowed", recording)
         full(dtype=dtype).run(strategy=strategy, memory_budget=memory_budget)
         least = 8 * (37 if strategy == "tokens" else 6)  # one token or one column: less there cannot be
         assert taken

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 import kdkernels as kd
 from kdkernels.backends.products import HeadProducts
 from kdkernels.cli import main
-from kdkernels.engine import scratch, tokens, vocab
+from kdkernels.engine import run as loop
+from kdkernels.engine import scratch
 from kdkernels.engine.cut import chunk_rows
-from kdkernels.losses import operators as ops
 from kdkernels.planning import devices, roofline
 from kdkernels.planning.plan import default_budget
-from tests.support.cases import Case, draw, parameters, running
+from tests.support.cases import Case, draw, parameters, running, strategies_that_run
 from tests.support.counting import MIB, STUDENT, TEACHER, US, UT, N, Products, V, case, count
 from tests.support.oracle import Options
 from tests.support.trace import Trace
@@ -81,11 +81,7 @@ class TestPlan:
     @pytest.mark.parametrize("memory_budget", [1, 2_000, 20_000, 200_000, 10**7])
     @pytest.mark.parametrize("name", ["forward_kl", "jsd"])
     def test_auto_runs_what_the_plan_says(self, name: str, memory_budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        ran: list[str] = []
-        for strategy, run in dict(ops._STRATEGIES).items():
-            monkeypatch.setitem(
-                ops._STRATEGIES, strategy, lambda *step, strategy=strategy, run=run: ran.append(strategy) or run(*step)
-            )
+        ran = strategies_that_run(monkeypatch)
         drawn = draw(tokens=(200,), vocab=500, dims=(STUDENT, TEACHER), options=Options(name))
         drawn.run(memory_budget=memory_budget)
         plan = kd.plan(200, 500, STUDENT, TEACHER, memory_budget=memory_budget, divergence=name)
@@ -221,14 +217,13 @@ class TestOnlineTeacher:
         self, width: int, dtypes: tuple[torch.dtype, torch.dtype], strategy: str, variant: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """With what lies between the rows, of which the wider ones are padded on a GPU."""
-        module = {"tokens": tokens, "vocab": vocab}[strategy]
-        taken, borrowed = [], module.borrowed
+        taken, borrowed = [], loop.borrowed
 
         def recording(block: int, tiles: Any, budget: int, device: torch.device) -> Any:
             taken.append(sum(rows * scratch.row_stride(columns, device) * of.itemsize for (rows, columns), of in tiles))
             return borrowed(block, tiles, budget, device)
 
-        monkeypatch.setattr(module, "borrowed", recording)
+        monkeypatch.setattr(loop, "borrowed", recording)
         drawn = draw(tokens=(N,), vocab=width, dims=(STUDENT, TEACHER), dtype=dtypes[0])
         drawn = replace(drawn, **{name: getattr(drawn, name).to(dtypes[1]) for name in ("teacher_hidden", "teacher_weight")})
         options: dict[str, Any] = {"strategy": strategy, "memory_budget": 3 * N * width}
@@ -243,11 +238,7 @@ class TestOnlineTeacher:
         self, memory_budget: int, alone: str, both: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Budgets with which the student by itself would go the other way."""
-        ran: list[str] = []
-        for strategy, run in dict(ops._STRATEGIES).items():
-            monkeypatch.setitem(
-                ops._STRATEGIES, strategy, lambda *step, strategy=strategy, run=run: ran.append(strategy) or run(*step)
-            )
+        ran = strategies_that_run(monkeypatch)
         drawn = draw(tokens=(200,), vocab=500, dims=(STUDENT, TEACHER))
         self.step(drawn, memory_budget=memory_budget)
         drawn.run(memory_budget=memory_budget)

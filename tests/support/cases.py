@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kdkernels as kd
 from kdkernels import backends
 from kdkernels.backends import native
+from kdkernels.engine.cut import Cut
 from kdkernels.losses import operators as ops
 from tests.support import oracle
 from tests.support.oracle import Options
@@ -84,8 +85,21 @@ def running(variant: str) -> Iterator[None]:
             stack.enter_context(native.instruction_set(backend))
         if strategy:
             stack.enter_context(mock.patch("kdkernels.losses.operators.choose", return_value=strategy))
-            stack.enter_context(mock.patch("kdkernels.engine.vocab.block_columns", lambda _, vocab, *__: max(1, vocab // 4 + 1)))
+            stack.enter_context(mock.patch("kdkernels.engine.cut.block_columns", lambda _, vocab, *__: max(1, vocab // 4 + 1)))
         yield
+
+
+def strategies_that_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list to which each step adds the name of the strategy that its cut came from."""
+    ran: list[str] = []
+    run = ops.run
+
+    def recording(cut: Cut, *rest: Any) -> Any:
+        ran.append("tokens" if cut.whole_rows else "vocab")
+        return run(cut, *rest)
+
+    monkeypatch.setattr(ops, "run", recording)
+    return ran
 
 
 def divergence(options: Options) -> kd.Divergence:
@@ -109,9 +123,9 @@ class InsideOperators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         library, name = func._schema.name.split("::")
         self.before(func._schema.name, args)
-        if library == "kdkernels" and hasattr(ops, name):
+        if library == "kdkernels" and name in ops.IMPLEMENTATIONS:
             with self:
-                made = getattr(ops, name)(*args)
+                made = ops.IMPLEMENTATIONS[name](*args)
         else:
             made = func(*args, **(kwargs or {}))
         self.after(func._schema.name, made)

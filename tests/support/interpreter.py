@@ -30,7 +30,7 @@ GPU_CHOICES: dict[str, Any] = {
     },
     **{
         f"kdkernels.{module}.row_stride": lambda columns, _: row_stride(columns, torch.device("cuda"))
-        for module in ("planning.plan", "engine.cut", "engine.scratch")
+        for module in ("engine.cut", "engine.scratch")
     },
     "kdkernels.backends.products.keeps_sums": lambda _: True,
 }

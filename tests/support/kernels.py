@@ -12,6 +12,7 @@ from torch import Tensor
 from kdkernels.backends.base import Step, Terms
 from kdkernels.backends.operators import STATS_COLUMNS
 from kdkernels.divergences import resolve
+from kdkernels.engine.step import Options as Asked
 from kdkernels.engine.step import prepare
 from tests.support.cases import Case, draw, dressed
 from tests.support.oracle import Options
@@ -55,9 +56,20 @@ def step_of(case: Case, name: str, metrics: bool = False, dtype: torch.dtype = t
     return prepare(
         (case.student_hidden, case.student_weight, case.student_bias),
         (case.teacher_hidden, case.teacher_weight, case.teacher_bias),
-        *(case.token_weight, torch.ones(()), None, case.labels, torch.tensor(options.t)),
+        case.token_weight,
+        torch.tensor(options.t),
         Terms(name, resolve(name).a, options.temperature, options.kd_weight, options.ce_weight, [1.0, 0.0, 1.0, 0.0]),
-        *(-100, case.student_weight.shape[0], (dtype, dtype), (True, True, True), metrics, 2**30),
+        Asked(
+            labels=case.labels,
+            ignore_index=-100,
+            vocab=case.student_weight.shape[0],
+            dtypes=(dtype, dtype),
+            needs=(True, True, True),
+            metrics=metrics,
+            budget=2**30,
+            grad_scale=torch.ones(()),
+            lift=None,
+        ),
     )
 
 
