@@ -51,10 +51,11 @@ from torch import Tensor
 import kdkernels as kd
 from benchmarks import contenders
 from benchmarks.contenders import COMPILED, IGNORED, LOSSES, PUBLISHED, TAID_T, Head, Loss, NotOfferedError, Problem
-from benchmarks.measure import in_own_process, interleaved, limit_memory, machine, peak_above, seconds, why
+from benchmarks.measure import in_own_process, interleaved, limit_memory, machine, seconds, why
 from kdkernels.backends.products import product_dtype
 from kdkernels.console import files
 from tests.support import oracle
+from tests.support.memory import peak_above
 
 MODULE = "benchmarks.compare"
 RESULTS = Path(__file__).parent / "results"

@@ -151,7 +151,7 @@ def products(given: Problem, block: int, dtype: torch.dtype | None = None) -> Ca
     return run
 
 
-def ours(loss: str, strategy: Any, memory_budget: int | None = None, softcap: float | None = None, **options: float) -> Loss:
+def ours(loss: str, strategy: Any, memory_budget: int | None = None, softcap: float | None = None, **options: Any) -> Loss:
     """softcap: of both heads. options: more of ``kd.linear_kd_loss``."""
     divergence: Any = "forward_kl" if loss == "taid" else loss
     t = TAID_T if loss == "taid" else 1.0

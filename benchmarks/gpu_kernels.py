@@ -54,7 +54,7 @@ ROOMY = (
     (64, 128, 128, 8, 3, 8),
 )
 # What of the loss is switched on, and the blocks that are tried for it. A softcap is where the table leaves its wide blocks.
-DRESSES: dict[str, dict[str, float]] = {
+DRESSES: dict[str, dict[str, Any]] = {
     "plain": {},
     "dressed": {"temperature": 2.0, "ce_weight": 0.5},
     "capped": {"temperature": 2.0, "ce_weight": 0.5, "softcap": 30.0},

@@ -199,8 +199,9 @@ def text(path: Path) -> str:
         [line(row) for row in found if "broken" in row],
         _checks(results),
         [line(row) for row in results if "rate" in row],
-        _times(of_stage.get("ours", []) + of_stage.get("others", [])),
-        _profiles(of_stage.get("profile", [])),
+        # A stage may begin with small losses, which compile what it times.
+        _times([row for stage in ("ours", "others") for row in of_stage.get(stage, []) if "contender" in row]),
+        _profiles([row for row in of_stage.get("profile", []) if "contender" in row]),
         _candidates(of_stage.get("rows", []) + of_stage.get("blocks", [])),
         [f"{cut} line{'s' * (cut > 1)} of {path} cut off, and ignored"] if cut else [],
     ]

@@ -47,8 +47,9 @@ from torch import Tensor
 import kdkernels as kd
 from benchmarks.contenders import CONTENDERS, Problem
 from benchmarks.linear import DTYPES
-from benchmarks.measure import MIB, in_own_process, interleaved, limit_memory, machine, peak_above, seconds, status, why
+from benchmarks.measure import MIB, in_own_process, interleaved, limit_memory, machine, seconds, why
 from kdkernels.console import files
+from tests.support.memory import peak_above, status
 
 RESULTS = Path(__file__).parent / "results" / "limits.json"
 GIB = 2**30

@@ -1,4 +1,4 @@
-"""``make static``: every Triton kernel compiled for every architecture, without a GPU, and what the compiler made of it.
+"""``make static``: every GPU kernel compiled for every architecture, without a GPU, and what the compiler made of it.
 
     python -m benchmarks.static [--only ARCHITECTURE] [--dtype DTYPE] [--kernel KERNEL] [--all] [--compile-only]
 
@@ -8,8 +8,11 @@ depend on what is switched on also without biases and softcaps, and with nothing
 is printed (--all: each): registers of a thread, bytes spilled to memory, shared memory of a program, tensor-core
 instructions, and occupancy, the share of the multiprocessor's warps that fit.
 
-For the row kernel a second table, of NVIDIA's machine code: instructions per logit in each sweep of a plain loss (float32 logits,
-no bias, softcap, temperature or cross-entropy), at t = 1 and at t < 1, and the widths in bits of the accesses in them.
+The cluster row kernel (static_cluster.py) is compiled by NVRTC for sm_90 and sm_100, of a plain loss and of one with everything,
+for rows that leave room for three blocks on a multiprocessor and for longer ones.
+
+For Triton's row kernel a second table, of NVIDIA's machine code: instructions per logit in each sweep of a plain loss (float32
+logits, no bias, softcap, temperature or cross-entropy), at t = 1 and at t < 1, and the widths in bits of the accesses in them.
 
 Then, for the whole report, the bytes that both strategies move per token, counted in Triton's interpreter (benchmarks/traffic.py),
 beside the least possible and beside Liger's.
@@ -42,12 +45,14 @@ from unittest import mock
 import torch
 
 import kdkernels as kd
+from benchmarks import static_cluster
 from kdkernels.backends.base import Model, Step, Terms
 from kdkernels.divergences import resolve
 from kdkernels.planning.roofline import ROW_INSTRUCTIONS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KERNELS = ("row_loss", "statistics", "sums", "gradient")
+CLUSTER = "cluster_row"  # in CUDA C++, from compute capability 9.0 on; its gradient is stored as bf16
 TOKENS, VOCAB, DIMS = 256, 4096, (512, 1024)
 
 
@@ -177,7 +182,7 @@ class Compiled:
         if self.spilled:
             found.append(f"spills {self.spilled} bytes")
         on_nvidia = TARGETS[self.architecture].backend == "cuda"
-        if self.kernel != "row_loss":
+        if self.kernel not in ("row_loss", CLUSTER):
             if on_nvidia and self.dtype == "fp32":
                 if self.tensor_cores:
                     found.append("multiplies float32 by matrix units, which cut it to TF32")
@@ -430,7 +435,20 @@ def _job(job: tuple[str, str, tuple[str, ...]]) -> list[Compiled]:
     knobs.nvidia.dump_ptxas_log = True
     knobs.compilation.always_compile = True  # what the cache holds has no log
     found = launches(architecture, DTYPES[dtype])
-    return [compiled(launch, architecture, dtype) for launch in found if launch.name in kernels]
+    made = [compiled(launch, architecture, dtype) for launch in found if launch.name in kernels]
+    return made + (clusters(architecture, dtype) if CLUSTER in kernels else [])
+
+
+def clusters(architecture: str, dtype: str) -> list[Compiled]:
+    """The cluster row kernels, where the architecture has any."""
+    limits = TARGETS[architecture]
+    if limits.backend != "cuda" or int(limits.number) < 90 or dtype != "bf16":
+        return []
+    found = static_cluster.kernels(architecture, DTYPES[dtype], limits.shared, limits.shared_all)
+    return [
+        Compiled(architecture, dtype, CLUSTER, one.label, one.blocks, one.registers, one.spilled, one.shared, 0, one.warps)
+        for one in found
+    ]
 
 
 HEADER = ("architecture", "dtype", "kernel", "blocks", "of", "registers", "spilled", "shared", "tensor-core", "occupancy")
@@ -502,14 +520,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", choices=TARGETS, help="one architecture (default: all)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the models (default: all)")
-    parser.add_argument("--kernel", choices=KERNELS, help="one kernel (default: all)")
+    parser.add_argument("--kernel", choices=(*KERNELS, CLUSTER), help="one kernel (default: all)")
     parser.add_argument("--all", action="store_true", help="a line for every divergence, not only the worst of a kernel")
     parser.add_argument("--compile-only", action="store_true", help="count no bytes")
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("error: TRITON_INTERPRET=1 is set, so nothing would be compiled; unset it", file=sys.stderr)
         return 2
-    kernels = (arguments.kernel,) if arguments.kernel else KERNELS
+    kernels = (arguments.kernel,) if arguments.kernel else (*KERNELS, CLUSTER)
     jobs = [
         (architecture, dtype, kernels)
         for architecture in TARGETS

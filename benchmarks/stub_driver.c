@@ -35,6 +35,7 @@ static struct tensor_map *maps;
 static size_t launch_count, map_count;
 static char problem[512] = "nothing was wrong";
 static char context;
+static __thread CUcontext current;  // of this thread; none at first
 
 static CUresult refused(CUresult code, const char *format, ...) {
   va_list arguments;
@@ -57,16 +58,30 @@ const struct launch *stub_launches(size_t *count) { return *count = launch_count
 const struct tensor_map *stub_tensor_maps(size_t *count) { return *count = map_count, maps; }
 
 CUresult cuGetErrorString(CUresult error, const char **text) { return *text = error ? problem : "no error", CUDA_SUCCESS; }
+CUresult cuGetErrorName(CUresult error, const char **name) {
+  switch (error) {
+    case CUDA_SUCCESS: *name = "CUDA_SUCCESS"; break;
+    case CUDA_ERROR_INVALID_VALUE: *name = "CUDA_ERROR_INVALID_VALUE"; break;
+    case CUDA_ERROR_INVALID_IMAGE: *name = "CUDA_ERROR_INVALID_IMAGE"; break;
+    case CUDA_ERROR_INVALID_CONTEXT: *name = "CUDA_ERROR_INVALID_CONTEXT"; break;
+    case CUDA_ERROR_NOT_FOUND: *name = "CUDA_ERROR_NOT_FOUND"; break;
+    case CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES: *name = "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"; break;
+    case CUDA_ERROR_NOT_SUPPORTED: *name = "CUDA_ERROR_NOT_SUPPORTED"; break;
+    case CUDA_ERROR_INVALID_CLUSTER_SIZE: *name = "CUDA_ERROR_INVALID_CLUSTER_SIZE"; break;
+    default: return CUDA_ERROR_INVALID_VALUE;
+  }
+  return CUDA_SUCCESS;
+}
 CUresult cuDriverGetVersion(int *version) { return *version = CUDA_VERSION, CUDA_SUCCESS; }
-CUresult cuCtxGetCurrent(CUcontext *found) { return *found = (CUcontext)&context, CUDA_SUCCESS; }
-CUresult cuCtxSetCurrent(CUcontext ignored) { return CUDA_SUCCESS; }
+CUresult cuCtxGetCurrent(CUcontext *found) { return *found = current, CUDA_SUCCESS; }
+CUresult cuCtxSetCurrent(CUcontext given) { return current = given, CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *device, int ordinal) { return *device = ordinal, CUDA_SUCCESS; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *made, CUdevice device) { return *made = (CUcontext)&context, CUDA_SUCCESS; }
 CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { return *value = 0, CUDA_SUCCESS; }
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_SUCCESS; }
 CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }
 CUresult cuOccupancyMaxActiveClusters(int *count, CUfunction function, const CUlaunchConfig *config) {
-  return *count = 1, CUDA_SUCCESS;
+  return *count = 132 / config->gridDimX, CUDA_SUCCESS;  // of one block on each multiprocessor; the grid is one cluster
 }
 // Memory of the CPU stands for the device's.
 CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {
@@ -86,6 +101,7 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
 }
 
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
+  if (!current) return refused(CUDA_ERROR_INVALID_CONTEXT, "the thread has no context");
   if (memcmp(image, ELFMAG, SELFMAG)) return refused(CUDA_ERROR_INVALID_IMAGE, "the compiled kernel is not an ELF file");
   return *module = (CUmodule)image, CUDA_SUCCESS;
 }
@@ -222,4 +238,11 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function_, vo
   *made = (struct launch){.grid = {grid[0], grid[1], grid[2]}, .threads = threads, .shared = shared};
   memcpy(made->kernel, function->name, sizeof made->kernel);
   return CUDA_SUCCESS;
+}
+
+CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
+                        unsigned block_z, unsigned shared, CUstream stream, void **parameters, void **extra) {
+  const CUlaunchConfig config = {grid_x, grid_y, grid_z, block_x, block_y, block_z, shared, stream, NULL, 0};
+  if (!current) return refused(CUDA_ERROR_INVALID_CONTEXT, "the thread has no context");
+  return cuLaunchKernelEx(&config, function, parameters, extra);
 }

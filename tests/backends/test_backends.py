@@ -15,6 +15,7 @@ import kdkernels as kd
 from tests.support import oracle
 from tests.support.cases import (
     CHOICES,
+    SPREADS,
     Result,
     assert_as_good_as_eager,
     draw,
@@ -24,12 +25,12 @@ from tests.support.cases import (
     ratios,
     running,
     strided,
+    yardsticks,
 )
 from tests.support.oracle import Options
 
 # Logits that exist have no strategy.
 LOGITS_CHOICES = [(variant, dtype) for variant, dtype in CHOICES if not variant.endswith("-vocab")]
-SPREADS = (1.0, 10.0, 30.0)
 # Leading dimensions, vocabulary, draws. 2600 is more than two blocks of the native row loops and no multiple of a vector; 3 and 1
 # are less than a vector. Small problems are drawn several times: see assert_as_good_as_eager.
 Shape = tuple[tuple[int, ...], int, int]
@@ -48,20 +49,6 @@ def settings(variant: str) -> list[tuple[float, float, Shape]]:
     first, *others = shapes(variant)
     full = [(t, temperature, first) for t in (0.0, 0.4, 1.0) for temperature in (1.0, 2.0)]
     return [*(full[1:5] if variant.startswith("triton") else full), *((*next(mixed), shape) for shape in others)]
-
-
-def yardsticks(exact: list[Result], eager: list[Result], t: float, dtype: torch.dtype) -> tuple[list[Result], list[Result]]:
-    """The exact results, and eager's in ``dtype``, from the float64 oracle and from an eager run in at most float32."""
-    if t == 0.0:  # the target is the student, so everything is 0; the oracle's own rounding need not count
-        exact = [{name: torch.zeros_like(value) for name, value in right.items()} for right in exact]
-    if dtype != torch.float64:
-        return exact, eager
-    # Nothing here is more exact than float64: eager's error is float32's times the ratio of roundings, twice for the oracle's own.
-    ratio = 4 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    return exact, [
-        {name: right[name] + ratio * (found[name].double() - right[name]) for name in right}
-        for right, found in zip(exact, eager, strict=True)
-    ]
 
 
 @functools.cache

@@ -19,7 +19,7 @@ import torch
 from benchmarks import compare, contenders, measure, readme
 from benchmarks.compare import Part, Point
 from benchmarks.contenders import LOSSES, Head, NotOfferedError, Problem
-from tests.support import ROOT
+from tests.support import ROOT, memory
 
 LIBRARY = {"liger": "liger-kernel", "trl": "trl"}
 SIZES = Head("student", "teacher", 97, 101, 8, 12)
@@ -187,7 +187,7 @@ class TestMeasure:
             pins.append(some[-1])
 
         for _ in range(4):
-            assert block * blocks - kept <= measure.peak_above(allocate) < block * blocks * 1.25
+            assert block * blocks - kept <= memory.peak_above(allocate) < block * blocks * 1.25
 
     @pytest.mark.parametrize(
         ("script", "reason"),

@@ -68,6 +68,9 @@ class Driver:
             getattr(self.library, name).restype = ctypes.POINTER(kind)
         self.library.stub_device(90, 227 * KIB, 228 * KIB)
         self.library.stub_forget()
+        context = ctypes.c_void_p()
+        assert self.library.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) == 0
+        assert self.library.cuCtxSetCurrent(context) == 0
 
     def outcome(self, code: int) -> tuple[int, str]:
         said = ctypes.c_char_p()

@@ -15,8 +15,6 @@ from benchmarks import methods, plots
 from benchmarks.methods import RUNS, Windows, held_out, measure
 from tests.cli.test_demo import TINY
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
-
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:

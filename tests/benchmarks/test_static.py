@@ -18,7 +18,7 @@ from kdkernels.divergences import resolve
 
 pytest.importorskip("triton")
 
-from benchmarks import static
+from benchmarks import static, static_cluster
 from benchmarks.static import BARE, ODD, PLAIN, VALUE, Compiled, Launch, Sweep
 from kdkernels.backends.triton.blocks import LEAN, TABLE
 from kdkernels.planning.roofline import ROW_INSTRUCTIONS
@@ -32,6 +32,36 @@ ROW = replace(GOOD, kernel="row_loss", tensor_cores=0, sweeps=(SWEEP,) * 6)
 @pytest.fixture(scope="module")
 def found() -> list[Launch]:
     return static.launches("sm_90", torch.bfloat16)
+
+
+class TestClusterKernel:
+    def test_every_divergence_with_nothing_and_with_everything_in_both_cuts(self) -> None:
+        limits = static.TARGETS["sm_90"]
+        found = static_cluster.launches(torch.bfloat16, limits.shared, limits.shared_all)
+        switches = [name for name, _ in found[0][1] if name not in ("KD_PAIR", "KD_WEIGH", "KD_FLAT", "KD_GRAD", "KD_OUT")]
+        settings = {(name, *(dict(macros)[one] for one in switches), shape.blocks) for name, macros, shape in found}
+        assert settings == {
+            (name, *[dressed] * len(switches), blocks) for name in kd.divergences() for dressed in (0, 1) for blocks in (1, 3)
+        }
+        assert len(found) == len(settings)
+
+    @pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
+    def test_what_the_assembler_says_of_it(self, architecture: str) -> None:
+        limits = static.TARGETS[architecture]
+        launch = static_cluster.launches(torch.bfloat16, limits.shared, limits.shared_all)[0]
+        made = static_cluster.compiled(*launch, architecture)
+        assert 32 <= made.registers <= 72, "of three blocks of 9 warps"
+        assert made.spilled == 0
+        assert launch[2].shared < made.shared <= limits.shared_all // 3
+        assert made.warps == 9
+
+    def test_a_spill_is_a_fault_and_nothing_about_matrix_units_is(self) -> None:
+        good = replace(GOOD, kernel=static.CLUSTER, tensor_cores=0)
+        assert good.faults() == []
+        assert replace(good, spilled=8).faults() == ["sm_90 bf16 cluster_row jsd: spills 8 bytes"]
+
+    def test_architectures_without_clusters_have_none(self) -> None:
+        assert static.clusters("sm_80", "bf16") == static.clusters("gfx942", "bf16") == []
 
 
 class TestLaunches:

@@ -5,9 +5,6 @@ Whether a CPU multiplies 16-bit matrices itself decides which code runs. Both ar
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -26,22 +23,6 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 # Whole, and in several chunks of rows or blocks of columns.
 RUNS: list[dict[str, Any]] = [{}, {"memory_budget": 20_000}, {"memory_budget": 20_000, "strategy": "vocab"}]
 every_dtype = pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
-
-
-@pytest.fixture(params=["widened", "fast", "gpu"])
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A CPU that widens 16-bit products to float32, one that does them itself, and a GPU, which keeps their results in float32."""
-
-    def product_dtype(dtype: torch.dtype, _: torch.device) -> torch.dtype:
-        return dtype if request.param == "fast" or dtype not in SIXTEEN_BITS else torch.float32
-
-    with ExitStack() as stack:
-        if request.param == "gpu":
-            stack.enter_context(as_on_a_gpu("reference"))
-        else:
-            for module in ("losses.operators", "planning.plan", "backends.products", "engine.cut", "engine.step"):
-                monkeypatch.setattr(importlib.import_module(f"kdkernels.{module}"), "product_dtype", product_dtype)
-        yield str(request.param)
 
 
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
-import hypothesis
 import pytest
 import torch
-from hypothesis import strategies
 from torch import Tensor
 
 import kdkernels as kd
 from kdkernels import backends
 from kdkernels.backends import reference
-from kdkernels.backends.merge import merged, sums_of_one_sweep
 from kdkernels.backends.operators import STATS_COLUMNS, accumulate_dtype
 from kdkernels.divergences import resolve
-from kdkernels.engine.cut import block_columns, column_bytes
-from kdkernels.engine.scratch import row_stride
-from tests.engine.test_cost import US, UT, N, Products, V, count
-from tests.engine.test_cost import case as counted_case
-from tests.support.cases import NATIVE_DTYPES, Case, InsideOperators, draw, dressed, parameters, running, strided
+from kdkernels.engine.cut import column_bytes
+from tests.support.cases import NATIVE_DTYPES, Case, draw, dressed, parameters, running, strided
 from tests.support.oracle import Options
 
 ONE_SWEEP = [name for name in kd.divergences() if resolve(name).one_sweep]
@@ -298,137 +291,6 @@ def test_the_hidden_states_gradient_does_not_lose_digits_with_every_block(dtype:
     assert off[1] <= torch.finfo(dtype).eps / 2
 
 
-SMALL = 16  # columns of a block: four blocks of V
-TOKENS_HALF = torch.arange(N) % 2 == 0
-
-
-@every_backend
-class TestProducts:
-    """What the docstring of vocab.py promises, counted."""
-
-    def several(self, case: Case, learn: tuple[str, ...] = EVERYTHING, **more: Any) -> int:
-        return count(case, learn, strategy="vocab", memory_budget=budget(case, SMALL), **more)
-
-    @pytest.mark.parametrize("name", ONE_SWEEP)
-    def test_four_of_the_students_and_two_of_the_teachers(self, backend: str, name: str) -> None:
-        with running(backend):
-            assert self.several(counted_case(options=Options(name, t=0.5))) == 4 * US + 2 * UT
-
-    @pytest.mark.parametrize("name", TWO_SWEEPS)
-    def test_one_more_of_each_where_one_sweep_is_not_enough(self, backend: str, name: str) -> None:
-        with running(backend):
-            assert self.several(counted_case(options=Options(name, t=0.5))) == 5 * US + 3 * UT
-
-    @pytest.mark.parametrize("name", kd.divergences())
-    def test_metrics_take_two_sweeps(self, backend: str, name: str) -> None:
-        case, memory = counted_case(options=Options(name)), budget(counted_case(), SMALL)
-        with running(backend), Products() as products:
-            case.loss({"student_weight": case.student_weight, "student_hidden": case.student_hidden.requires_grad_()},
-                      strategy="vocab", memory_budget=memory, return_metrics=True)  # fmt: skip
-        assert products.flops == 4 * US + 3 * UT  # the head is frozen
-
-    @pytest.mark.parametrize("name", kd.divergences())
-    @pytest.mark.parametrize("metrics", [False, True])
-    def test_a_vocabulary_in_one_block_is_multiplied_once(self, backend: str, metrics: bool, name: str) -> None:
-        case = counted_case(options=Options(name))
-        with running(backend), Products() as products:
-            leaves = {part: leaf.detach().requires_grad_() for part, leaf in case.learned().items()}
-            case.loss(leaves, strategy="vocab", memory_budget=budget(case, V), return_metrics=metrics)
-        assert products.flops == 3 * US + UT
-
-    @pytest.mark.parametrize(("name", "sweeps"), [*((name, 1) for name in ONE_SWEEP), *((name, 2) for name in TWO_SWEEPS)])
-    def test_without_gradients_there_are_the_sweeps_alone(self, backend: str, name: str, sweeps: int) -> None:
-        with running(backend):
-            assert self.several(counted_case(options=Options(name)), ()) == sweeps * (US + UT)
-
-    def test_a_frozen_head_or_frozen_hidden_states_cost_none(self, backend: str) -> None:
-        with running(backend):
-            assert self.several(counted_case(), ("student_hidden",)) == 3 * US + 2 * UT
-            assert self.several(counted_case(), ("student_weight",)) == 3 * US + 2 * UT
-
-    def test_a_bias_costs_none(self, backend: str) -> None:
-        with running(backend):
-            assert self.several(counted_case(student_bias=torch.zeros(V)), ("student_bias",)) == 2 * US + 2 * UT
-
-    def test_a_teacher_that_nobody_looks_at_costs_none(self, backend: str) -> None:
-        case = counted_case(labels=torch.zeros(N, dtype=torch.int64), options=Options(kd_weight=0.0, ce_weight=1.0))
-        with running(backend):
-            assert self.several(case) == 4 * US
-            assert self.several(replace(case, options=replace(case.options, divergence="jsd"))) == 4 * US
-            assert count(case, strategy="vocab", memory_budget=budget(case, V)) == 3 * US
-
-    @pytest.mark.parametrize("dropped_by", ["labels", "token_weight"])
-    def test_dropped_tokens_cost_nothing(self, backend: str, dropped_by: str) -> None:
-        drop = {"labels": torch.where(TOKENS_HALF, 3, -100), "token_weight": TOKENS_HALF.float()}[dropped_by]
-        nothing = torch.full_like(drop, -100 if dropped_by == "labels" else 0)
-        with running(backend):
-            half = count(counted_case(**{dropped_by: drop}), strategy="vocab", memory_budget=budget(counted_case(), SMALL) // 2)
-            assert half == (4 * US + 2 * UT) // 2
-            assert self.several(counted_case(**{dropped_by: nothing})) == 0
-
-    def test_a_cut_vocabulary_costs_what_is_left(self, backend: str) -> None:
-        with running(backend):
-            assert self.several(counted_case(), vocab_size=V // 2) == (4 * US + 2 * UT) // 2
-
-    def test_losses_per_token_are_computed_again_in_the_backward(self, backend: str) -> None:
-        with running(backend):
-            assert self.several(counted_case(), reduction="none") == (US + UT) + (4 * US + 2 * UT)
-
-
-class Largest(InsideOperators):
-    """Bytes of the largest tensor that any operator made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def after(self, name: str, made: Any) -> None:
-        for tensor in made if isinstance(made, (tuple, list)) else (made,):
-            if isinstance(tensor, Tensor):
-                self.bytes = max(self.bytes, tensor.nbytes)
-
-
-class TestMemory:
-    @pytest.mark.parametrize("reduction", ["mean", "none"])
-    @pytest.mark.parametrize("metrics", [False, True])
-    def test_the_logits_never_exist(self, metrics: bool, reduction: str) -> None:
-        case = replace(dressed(draw(tokens=(256,), vocab=600, dims=(8, 8))), options=Options("jsd", ce_weight=0.5))
-        seen = {}
-        for strategy, memory in (("vocab", budget(case, 32)), ("tokens", None)):
-            kd.free_scratch()
-            with Largest() as largest:
-                run(case, strategy=strategy, memory_budget=memory, return_metrics=metrics, reduction=reduction)
-            seen[strategy] = largest.bytes
-        logits = 256 * 600 * 4
-        assert seen["tokens"] >= logits, "allocations were seen at all"
-        assert seen["vocab"] < logits / 2
-
-    def test_the_scratch_is_the_budget_whatever_the_token_count(self) -> None:
-        memory, dim, vocab = 2**18, 4, 8192
-        for tokens in (64, 256, 1024):
-            case = draw(tokens=(tokens,), vocab=vocab, dims=(dim, dim))
-            kd.free_scratch()
-            with Largest() as largest:
-                run(case, ("student_hidden",), strategy="vocab", memory_budget=memory)
-            assert largest.bytes <= memory + 4 * vocab * dim + 3 * 64  # a widened block of the head, and alignment
-
-    def test_a_16_bit_heads_gradient_has_no_float32_copy(self) -> None:
-        case = draw(tokens=(4,), vocab=4096, dims=(64, 4), dtype=torch.bfloat16)
-
-        class Float32(Largest):
-            def after(self, name: str, made: Any) -> None:
-                if isinstance(made, Tensor) and made.dtype == torch.float32 and name.startswith(("aten::empty", "aten::new_empty")):
-                    super().after(name, made)
-
-        seen = {}
-        for strategy in ("tokens", "vocab"):
-            with Float32() as largest:
-                run(case, strategy=strategy, memory_budget=budget(case, 128))
-            seen[strategy] = largest.bytes
-        assert seen["tokens"] == 4 * 4096 * 64, "allocations were seen at all"
-        assert seen["vocab"] < seen["tokens"]
-
-
 @every_backend
 class TestAutograd:
     def options(self, case: Case) -> dict[str, Any]:
@@ -488,189 +350,6 @@ def test_it_compiles_into_one_graph(reduction: str) -> None:
         loss.backward()
         results.append({"loss": loss.detach(), **metrics, **{name: leaf.grad for name, leaf in leaves.items()}})
     assert_equal(results[1], results[0], case)
-
-
-class TestBlockColumns:
-    SIZES = strategies.tuples(*(strategies.integers(1, 5000) for _ in range(2)), strategies.integers(1, 60))
-    MULTIPLES: ClassVar = {"cpu": (128, 64, 16), "cuda": (128, 64, 32, 16, 8)}
-    devices = pytest.mark.parametrize("device", MULTIPLES)
-
-    @staticmethod
-    def most(tokens: int, per_logit: int, memory: int, device: str) -> int:
-        """The widest block that the memory holds; on a GPU rows of 64 columns or more take a multiple of 64."""
-        most = max(1, memory // (tokens * per_logit))
-        return most if device == "cpu" or most < 64 else most // 64 * 64
-
-    @devices
-    @hypothesis.given(SIZES, strategies.integers(1, 10**8))
-    def test_blocks_fit_are_even_and_are_no_more_than_needed(self, device: str, sizes: tuple[int, int, int], memory: int) -> None:
-        tokens, vocab, per_logit = sizes
-        columns = block_columns(tokens, vocab, per_logit, memory, torch.device(device))
-        assert 1 <= columns <= vocab
-        assert columns == 1 or row_stride(columns, torch.device(device)) * tokens * per_logit <= memory
-        most = self.most(tokens, per_logit, memory, device)
-        blocks = math.ceil(vocab / columns)
-        assert blocks <= math.ceil(vocab / min(most, vocab))
-        assert columns * blocks - vocab < max(128, columns), "the last block is not a stub"
-
-    @devices
-    @hypothesis.given(SIZES, strategies.integers(1, 10**8))
-    def test_they_are_multiples_of_a_tile_where_that_fits(self, device: str, sizes: tuple[int, int, int], memory: int) -> None:
-        tokens, vocab, per_logit = sizes
-        columns = block_columns(tokens, vocab, per_logit, memory, torch.device(device))
-        most = self.most(tokens, per_logit, memory, device)
-        if columns < vocab:
-            even = math.ceil(vocab / math.ceil(vocab / most))
-            tile = next((tile for tile in self.MULTIPLES[device] if math.ceil(even / tile) * tile <= most), 1)
-            assert columns % tile == 0
-            assert columns - even < tile
-
-    def test_a_vocabulary_that_fits_is_one_block(self) -> None:
-        for device, stride in ((torch.device("cpu"), 1003), (torch.device("cuda"), 1024)):
-            assert block_columns(10, 1003, 8, 10 * stride * 8, device) == 1003
-            assert block_columns(10, 1003, 8, 10 * stride * 8 - 1, device) < 1003
-            assert block_columns(0, 1003, 8, 2000, device) == 1003
-
-    @pytest.mark.parametrize("dtype", [*NATIVE_DTYPES, torch.float64])
-    @pytest.mark.parametrize("columns", [1, 16, 40, 150])
-    def test_the_loss_runs_these_blocks(self, columns: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-        case, seen = draw(tokens=(18,), vocab=150, dtype=dtype), []
-        add = kd.engine.gradients.Gradients.add_columns
-
-        def spied(grads: Any, head: Any, dx: Tensor, hidden: Tensor, block: slice, buffer: Tensor) -> None:
-            seen.append((block.start, block.stop, tuple(dx.shape)))
-            add(grads, head, dx, hidden, block, buffer)
-
-        monkeypatch.setattr(kd.engine.gradients.Gradients, "add_columns", spied)
-        run(case, strategy="vocab", memory_budget=budget(case, columns))
-        width = block_columns(
-            *(18, 150, column_bytes(dtype, dtype, torch.device("cpu")), budget(case, columns)), torch.device("cpu")
-        )
-        edges = [*range(0, 150, width), 150]
-        assert seen == [(begin, end, (18, end - begin)) for begin, end in itertools.pairwise(edges)]
-
-
-def random_log_probabilities(points: int = 1000) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.rand(2, points, generator=generator, dtype=torch.float64) * -20)  # type: ignore[return-value]
-
-
-def as_linear(divergence: kd.Divergence, lp: Tensor, lq: Tensor) -> tuple[Tensor, Tensor]:
-    """Value and slope, as ``linear`` states them."""
-    own, other = (lp, lq) if divergence.one_sweep == "target" else (lq, lp)
-    return tuple(own.exp() * (c0 + c1 * (own - other)) for c0, c1 in divergence.linear())  # type: ignore[return-value]
-
-
-class TestOneSweep:
-    @pytest.mark.parametrize("name", ONE_SWEEP)
-    def test_value_and_slope_are_linear_where_the_divergence_says_so(self, name: str) -> None:
-        divergence = resolve(name)
-        lp, lq = random_log_probabilities()
-        for found, right in zip(as_linear(divergence, lp, lq), divergence.textbook(lp, lq), strict=True):
-            torch.testing.assert_close(found, right, rtol=1e-13, atol=1e-15)
-
-    @pytest.mark.parametrize("side", ["target", "student"])
-    @pytest.mark.parametrize("name", kd.divergences())
-    def test_no_divergence_is_linear_that_does_not_say_so(self, name: str, side: str) -> None:
-        divergence = resolve(name)
-        if divergence.one_sweep == side:
-            return
-        lp, lq = random_log_probabilities()
-        value, _ = divergence.textbook(lp, lq)
-        found, _ = as_linear(replace(divergence, one_sweep=side), lp, lq)
-        assert not torch.allclose(found, value, rtol=1e-3)
-
-    @pytest.mark.parametrize("name", ONE_SWEEP)
-    def test_a_value_that_is_nan_makes_the_slope_nan(self, name: str) -> None:
-        stats = torch.zeros(2, len(STATS_COLUMNS), dtype=torch.float64)
-        stats[:, AT["mass"]], stats[0, AT["moment"]] = 1.0, torch.nan
-        assert sums_of_one_sweep(stats, resolve(name))[:, :2].isnan().tolist() == [[True, True], [False, False]]
-
-    def test_both_kinds_exist(self) -> None:
-        assert {resolve(name).one_sweep for name in kd.divergences()} == {"target", "student", ""}
-
-
-def statistics(x: Tensor, z: Tensor, labels: Tensor, weigh: str, edges: list[int]) -> Tensor:
-    """By the reference over the blocks between the edges, merged."""
-    parts = []
-    for begin, end in itertools.pairwise(edges):
-        block = (x[:, begin:end], z[:, begin:end], None, None, labels - begin)
-        part = reference.block_stats(*block, torch.tensor(0.7).double(), 2.0, [1.0, 0.0, 1.0, 0.0], weigh, True, True)
-        part[:, [AT["argmax_x"], AT["argmax_z"]]] += begin
-        parts.append(part)
-    return merged(torch.stack(parts), weigh)
-
-
-@pytest.mark.parametrize("weigh", ["", "target", "student"])
-class TestMerged:
-    """Statistics of blocks become those of whole rows."""
-
-    VOCAB = 60
-
-    def rows(self, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        x, z = (torch.randn(2, 7, self.VOCAB, generator=generator, dtype=torch.float64) * 10).round()  # with ties
-        x[1, 20:40], z[1, 20:40] = -torch.inf, -torch.inf
-        x[2, :30] = -torch.inf
-        z[3, 30:] = -torch.inf
-        x[4, 45:] += 2000.0  # by more than any exponential holds
-        z[4, :15] += 2000.0
-        return x, z, torch.randint(40, 45, (7,), generator=generator)
-
-    @hypothesis.given(strategies.integers(0, 2**31), strategies.sets(strategies.integers(1, 59), min_size=1))
-    def test_random_splits(self, weigh: str, seed: int, cuts: set[int]) -> None:
-        x, z, labels = self.rows(seed)
-        found = statistics(x, z, labels, weigh, [0, *sorted(cuts), self.VOCAB])
-        right = statistics(x, z, labels, weigh, [0, self.VOCAB])
-        finite = right.isfinite()
-        assert (found.isfinite() == finite).all()
-        eps = torch.finfo(torch.float64).eps
-        torch.testing.assert_close(found[finite], right[finite], rtol=10 * self.VOCAB * eps, atol=10 * self.VOCAB * eps)
-        for name in ("argmax_x", "argmax_z", "label_logit", "max_x_T", "max_y_T", "max_x", "max_z_T"):
-            assert (found[:, AT[name]] == right[:, AT[name]]).all(), name
-
-    def test_whole_rows_are_what_they_were(self, weigh: str) -> None:
-        x, z, labels = self.rows(0)
-        whole = (x, z, None, None, labels, torch.tensor(0.7).double(), 2.0, [1.0, 0.0, 1.0, 0.0], weigh, True, True)
-        torch.testing.assert_close(statistics(x, z, labels, weigh, [0, self.VOCAB]), reference.block_stats(*whole))
-
-    def test_the_moments_are_the_sums_that_they_stand_for(self, weigh: str) -> None:
-        x, z, labels = self.rows(0)
-        x, z, labels = x[:4], z[:4], labels[:4]
-        found = statistics(x, z, labels, weigh, [0, 11, 20, 40, 57, self.VOCAB])
-        y = torch.where((x == -torch.inf) | (z == -torch.inf), -torch.inf, 0.3 * x + 0.7 * z)
-        w, o = {"target": (y, x), "student": (x, y), "": (x, y)}[weigh]
-        u, v = ((side - side.amax(1, keepdim=True)) / 2.0 for side in (w, o))
-        banned = (w == -torch.inf) | (o == -torch.inf)
-        mass, moment = (term.masked_fill(banned, 0.0).sum(1) * (weigh != "") for term in (u.exp(), u.exp() * (u - v)))
-        # t = 0.7 went through float32
-        torch.testing.assert_close(found[:, AT["mass"]], mass, rtol=1e-5, atol=1e-9)
-        torch.testing.assert_close(found[:, AT["moment"]], moment, rtol=1e-5, atol=1e-9)
-
-    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-    @pytest.mark.parametrize("model", ["student", "teacher"])
-    @pytest.mark.parametrize("column", [0, 33, 59])
-    def test_a_bad_logit_is_not_hidden(self, weigh: str, column: int, model: str, bad: float) -> None:
-        x, z, labels = self.rows(0)
-        right = statistics(x, z, labels, weigh, [0, 15, 30, 45, self.VOCAB])
-        (x if model == "student" else z)[0, column] = bad
-        found = statistics(x, z, labels, weigh, [0, 15, 30, 45, self.VOCAB])
-        assert found[0, AT["log_sum_x_T" if model == "student" else "log_sum_z_T"]].isnan()
-        assert found[0, AT["log_sum_y_T"]].isnan()
-        torch.testing.assert_close(found[1:], right[1:], rtol=0, atol=0, equal_nan=True)
-        if weigh:
-            divergence = next(resolve(name) for name in ONE_SWEEP if resolve(name).one_sweep == weigh)
-            sums = sums_of_one_sweep(found, divergence)
-            assert sums[0, :2].isnan().all()
-            assert not sums[1:].isnan().any()
-
-    def test_of_equal_largest_entries_the_first_wins(self, weigh: str) -> None:
-        x, z, labels = self.rows(0)
-        x[0, [12, 13, 31, 50]], z[0, [29, 30]] = 500.0, 500.0
-        for edges in ([0, 60], [0, 13, 60], [0, 12, 13, 14, 30, 31, 60], [0, 40, 60]):
-            found = statistics(x, z, labels, weigh, edges)
-            assert found[0, AT["argmax_x"]] == 12
-            assert found[0, AT["argmax_z"]] == 29
 
 
 def test_an_unknown_strategy_is_refused() -> None:

@@ -1,7 +1,7 @@
 """Ten thousand random calls of the public functions: each is refused in words that name the argument, or gives the right result.
 
-What a call is and what is right is in check.py. Cases run in a process of their own, so that one that ends it is a failure of its
-seed. ``--fuzz-cases=N`` runs another number of them. What was found, and mended, is below by name.
+What a call is and what is right is in the files beside this one. Cases run in a process of their own, so that one that ends it is a
+failure of its seed. ``--fuzz-cases=N`` runs another number of them. What was found, and mended, is below by name.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import torch
 import kdkernels as kd
 from kdkernels import backends
 from kdkernels.backends import native
-from tests.fuzz import check
-from tests.losses.test_inputs import refused
+from tests.fuzz import check, small
+from tests.fuzz.calls import LOSSES
+from tests.fuzz.draw import draw
+from tests.support.refusals import refused
 
 INF, NAN = torch.inf, torch.nan
 CHUNKS = 20
@@ -87,9 +89,9 @@ class TestTheSuiteItself:
         assert "refused" in first(names_nothing)
 
     def test_it_reaches_every_function_on_every_backend_and_both_ends(self) -> None:
-        calls = [check.draw(seed) for seed in range(1500)]
+        calls = [draw(seed) for seed in range(1500)]
         functions = Counter(call.function for call in calls)
-        assert set(functions) == {*check.LOSSES, *check.SMALL}
+        assert set(functions) == {*LOSSES, *small.SMALL}
         assert min(functions.values()) >= 15
         assert {call.variant for call in calls} == {*native.instruction_sets(), "reference"}
         assert 0.3 <= sum(bool(call.bad) for call in calls) / len(calls) <= 0.7

@@ -16,11 +16,9 @@ import kdkernels as kd
 from kdkernels.backends import reference
 from kdkernels.backends.products import HeadProducts
 from kdkernels.engine import gradients
-from tests.support.cases import NATIVE_DTYPES, Case, draw, dressed, keywords, running
+from tests.support.cases import DTYPES, NATIVE_DTYPES, REDUCTIONS, Case, assert_same, draw, dressed, keywords, running
 from tests.support.oracle import Options
 
-DTYPES = (*NATIVE_DTYPES, torch.float64)
-REDUCTIONS = ("mean", "sum", "none")
 small_budget = pytest.mark.parametrize("memory_budget", [None, 1000], ids=["one-chunk", "a-row-at-a-time"])
 
 
@@ -40,11 +38,6 @@ def from_logits(dtype: torch.dtype, **more: Any) -> tuple[list[Tensor], Callable
 
 
 both_roads = pytest.mark.parametrize("road", [from_hidden, from_logits])
-
-
-def assert_same(found: Any, expected: Any) -> None:
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

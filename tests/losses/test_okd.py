@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,19 +12,18 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels.engine import gradients, tokens, vocab
-from tests.backends.test_backends import SPREADS, yardsticks
-from tests.engine.test_cost import STUDENT, TEACHER, US, UT, N, Products, V
-from tests.losses.test_inputs import CASE, LABELS, LINEAR, OPTIONS, forbid_work, refused
-from tests.losses.test_operators import Recorder
-from tests.support import oracle
 from tests.support.cases import (
     CHOICES,
+    DTYPES,
+    MAIN,
     NATIVE_DTYPES,
+    REDUCTIONS,
+    SPREADS,
     Case,
-    InsideOperators,
-    Result,
     assert_as_good_as_eager,
+    assert_close,
+    assert_same,
+    both_strategies,
     draw,
     dressed,
     keywords,
@@ -33,115 +31,26 @@ from tests.support.cases import (
     ratios,
     running,
     strided,
+    yardsticks,
+)
+from tests.support.okd import (
+    BUDGET,
+    EVERYTHING,
+    OF_STUDENT,
+    OF_TEACHER,
+    assert_as_plain,
+    call,
+    full,
+    heads,
+    leaves_of,
+    one_of_each,
+    plain,
+    results,
+    run,
+    upstream,
 )
 from tests.support.oracle import Options
 
-OF_STUDENT = ("student_hidden", "student_weight", "student_bias")
-OF_TEACHER = ("teacher_hidden", "teacher_weight", "teacher_bias")
-EVERYTHING = (*OF_STUDENT, *OF_TEACHER)
-FROZEN_HEAD = ("student_hidden", "student_weight", "teacher_hidden")
-REDUCTIONS = ("mean", "sum", "none")
-DTYPES = (*NATIVE_DTYPES, torch.float64)
-# In small cases the budget is two tokens of six, or a dozen columns of 37.
-BUDGET = 1000
-both_strategies = pytest.mark.parametrize("strategy", ["tokens", "vocab"])
-one_of_each = pytest.mark.parametrize("variant", parameters(("native", "native-vocab", "reference", "reference-vocab")))
-
-
-def leaves_of(case: Case, learn: tuple[str, ...] = EVERYTHING) -> dict[str, Tensor]:
-    parts = {name: getattr(case, name) for name in EVERYTHING}
-    return {name: part.detach().requires_grad_(name in learn) for name, part in parts.items() if part is not None}
-
-
-def heads(case: Case, leaves: dict[str, Tensor]) -> tuple[kd.LMHead, kd.LMHead]:
-    return (
-        kd.LMHead(leaves["student_weight"], leaves.get("student_bias"), case.student_scale, case.student_softcap),
-        kd.LMHead(leaves["teacher_weight"], leaves.get("teacher_bias"), case.teacher_scale, case.teacher_softcap),
-    )
-
-
-def call(case: Case, leaves: dict[str, Tensor] | None = None, **more: Any) -> kd.OKDLoss:
-    leaves = leaves_of(case, ()) if leaves is None else leaves
-    student, teacher = heads(case, leaves)
-    options = {**keywords(case.options), "token_weight": case.token_weight, **more}
-    del options["t"]
-    return kd.linear_okd_loss(leaves["student_hidden"], student, leaves["teacher_hidden"], teacher, case.labels, **options)
-
-
-def upstream(loss: Tensor, end: float) -> Tensor:
-    """An own factor for each token, 1 to ``end``; 1 for a loss of all."""
-    return torch.linspace(1.0, end, loss.numel(), dtype=loss.dtype).view(loss.shape)
-
-
-def run(case: Case, learn: tuple[str, ...] = EVERYTHING, **more: Any) -> Result:
-    """Both losses, metrics if asked for, and the gradients of what learns."""
-    leaves = leaves_of(case, learn)
-    made = call(case, leaves, **more)
-    asked = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    grads = torch.autograd.grad(made[:2], list(asked.values()), [upstream(made.student, 2.0), upstream(made.teacher, 3.0)])
-    losses = {"student": made.student.detach(), "teacher": made.teacher.detach()}
-    return {**losses, **(made.metrics or {}), **dict(zip(asked, grads, strict=True))}
-
-
-def plain(case: Case, alpha: float, dtype: torch.dtype = torch.float64) -> dict[str, Result]:
-    """The formulas with autograd, in ``dtype``."""
-
-    def logits(**leaves: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            oracle.after_head(*(leaves.get(name) for name in OF_STUDENT), case.student_scale, case.student_softcap),  # type: ignore[arg-type]
-            oracle.after_head(*(leaves.get(name) for name in OF_TEACHER), case.teacher_scale, case.teacher_softcap),  # type: ignore[arg-type]
-        )
-
-    return oracle.online(logits, leaves_of(case), dtype, case.labels, case.token_weight, case.options, alpha)
-
-
-def results(case: Case, alpha: float, per_token: bool = True, **more: Any) -> dict[str, Result]:
-    """The library's, as ``plain`` gives them; the losses of the tokens, which take a call of their own, only if ``per_token``."""
-    leaves = leaves_of(case)
-    made = call(case, leaves, teacher_alpha=alpha, **more)
-    losses = None
-    if per_token:
-        with torch.no_grad():
-            losses = call(case, leaves, teacher_alpha=alpha, **{**more, "reduction": "none", "normalizer": None})
-    grads = dict(zip(leaves, torch.autograd.grad(made.student + made.teacher, list(leaves.values())), strict=True))
-    return {
-        learner: {
-            **({} if losses is None else {"losses": getattr(losses, learner)}),
-            "loss": getattr(made, learner).detach(),
-            **{name: grad for name, grad in grads.items() if name.startswith(learner)},
-        }
-        for learner in ("student", "teacher")
-    }
-
-
-def full(dtype: torch.dtype = torch.float32, **options: Any) -> Case:
-    """Six tokens, one of them ignored and one of weight 0, with everything that heads can have."""
-    return replace(dressed(draw(dtype=dtype)), options=Options(**{"temperature": 2.0, "ce_weight": 0.5, **options}))
-
-
-def assert_same(found: Any, right: Any) -> None:
-    assert len(found) == len(right)
-    for one, other in zip(found, right, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
-
-
-def assert_close(found: Result, right: Result, share: float) -> None:
-    """Within a share of each result's largest entry."""
-    for name, value in right.items():
-        atol = share * value.double().abs().max().item() if value.numel() else 0.0
-        torch.testing.assert_close(
-            found[name].double(), value.double(), rtol=0, atol=atol, msg=lambda text, of=name: f"{of}: {text}"
-        )
-
-
-def assert_as_plain(case: Case, alpha: float, **more: Any) -> None:
-    exact = plain(case, alpha)
-    share = 37 * max(torch.finfo(part.dtype).eps for part in (case.student_weight, case.teacher_weight))
-    for learner, found in results(case, alpha, **more).items():
-        assert_close(found, {name: exact[learner][name] for name in found}, share)
-
-
-MAIN = ("forward_kl", "reverse_kl", "jsd")
 # Every dtype of every variant with the divergences that are most used; the others in float32, and not in the slow interpreter.
 ACCURACY = [(*choice, name) for choice in CHOICES for name in MAIN]
 ACCURACY += [
@@ -326,258 +235,6 @@ class TestReturned:
         assert {grad.dtype for grad in found.values()} == {dtype}
 
 
-class TestProducts:
-    """Counted, and what a gradient that nobody asks for would take."""
-
-    CASE = draw(tokens=(N,), vocab=V, dims=(STUDENT, TEACHER))
-    # With two learners a column of all tokens takes three float32 tiles: this is four blocks of the vocabulary.
-    BLOCKS = 16 * N * 12
-
-    def count(self, learn: tuple[str, ...], case: Case = CASE, **more: Any) -> int:
-        with Products() as products:
-            made = call(case, leaves_of(case, learn), **{"teacher_alpha": 1.0, **more})
-            if learn:
-                sum(loss.sum() for loss in made[:2] if loss.requires_grad).backward()  # type: ignore[union-attr]
-        return products.flops
-
-    @pytest.mark.parametrize("name", kd.divergences())
-    @pytest.mark.parametrize("memory_budget", [None, 500, 1])
-    def test_the_teacher_adds_its_own_gradients_and_chunks_add_none(self, memory_budget: int | None, name: str) -> None:
-        case = replace(self.CASE, options=Options(name))
-        options: dict[str, Any] = {"strategy": "tokens", "memory_budget": memory_budget}
-        assert self.count(FROZEN_HEAD, case, **options) == 3 * US + 2 * UT
-        assert self.count(EVERYTHING, case, **options) == 3 * US + 3 * UT
-
-    @pytest.mark.parametrize("variant", parameters(("native", "reference")))
-    @pytest.mark.parametrize("name", kd.divergences())
-    def test_streaming_multiplies_again_for_each_sweep(self, name: str, variant: str) -> None:
-        case = replace(self.CASE, options=Options(name))
-        memory = self.BLOCKS if variant == "native" else 10 * self.BLOCKS
-        options: dict[str, Any] = {"strategy": "vocab", "memory_budget": memory}
-        more = 0 if name in ("forward_kl", "reverse_kl") else US + UT
-        with running(variant):
-            assert self.count(FROZEN_HEAD, case, **options) == 4 * US + 3 * UT + more
-            assert self.count(EVERYTHING, case, **options) == 4 * US + 4 * UT + more
-            assert self.count(FROZEN_HEAD, case, **options, return_metrics=True) == 5 * US + 4 * UT
-            assert self.count((), case, **options) == US + UT + more
-
-    @both_strategies
-    def test_a_vocabulary_that_fits_is_multiplied_once(self, strategy: str) -> None:
-        assert self.count(FROZEN_HEAD, strategy=strategy) == 3 * US + 2 * UT
-
-    @both_strategies
-    def test_without_gradients_there_are_two(self, strategy: str) -> None:
-        assert self.count((), strategy=strategy) == US + UT
-        with torch.no_grad(), Products() as products:
-            call(self.CASE, leaves_of(self.CASE), teacher_alpha=1.0, strategy=strategy)
-        assert products.flops == US + UT
-
-    @both_strategies
-    def test_only_the_gradients_that_are_asked_for_cost(self, strategy: str) -> None:
-        for learn, products in {
-            ("student_hidden",): US,
-            ("student_hidden", "student_weight"): 2 * US,
-            ("teacher_hidden",): UT,
-            ("teacher_weight",): UT,
-            ("student_weight", "teacher_weight"): US + UT,
-        }.items():
-            assert self.count(learn, strategy=strategy) == US + UT + products
-
-    def test_losses_per_token_are_computed_again_in_the_backward_for_who_asks(self) -> None:
-        assert self.count(FROZEN_HEAD, reduction="none") == 4 * US + 3 * UT
-        for which, products in ((0, 3 * US + UT), (1, US + 2 * UT)):
-            made = call(self.CASE, leaves_of(self.CASE, FROZEN_HEAD), teacher_alpha=1.0, reduction="none")
-            with Products() as counted:
-                made[which].sum().backward()
-            assert counted.flops == products
-
-    @pytest.mark.parametrize("kept", [0, 1, N // 2, N])
-    def test_dropped_tokens_cost_nothing(self, kept: int) -> None:
-        labels = torch.full((N,), -100)
-        labels[torch.randperm(N, generator=torch.Generator().manual_seed(0))[:kept]] = 3
-        for case in (replace(self.CASE, labels=labels), replace(self.CASE, token_weight=(labels == 3).float())):
-            assert self.count(FROZEN_HEAD, case) == (3 * US + 2 * UT) * kept // N
-
-    @both_strategies
-    @pytest.mark.parametrize("reduction", ["mean", "none"])
-    @pytest.mark.parametrize("dtype", NATIVE_DTYPES)
-    def test_a_frozen_heads_gradient_is_neither_allocated_nor_added_to(
-        self, dtype: torch.dtype, reduction: str, strategy: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        case = draw(tokens=(N,), vocab=V, dims=(STUDENT, TEACHER), dtype=dtype)
-        added: list[int] = []
-        add = gradients.add_head_grad
-        monkeypatch.setattr(
-            gradients, "add_head_grad", lambda dx, hidden, *rest: added.append(hidden.shape[1]) or add(dx, hidden, *rest)
-        )
-        allocated: list[tuple[int, ...]] = []
-
-        class Allocations(InsideOperators):
-            def after(self, name: str, made: Any) -> None:
-                if name.startswith(("aten::empty", "aten::zeros", "aten::new_")):
-                    allocated.append(tuple(made.shape))
-
-        for learn, widths in ((FROZEN_HEAD, {STUDENT}), (("teacher_weight", *FROZEN_HEAD), {STUDENT, TEACHER})):
-            added.clear(), allocated.clear()
-            with Allocations():
-                made = call(case, leaves_of(case, learn), teacher_alpha=1.0, reduction=reduction, strategy=strategy)
-                (made.student + made.teacher).sum().backward()
-            assert set(added) == widths
-            assert {shape[1] for shape in allocated if shape[:1] == (V,) and len(shape) == 2} == widths
-
-
-@pytest.mark.parametrize("backend", parameters(("native", "reference", "triton")))
-@both_strategies
-@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
-@pytest.mark.parametrize("memory_budget", [600, 2000, 5000])
-def test_the_scratch_of_both_gradients_is_within_the_budget(
-    memory_budget: int, dtype: torch.dtype, strategy: str, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case, taken = full(dtype), []
-    module = {"tokens": tokens, "vocab": vocab}[strategy]
-    borrowed = module.borrowed
-
-    def recording(block: int, tiles: Any, *rest: Any) -> Any:
-        taken.append(sum(rows * columns * of.itemsize for (rows, columns), of in tiles))
-        return borrowed(block, tiles, *rest)
-
-    monkeypatch.setattr(module, "borrowed", recording)
-    least = 37 if strategy == "tokens" else 6  # one token or one column: less there cannot be
-    with running(backend):
-        call(case, leaves_of(case), strategy=strategy, memory_budget=memory_budget)
-    smallest = 12 * least  # at most three float32 tiles, or two and two of 16 bits
-    assert taken
-    assert all(0 < size <= max(memory_budget, smallest) for size in taken)
-
-
-class TestAutograd:
-    @both_strategies
-    @pytest.mark.parametrize("reduction", REDUCTIONS)
-    def test_each_loss_has_gradients_for_its_own_model_only(self, reduction: str, strategy: str) -> None:
-        case = full()
-        together = run(case, reduction=reduction, strategy=strategy, memory_budget=BUDGET)
-        for which, own in enumerate((OF_STUDENT, OF_TEACHER)):
-            leaves = leaves_of(case)
-            loss = call(case, leaves, reduction=reduction, strategy=strategy, memory_budget=BUDGET)[which]
-            loss.backward(upstream(loss, 2.0 + which))
-            for name, leaf in leaves.items():
-                if name in own:
-                    torch.testing.assert_close(leaf.grad, together[name], rtol=0, atol=0)
-                else:
-                    assert leaf.grad is None, name
-
-    @both_strategies
-    @pytest.mark.parametrize("reduction", REDUCTIONS)
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_added_or_one_after_the_other_in_either_order(self, dtype: torch.dtype, reduction: str, strategy: str) -> None:
-        case = full(dtype)
-        grads = []
-        for order in ("added", (0, 1), (1, 0)):
-            leaves = leaves_of(case)
-            made = call(case, leaves, reduction=reduction, strategy=strategy, memory_budget=BUDGET)
-            if order == "added":
-                (made.student + made.teacher).sum().backward()
-            else:
-                made[order[0]].sum().backward(retain_graph=True)
-                made[order[1]].sum().backward()
-            grads.append([leaf.grad for leaf in leaves.values()])
-        assert_same(grads[1], grads[0])
-        assert_same(grads[2], grads[0])
-
-    @both_strategies
-    @pytest.mark.parametrize("reduction", REDUCTIONS)
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_backward_twice_gives_the_same_gradient_twice(self, dtype: torch.dtype, reduction: str, strategy: str) -> None:
-        case = full(dtype)
-        leaves = leaves_of(case)
-        made = call(case, leaves, reduction=reduction, strategy=strategy, memory_budget=BUDGET)
-        total, inputs = (0.25 * made.student + 3 * made.teacher).sum(), list(leaves.values())
-        first = torch.autograd.grad(total, inputs, retain_graph=True)
-        kept = [grad.clone() for grad in first]
-        second = torch.autograd.grad(total, inputs, retain_graph=True)
-        assert_same(second, kept)
-        for grad in (*first, *second):
-            grad.fill_(torch.nan)  # what a caller does with a gradient is their own business
-        assert_same(torch.autograd.grad(total, inputs), kept)
-
-    @pytest.mark.parametrize("reduction", REDUCTIONS)
-    def test_each_loss_has_its_own_upstream_gradient(self, reduction: str) -> None:
-        case = full(torch.float64)
-        leaves = leaves_of(case)
-        inputs = list(leaves.values())
-        made = call(case, leaves, reduction=reduction)
-        once = torch.autograd.grad((made.student + made.teacher).sum(), inputs, retain_graph=True)
-        scaled = torch.autograd.grad((3 * made.student - 0.5 * made.teacher).sum(), inputs)
-        for name, one, other in zip(leaves, scaled, once, strict=True):
-            torch.testing.assert_close(one, other * (3.0 if name in OF_STUDENT else -0.5), rtol=1e-12, atol=1e-15)
-
-    @both_strategies
-    def test_each_token_has_its_own_upstream_gradient_in_each_loss(self, strategy: str) -> None:
-        """Zeros in one, in the other and in both: a token counts where either of its two is not 0."""
-        case = replace(full(torch.float64), labels=torch.arange(6), token_weight=None)
-        leaves = leaves_of(case)
-        inputs = list(leaves.values())
-        factors = torch.tensor([[1.0, -2.0, 0.5, 0.0, 0.0, 3.0], [2.0, 0.0, 1.0, 0.0, -1.0, 1e-3]]).double()
-        made = call(case, leaves, reduction="none", strategy=strategy, memory_budget=BUDGET)
-        together = torch.autograd.grad(made[:2], inputs, list(factors), retain_graph=True)
-        for name, inp, found in zip(leaves, inputs, together, strict=True):
-            which = 0 if name in OF_STUDENT else 1
-            by_hand = sum(
-                factor * torch.autograd.grad(made[which][token], inp, retain_graph=True)[0]
-                for token, factor in enumerate(factors[which].tolist())
-            )
-            torch.testing.assert_close(found, by_hand, rtol=1e-10, atol=1e-14)
-
-    @both_strategies
-    @pytest.mark.parametrize("reduction", REDUCTIONS)
-    @pytest.mark.parametrize(
-        "learn",
-        [("student_hidden",), ("teacher_hidden",), ("teacher_bias",), FROZEN_HEAD, OF_TEACHER, ("student_bias", "teacher_weight")],
-    )
-    def test_gradients_go_only_where_they_are_asked_for(self, learn: tuple[str, ...], reduction: str, strategy: str) -> None:
-        case = full()
-        everything = run(case, reduction=reduction, strategy=strategy, memory_budget=BUDGET)
-        leaves = leaves_of(case, learn)
-        made = call(case, leaves, reduction=reduction, strategy=strategy, memory_budget=BUDGET)
-        for loss, end in zip(made, (2.0, 3.0), strict=True):
-            assert loss.requires_grad  # one function makes both
-            loss.backward(upstream(loss, end), retain_graph=True)
-        for name, leaf in leaves.items():
-            if name in learn:
-                torch.testing.assert_close(leaf.grad, everything[name], rtol=1e-6, atol=1e-9)
-            else:
-                assert leaf.grad is None
-
-    @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-    def test_without_gradients_there_are_only_losses(self, context: Callable[[], Any]) -> None:
-        case = full()
-        right = [loss.detach() for loss in call(case, leaves_of(case))]
-        with context():
-            made = call(case, leaves_of(case))
-        assert not any(loss.requires_grad for loss in made)
-        assert_same(made, right)
-
-    def test_the_teachers_modules_learn_through_its_hidden_states(self) -> None:
-        """A LoRA module below a frozen head, as in the paper: gradients arrive, and those of the student's loss do not."""
-        case = full(torch.float64)
-        module = torch.nn.Linear(12, 12, dtype=torch.float64)
-        leaves = leaves_of(case, FROZEN_HEAD)
-        leaves["teacher_hidden"] = module(case.teacher_hidden)
-        made = call(case, leaves)
-        made.student.backward(retain_graph=True)
-        assert module.weight.grad is None
-        made.teacher.backward()
-        through = plain(replace(case, teacher_hidden=leaves["teacher_hidden"].detach()), 0.5)["teacher"]["teacher_hidden"]
-        torch.testing.assert_close(module.weight.grad, through.mT @ case.teacher_hidden, rtol=1e-10, atol=1e-13)
-
-    def test_second_derivatives_are_refused(self) -> None:
-        leaves = leaves_of(full(torch.float64))
-        made = call(full(torch.float64), leaves)
-        (first,) = torch.autograd.grad((made.student + made.teacher).square(), [leaves["teacher_hidden"]], create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            first.sum().backward()
-
-
 class TestContracts:
     @one_of_each
     @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -758,99 +415,3 @@ class TestSpecialValues:
             for name in ("teacher", *OF_TEACHER):
                 torch.testing.assert_close(broken[name], right[name], rtol=0, atol=0)
             assert broken["student"].isnan()
-
-
-@pytest.mark.parametrize("bare", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_operator_keeps_the_contracts_of_torch_library(dtype: torch.dtype, bare: bool) -> None:
-    case = draw(dtype=dtype, options=Options("jsd")) if bare else full(dtype)
-    with Recorder() as recorder:
-        call(case, leaves_of(case, FROZEN_HEAD if bare else EVERYTHING), teacher_alpha=1.0, return_metrics=not bare)
-    torch.library.opcheck(torch.ops.kdkernels.linear_okd.default, recorder.calls["linear_okd"])
-
-
-def test_the_operators_fake_says_what_two_dtypes_make() -> None:
-    case = full(torch.bfloat16)
-    case = replace(case, **{name: getattr(case, name).double() for name in OF_TEACHER})
-    with Recorder() as recorder:
-        call(case, leaves_of(case))
-    torch.library.opcheck(torch.ops.kdkernels.linear_okd.default, recorder.calls["linear_okd"])
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize(("reduction", "dtype"), [("mean", torch.float32), ("mean", torch.float16), ("none", torch.float32)])
-def test_it_compiles_to_one_graph(reduction: str, dtype: torch.dtype) -> None:
-    case = full(dtype, divergence="jsd")
-
-    def step(leaves: dict[str, Tensor]) -> Any:
-        made = call(case, leaves, reduction=reduction, return_metrics=True)
-        student, teacher, metrics = made
-        return (made.student * 1.5).sum() + teacher.sum(), student.detach(), metrics
-
-    found = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaves = {name: leaf.clone().detach().requires_grad_() for name, leaf in leaves_of(case).items()}
-        total, student, metrics = function(leaves)
-        total.backward()
-        found.append([total.detach(), student, *metrics.values(), *(leaf.grad for leaf in leaves.values())])
-    for compiled, expected in zip(found[1], found[0], strict=True):
-        torch.testing.assert_close(compiled, expected, rtol=2 * torch.finfo(compiled.dtype).eps, atol=1e-7)
-
-
-class TestBadInput:
-    """Refused before any work, in words that name the argument."""
-
-    @pytest.fixture(autouse=True)
-    def nothing_is_computed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        forbid_work(monkeypatch)
-
-    def online(self, **changed: Any) -> Any:
-        arguments: dict[str, Any] = {
-            "student_hidden": CASE.student_hidden,
-            "student_head": CASE.student_weight,
-            "teacher_hidden": CASE.teacher_hidden,
-            "teacher_head": CASE.teacher_weight,
-            "labels": None,
-            "teacher_alpha": 1.0,
-        }
-        return kd.linear_okd_loss(**{**arguments, **changed})
-
-    def test_the_good_input_would_work_and_its_teacher_may_require_grad(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        learns = {"teacher_hidden": CASE.teacher_hidden.clone().requires_grad_(), "labels": LABELS, "teacher_alpha": 0.5}
-        with pytest.raises(AssertionError, match="work was done"):
-            self.online(**learns)
-        monkeypatch.undo()
-        made = self.online(**learns)
-        assert made.teacher.requires_grad
-        assert torch.stack(list(made)).isfinite().all()
-
-    @pytest.mark.parametrize(
-        ("wrong", "error", "words"),
-        [
-            ({"teacher_alpha": 1.5}, ValueError, ("teacher_alpha", "[0, 1]", "1.5")),
-            ({"teacher_alpha": -0.1}, ValueError, ("teacher_alpha", "[0, 1]", "-0.1")),
-            ({"teacher_alpha": torch.nan}, ValueError, ("teacher_alpha", "[0, 1]", "nan")),
-            ({"teacher_alpha": torch.inf}, ValueError, ("teacher_alpha", "[0, 1]", "inf")),
-            ({"teacher_alpha": "half"}, TypeError, ("teacher_alpha", "[0, 1]", "str")),
-            ({"teacher_alpha": True}, TypeError, ("teacher_alpha", "[0, 1]", "bool")),
-            ({"teacher_alpha": None}, TypeError, ("teacher_alpha", "[0, 1]", "NoneType")),
-            ({"teacher_alpha": torch.tensor(0.5)}, TypeError, ("teacher_alpha", "[0, 1]", "Tensor")),
-            ({"teacher_alpha": 0.5}, ValueError, ("labels is None", "teacher_alpha=0.5", "cross-entropy")),
-            ({"teacher_alpha": 0}, ValueError, ("labels is None", "teacher_alpha=0", "cross-entropy")),
-            ({"t": 0.5}, TypeError, ("'t'",)),
-        ],
-    )
-    def test_teacher_alpha_and_the_labels_it_needs(
-        self, wrong: dict[str, Any], error: type[Exception], words: tuple[str, ...]
-    ) -> None:
-        with refused(error, *words):
-            self.online(**wrong)
-
-    @pytest.mark.parametrize(
-        ("wrong", "error", "words"),
-        [one for one in [*OPTIONS, *LINEAR] if "t" not in one[0] and "linear_okd_loss" not in one[2]],
-    )
-    def test_what_linear_kd_loss_refuses(self, wrong: dict[str, Any], error: type[Exception], words: tuple[str, ...]) -> None:
-        with refused(error, *words):
-            self.online(**wrong)

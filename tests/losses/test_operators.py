@@ -11,21 +11,17 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels import backends
-from tests.support.cases import INSTRUCTION_SETS, NATIVE_DTYPES, InsideOperators, draw, dressed, keywords, parameters, running
+from tests.support.cases import (
+    INSTRUCTION_SETS,
+    NATIVE_DTYPES,
+    Recorder,
+    draw,
+    dressed,
+    keywords,
+    parameters,
+    running,
+)
 from tests.support.oracle import Options
-
-
-class Recorder(InsideOperators):
-    """Keeps the arguments of every operator of the library."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[str, tuple[Any, ...]] = {}
-
-    def before(self, name: str, args: tuple[Any, ...]) -> None:
-        if name.startswith("kdkernels::"):
-            kept = tuple(arg.detach().clone() if isinstance(arg, Tensor) else arg for arg in args)
-            self.calls[name.removeprefix("kdkernels::")] = kept
 
 
 def recorded(dtype: torch.dtype, bare: bool = False) -> dict[str, tuple[Any, ...]]:

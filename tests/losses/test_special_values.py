@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from tests.support import oracle
-from tests.support.cases import VARIANTS, Case, draw, dressed, keywords, parameters, running
+from tests.support.cases import VARIANTS, Case, draw, dressed, every_divergence, keywords, parameters, running
 from tests.support.oracle import Options
 
 INF, NAN = torch.inf, torch.nan
@@ -20,7 +20,6 @@ INF, NAN = torch.inf, torch.nan
 every_row_variant = pytest.mark.parametrize(
     "variant", parameters([variant for variant in VARIANTS if not variant.endswith("-vocab")])
 )
-every_divergence = pytest.mark.parametrize("name", kd.divergences())
 every_variant = pytest.mark.parametrize("variant", parameters(VARIANTS))
 
 

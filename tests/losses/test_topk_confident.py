@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from tests.losses.test_topk import INF, assert_same, both_strategies, divergence, every_divergence, keep
-from tests.support.cases import Case
+from tests.support.cases import Case, assert_same, both_strategies, every_divergence
 from tests.support.oracle import Options
+from tests.support.topk import INF, divergence, keep
 
 
 class TestConfidentTeachers:

@@ -1,34 +1,25 @@
-"""The roofline: passes counted from what eager PyTorch does, held against published figures, and its own closed forms."""
+"""The roofline: passes counted from what eager PyTorch does, and its own closed forms."""
 
 from __future__ import annotations
 
-import csv
-import functools
-import inspect
 import itertools
 import math
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels as kd
-from benchmarks import roofline as published
-from benchmarks.contenders import Problem, products
-from benchmarks.roofline import Row, Trace, median_error, rows
-from kdkernels.cli import main
 from kdkernels.cli.compare import Predicted, compare
 from kdkernels.divergences import resolve
-from kdkernels.planning import devices, roofline
-from kdkernels.planning.devices import DEVICES, NOMINAL_CPU, device
+from kdkernels.planning import roofline
+from kdkernels.planning.devices import DEVICES, NOMINAL_CPU
 from kdkernels.planning.roofline import (
     EAGER_TRAFFIC,
     Pass,
@@ -40,66 +31,12 @@ from kdkernels.planning.roofline import (
     total_flops,
     vocab_passes,
 )
-from tests.support import ROOT
+from tests.support.trace import Trace
 
 N, V, STUDENT, TEACHER = 512, 4096, 64, 96
 SIZES = (N, V, STUDENT, TEACHER)
 US, UT = 2 * N * V * STUDENT, 2 * N * V * TEACHER
 H100 = DEVICES["H100"]
-
-
-@pytest.fixture(scope="module")
-def found() -> list[Row]:
-    return rows()
-
-
-class TestPublished:
-    def test_eager_speeds_are_predicted_within_a_quarter(self, found: list[Row]) -> None:
-        assert median_error(found, "speed") <= 0.25
-
-    def test_no_eager_speed_is_far_off(self, found: list[Row]) -> None:
-        """Not on the devices whose rows MEMORY_EFFICIENCY is from, and less on the one that reaches less of its bandwidth."""
-        for row in found:
-            if row.eager and row.metric == "speed":
-                assert row.error < (0.3 if row.device == "NVIDIA B200" else 0.15), row
-
-    def test_eager_speeds_are_predicted_on_each_device(self, found: list[Row]) -> None:
-        for name in {row.device for row in found}:
-            assert median_error([row for row in found if row.device == name], "speed") <= 0.25, name
-
-    def test_eager_peaks_are_predicted(self, found: list[Row]) -> None:
-        assert median_error(found, "memory") <= 0.02
-
-    def test_peaks_of_losses_on_logits_are_exact(self, found: list[Row]) -> None:
-        peaks = [row for row in found if row.eager and row.metric == "memory" and row.kernel in published.LOGIT_LOSSES]
-        assert len(peaks) == 6 + 6 + 6 + 4
-        for row in peaks:
-            assert row.error < 0.003, row
-
-    def test_every_row_is_modelled_or_says_why_not(self, found: list[Row]) -> None:
-        assert len(found) == len(published.PUBLISHED.read_text().splitlines()) - 1 == 207
-        for row in found:
-            assert (row.predicted is None) == bool(row.reason), row
-            assert not (row.eager and row.reason), "every eager row is modelled"
-        said = {(row.kernel, row.provider) for row in found if row.reason}
-        assert said == set(published.NOT_MODELLED), "no reason for rows that are not there"
-
-    def test_every_figure_stands_in_a_column_that_says_predicted(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert published.main([]) == 0
-        shown = capsys.readouterr().out
-        assert "predicted" in shown.splitlines()[0]
-        assert shown.count("median relative error of the predicted") == 4
-        assert "not modelled:" in shown
-
-    def test_another_file_can_be_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert published.main(["--csv", str(tmp_path / "missing.csv")]) == 2
-        assert "missing.csv is not a file" in capsys.readouterr().err
-
-    def test_a_wrong_bandwidth_is_noticed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The bound on the error means something: half the bandwidth breaks it."""
-        for name in DEVICES:
-            monkeypatch.setitem(DEVICES, name, replace(DEVICES[name], bandwidth=DEVICES[name].bandwidth / 2))
-        assert median_error(rows(), "speed") > 0.25
 
 
 def kl(log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -317,16 +254,6 @@ class TestTiles:
         took = [seconds([replace(one, bytes=0.0, launches=0)], NOMINAL_CPU) for one in (whole, over)]
         assert took[1] == pytest.approx(took[0] * 129 / 128)
 
-    def test_the_row_that_the_efficiency_is_from_is_met(self) -> None:
-        """42 ms, rounded, for x, dH and dW of 8,192 tokens at the head of V = 151,936 and D = 4,096."""
-        with published.PUBLISHED.open(newline="") as file:
-            (row,) = (line for line in csv.DictReader(file) if line["provider"].startswith("bare head products"))
-        with Trace(0) as counted:
-            hidden, head = (torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta") for rows in (8192, 151_936))
-            logits = hidden @ head.t()
-            logits @ head, logits.t() @ hidden
-        assert round(seconds(counted.passes, H100) * 1e3) == float(row["median"]) == 42
-
 
 class TestRowKernel:
     def test_it_takes_as_long_as_its_bytes_or_its_instructions(self) -> None:
@@ -364,26 +291,6 @@ def test_a_kernel_that_multiplies_itself_is_counted_at_its_own_rate() -> None:
 
 
 class TestBareProducts:
-    @pytest.mark.parametrize("tokens", [100, 4096, 10_000])
-    def test_they_are_those_that_the_benchmarks_time(self, tokens: int) -> None:
-        shapes = (tokens, STUDENT), (V, STUDENT), (tokens, TEACHER), (V, TEACHER)
-        given = Problem(*(torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in shapes))
-        seen: list[tuple[tuple[int, ...], ...]] = []
-
-        class Products(TorchDispatchMode):
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                out = func(*args, **(kwargs or {}))
-                if func in (torch.ops.aten.mm.out, torch.ops.aten.addmm.out):
-                    left, right = args[-2:]
-                    seen.append((*left.shape, right.shape[1]))
-                return out
-
-        with Products():
-            products(given, roofline.PRODUCTS_BLOCK)()
-        passes = roofline.products_passes(tokens, V, STUDENT, TEACHER, torch.bfloat16)
-        modelled = [shape for step in passes for shape in [step.shape] * step.times if shape is not None]
-        assert sorted(seen) == sorted((rows, inner, columns) for rows, columns, inner in modelled)
-
     def test_of_what_learns(self) -> None:
         for learned, products_ in (
             ({}, 3 * US + UT),
@@ -409,120 +316,6 @@ class TestBareProducts:
                 assert (plan.products_seconds is None) == (plan.seconds is None)
                 if plan.seconds is not None:
                     assert 0 < plan.products_seconds <= plan.seconds
-
-
-class TestDevices:
-    def test_an_unknown_one_is_an_error_that_names_the_known(self) -> None:
-        with pytest.raises(ValueError, match=r"'H300'.*accepted: A100-40, A100-80, H100, .*, L40S, .*, RTX5090, .*, MI300X, cpu"):
-            device("H300")
-
-    def test_an_unknown_dtype_is_an_error_that_names_the_known(self) -> None:
-        with pytest.raises(ValueError, match=r"float64; accepted on H100: torch\.float32, torch\.bfloat16, torch\.float16"):
-            seconds([Pass(1.0, 0.0, torch.float64)], H100)
-
-    def test_an_unknown_divergence_is_an_error_that_names_the_known(self) -> None:
-        for passes in (eager_passes, tokens_passes, vocab_passes):
-            with pytest.raises(ValueError, match=r"'kl'.*forward_kl"):
-                passes(*SIZES, torch.float32, divergence="kl")
-
-    @pytest.mark.parametrize("name", DEVICES)
-    def test_figures_have_the_units_that_they_say(self, name: str) -> None:
-        one = device(name.lower())
-        assert one.name == name
-        assert 3e11 <= one.bandwidth <= 1e13
-        assert 1e13 <= one.rate(torch.float32) < one.rate(torch.bfloat16) == one.rate(torch.float16) <= 5e15
-        assert 20e9 <= one.memory <= 3e11
-        assert 6e6 <= one.cache <= 3e8
-        assert 1e-6 <= one.overhead <= 1e-5
-        # a lane multiplies and adds in one instruction; on an A100 half of them do, on an MI300X each does two
-        lanes = {"A100-40": 0.5, "A100-80": 0.5, "MI300X": 2.0}.get(name, 1.0)
-        assert one.issue == pytest.approx(one.rate(torch.float32) / 2 / lanes, rel=0.02)
-
-    @pytest.mark.parametrize(
-        ("called", "known"),
-        [
-            ("NVIDIA A100-SXM4-40GB", "A100-40"),
-            ("NVIDIA A100-PCIE-40GB", "A100-40"),
-            ("NVIDIA A100-SXM4-80GB", "A100-80"),
-            ("NVIDIA H100 80GB HBM3", "H100"),
-            ("NVIDIA H100 PCIe", "H100-PCIe"),
-            ("NVIDIA L4", "L4"),
-            ("NVIDIA L40", None),
-            ("NVIDIA L40S", "L40S"),
-            ("NVIDIA GeForce RTX 3090", "RTX3090"),
-            ("NVIDIA GeForce RTX 5090", "RTX5090"),
-            ("NVIDIA GeForce RTX 5090 Laptop GPU", None),
-            ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "RTXPRO6000"),
-            ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", None),
-            ("AMD Instinct MI300X", "MI300X"),
-        ],
-    )
-    def test_a_gpu_of_this_machine_is_known_by_what_torch_calls_it(
-        self, monkeypatch: pytest.MonkeyPatch, called: str, known: str | None
-    ) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: called)
-        devices.this_gpu.cache_clear()
-        found = devices.this_gpu(torch.device("cuda"))
-        devices.this_gpu.cache_clear()
-        assert (found and found.name) == known
-
-    def test_the_datasheets_of_what_people_rent_most(self) -> None:
-        """TB/s, Tflop/s in bfloat16 with sums in float32, GB."""
-        for name, figures in {"L40S": (0.864, 362.05, 48), "RTX5090": (1.792, 209.5, 32), "A100-40": (1.555, 312, 40)}.items():
-            one = DEVICES[name]
-            assert (one.bandwidth / 1e12, one.rate(torch.bfloat16) / 1e12, one.memory / 1e9) == figures
-
-    def test_the_readme_and_the_help_name_all_of_them(self, capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(SystemExit):
-            main(["plan", "--help"])
-        shown = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
-        assert f"{', '.join(DEVICES)}, or cpu" in shown
-        readme = " ".join((ROOT / "README.md").read_text().split())
-        assert f"({', '.join(DEVICES)}; `cpu` is this one)" in readme
-
-    def test_more_multiprocessors_leave_less_cache_for_a_row(self) -> None:
-        """Rows of 16,384 float32 were swept again from the cache of an H100 PCIe, and from the memory of an H100."""
-        assert DEVICES["H100-PCIe"].cached_row == 50_000_000 // (114 * 6) > 4 * 16_384
-        assert DEVICES["H100"].cached_row == 50_000_000 // (132 * 6) < 4 * 16_384
-
-    def test_this_processor_is_measured_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def took(run: Callable[[], object]) -> float:
-            """0.01 s for a copy, and for a chunk 4 ms for its heads and 1 ms a row."""
-            run()
-            if isinstance(run, functools.partial):
-                return 0.01
-            return 0.004 + 0.001 * len(inspect.getclosurevars(run).nonlocals["hidden"])
-
-        monkeypatch.setattr(devices, "_best_seconds", took)
-        devices.measured_cpu.cache_clear()
-        try:
-            one = device("cpu")
-            assert device("CPU") is one
-            head = 16_384 * 512
-            assert one.rate(torch.float32) == pytest.approx(8 * head / 0.001)
-            assert one.operand_bandwidth[torch.float32] == pytest.approx((3 * 4 + 8) * head / 0.004)
-            assert one.bandwidth == pytest.approx(2 * 32 * 2**20 / 0.01)
-            assert seconds([Pass(one.rate(torch.float32), 0, launches=0)], one) == pytest.approx(1.0), "nothing is taken off"
-        finally:
-            devices.measured_cpu.cache_clear()
-
-    def test_a_processor_multiplies_when_the_operands_are_there_and_a_gpu_meanwhile(self) -> None:
-        work = Pass(0.25 * NOMINAL_CPU.rate(torch.float32), 0.5 * NOMINAL_CPU.operand_bandwidth[torch.float32], launches=0)
-        assert seconds([work], NOMINAL_CPU) == pytest.approx(0.75)
-        meanwhile = replace(NOMINAL_CPU, operand_bandwidth={}, bandwidth=NOMINAL_CPU.operand_bandwidth[torch.float32])
-        assert seconds([work], meanwhile) == pytest.approx(0.5)
-        assert seconds([Pass(0.0, NOMINAL_CPU.bandwidth, launches=0)], NOMINAL_CPU) == pytest.approx(1.0), "as a copy"
-        assert not any(gpu.operand_bandwidth for gpu in DEVICES.values())
-
-    def test_this_processor_is_measured(self) -> None:
-        one = device("cpu")
-        assert one.measured
-        assert set(one.rates) == {torch.float32, torch.bfloat16, torch.float16}
-        assert 1e7 < one.bandwidth < 1e13
-        assert all(1e7 < rate < 1e15 for rate in one.rates.values())
-        assert set(one.operand_bandwidth) == set(one.rates)
-        assert all(1e7 < rate < 1e13 for rate in one.operand_bandwidth.values())
 
 
 class TestCompare:

@@ -23,21 +23,16 @@ from types import ModuleType
 import pytest
 
 import kdkernels as kd
-from benchmarks.readme import README
 from kdkernels.cli import commands as cli
 from kdkernels.errors import CommandError, to_install
 from kdkernels.transformers.distill.configuration import merged
 from kdkernels.transformers.distill.options import BY_NAME
+from tests.support import README, ROOT
+from tests.support.pages import blocks
 
-ROOT = README.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, *DOCS]
 every_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
-
-
-def blocks(page: Path) -> list[tuple[str, str]]:
-    """Language and content of each fenced block."""
-    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def prose(page: Path) -> str:

@@ -54,7 +54,6 @@ if {no_extension!r}:
 LOSS = """
 import torch
 import kdkernels as kd
-from tests.support import ROOT
 torch.manual_seed(0)
 hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(37, 8, requires_grad=True)
 loss, metrics = kd.linear_kd_loss(
@@ -83,7 +82,6 @@ def test_without_the_extension_every_operator_still_keeps_its_contract() -> None
     import torch
     import kdkernels as kd
     from kdkernels.backends import native
-from tests.support import ROOT
 
     assert kd.backend() == "reference"
     assert native.instruction_sets() == ()
@@ -275,7 +273,7 @@ def test_the_source_distribution_installs_with_its_extension(tmp_path: Path) -> 
     unpacked = tmp_path / sdist.name.removesuffix(".tar.gz")
     held = {str(file.relative_to(unpacked)) for file in unpacked.rglob("*") if file.is_file()}
     sources = {str(file.relative_to(ROOT)) for part in ("csrc", "kdkernels") for file in (ROOT / part).rglob("*")
-               if file.suffix in (".py", ".cpp", ".h", ".typed")}  # fmt: skip
+               if file.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".typed")}  # fmt: skip
     besides = {"setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "PKG-INFO", "setup.cfg"}
     assert {name for name in held if not name.startswith("kdkernels.egg-info/")} == sources | besides
 

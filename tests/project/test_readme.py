@@ -1,4 +1,4 @@
-"""The README's code runs and does what the text around it says, and its figures are those of the results files."""
+"""The README's code runs and does what the text around it says."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 import transformers
 
 import kdkernels as kd
-from benchmarks import readme, roofline
 from kdkernels.planning.devices import device_names
 from kdkernels.transformers import KDConfig, KDTrainer
-from tests.project.test_docs import blocks
+from tests.support import README
+from tests.support.pages import blocks
 from tests.support.tiny_models import build
 
-TEXT = readme.README.read_text()
-CODE = [content for language, content in blocks(readme.README) if language == "python"]
+TEXT = README.read_text()
+CODE = [content for language, content in blocks(README) if language == "python"]
 # What each block is known by. Two take models of the reader's or another library: tests/transformers/test_trainer.py and
 # tests/compat/test_trl.py run those.
 HAD, STEP, TRAINER, LOOP, SWAP = "# You had", "TAIDSchedule(", "KDTrainer(", "hidden_states(student, batch)", "kdkernels.compat"
@@ -32,10 +32,6 @@ def block(known_by: str) -> str:
 
 def test_every_block_is_known() -> None:
     assert [sum(known in content for known in (HAD, STEP, TRAINER, LOOP, SWAP)) for content in CODE] == [1] * len(CODE)
-
-
-def test_the_tables_come_from_the_results_files() -> None:
-    assert readme.updated(TEXT) == TEXT, "run python -m benchmarks.readme"
 
 
 def test_the_two_sides_of_you_had_you_write_agree() -> None:
@@ -111,14 +107,3 @@ def test_the_options_that_it_lists_are_those_of_the_loss() -> None:
     named = [name for row in rows for name in re.findall(r"`(\w+)(?:=\"\w+\")?`", row.split("|")[1])]
     assert len(named) > 5
     assert set(named) <= {"labels", *kd.linear_kd_loss.__kwdefaults__}
-
-
-def test_the_median_errors_of_the_roofline_are_what_its_command_prints() -> None:
-    found = roofline.rows()
-    shown = re.search(r"<!-- roofline -->(.*?)<!-- end -->", TEXT, re.DOTALL)
-    assert shown is not None
-    for eager, what in ((True, "eager rows"), (False, "rows of Liger's kernels")):
-        counted = [row for row in found if row.metric == "speed" and row.eager == eager and not row.reason]
-        assert (
-            f"{roofline.median_error(found, 'speed', eager=eager):.1%} for the {len(counted)} {what}".replace("%", " %") in shown[1]
-        )

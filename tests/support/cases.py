@@ -26,6 +26,15 @@ INSTRUCTION_SETS = ("avx512", "avx2", "plain")
 BLOCK_VARIANTS = ("reference", *INSTRUCTION_SETS)
 VARIANTS = (*BLOCK_VARIANTS, "triton", "reference-vocab", "native-vocab", "triton-vocab")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (*NATIVE_DTYPES, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+# The divergences that are most used.
+MAIN = ("forward_kl", "reverse_kl", "jsd")
+# Standard deviations of logits.
+SPREADS = (1.0, 10.0, 30.0)
+both_strategies = pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+every_divergence = pytest.mark.parametrize("name", kd.divergences())
+every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
 def choices(variants: tuple[str, ...]) -> list[tuple[str, torch.dtype]]:
@@ -107,6 +116,19 @@ class InsideOperators(TorchDispatchMode):
             made = func(*args, **(kwargs or {}))
         self.after(func._schema.name, made)
         return made
+
+
+class Recorder(InsideOperators):
+    """Keeps the arguments of every operator of the library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple[Any, ...]] = {}
+
+    def before(self, name: str, args: tuple[Any, ...]) -> None:
+        if name.startswith("kdkernels::"):
+            kept = tuple(arg.detach().clone() if isinstance(arg, Tensor) else arg for arg in args)
+            self.calls[name.removeprefix("kdkernels::")] = kept
 
 
 @dataclass(frozen=True)
@@ -267,3 +289,31 @@ def assert_as_good_as_eager(compared: dict[Any, dict[str, float]]) -> None:
         assert over[worst] <= 2, f"{name}: error {over[worst]:.3g} times what it may be at {worst}"
         together = (sum(ratio**2 for ratio in over.values()) / len(over)) ** 0.5
         assert together <= 1, f"{name}: error {together:.3g} times what it may be over {len(over)} settings"
+
+
+def assert_same(found: Any, right: Any) -> None:
+    for one, other in zip(found, right, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_close(found: Result, right: Result, share: float) -> None:
+    """Within a share of each result's largest entry."""
+    for name, value in right.items():
+        atol = share * value.double().abs().max().item() if value.numel() else 0.0
+        torch.testing.assert_close(
+            found[name].double(), value.double(), rtol=0, atol=atol, msg=lambda text, of=name: f"{of}: {text}"
+        )
+
+
+def yardsticks(exact: list[Result], eager: list[Result], t: float, dtype: torch.dtype) -> tuple[list[Result], list[Result]]:
+    """The exact results, and eager's in ``dtype``, from the float64 oracle and from an eager run in at most float32."""
+    if t == 0.0:  # the target is the student, so everything is 0; the oracle's own rounding need not count
+        exact = [{name: torch.zeros_like(value) for name, value in right.items()} for right in exact]
+    if dtype != torch.float64:
+        return exact, eager
+    # Nothing here is more exact than float64: eager's error is float32's times the ratio of roundings, twice for the oracle's own.
+    ratio = 4 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return exact, [
+        {name: right[name] + ratio * (found[name].double() - right[name]) for name in right}
+        for right, found in zip(exact, eager, strict=True)
+    ]

@@ -16,7 +16,7 @@ import transformers
 from kdkernels.errors import CommandError
 from kdkernels.transformers.batches.layout import IGNORED
 from kdkernels.transformers.data import Prepared, prepare
-from tests.transformers.test_data import CHAT, TEMPLATE, learned, put, tokenizer
+from tests.support.data import CHAT, TEMPLATE, learned, put, tokenizer
 
 # As Qwen3 has them: thinking stays in answers to the last question alone, and calls are JSON in tags.
 THINKING = """

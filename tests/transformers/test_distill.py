@@ -33,8 +33,8 @@ from kdkernels.transformers.distill.run import last_checkpoint
 from kdkernels.transformers.load import load_model, load_tokenizer
 from kdkernels.transformers.methods import methods
 from tests.support import ROOT
+from tests.support.data import CHAT, put, tokenizer
 from tests.support.tiny_models import build
-from tests.transformers.test_data import CHAT, put, tokenizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),

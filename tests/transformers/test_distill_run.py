@@ -39,7 +39,7 @@ from kdkernels.transformers.distill.configuration import merged
 from kdkernels.transformers.distill.options import BY_NAME
 from kdkernels.transformers.distill.run import last_checkpoint
 from kdkernels.transformers.load import load_model, load_tokenizer
-from tests.transformers.test_data import put
+from tests.support.data import put
 from tests.transformers.test_distill import TEXT, arguments, given, offline, pytestmark, refusal, weights  # noqa: F401
 
 

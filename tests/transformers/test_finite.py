@@ -21,11 +21,9 @@ from kdkernels.transformers import KDConfig, KDTrainer, verify_lm_head, write_ca
 from kdkernels.transformers.finite import NotFinite, Watch, check_weights  # noqa: E402
 from kdkernels.transformers.load import load_model  # noqa: E402
 from kdkernels.transformers.online import OnlineTeacher  # noqa: E402
+from tests.support.data import put, tokenizer  # noqa: E402
 from tests.support.tiny_models import build  # noqa: E402
-from tests.transformers.test_data import put, tokenizer  # noqa: E402
 from tests.transformers.test_trainer import ACCUMULATED, BATCH, STEPS, examples, logs, settings, weights  # noqa: E402
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 
 NAN, INFINITE = float("nan"), float("inf")
 SPOTS = {  # in a row that the probe does not read, in one that every token goes through, in the head

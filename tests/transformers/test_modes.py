@@ -19,8 +19,6 @@ from kdkernels.transformers.load import is_causal  # noqa: E402
 from tests.support.tiny_models import batch, build  # noqa: E402
 from tests.transformers.test_trainer import BATCH, examples, logs, settings, weights  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
-
 
 class Quantised(nn.Linear):
     """As those of bitsandbytes on a CPU: scales in an object on the weight, and once it runs in evaluation mode without gradients,

@@ -4,97 +4,25 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+
+from tests.support.writing import Parrot, data, lively, most_likely, responses, rows, written
 
 transformers = pytest.importorskip("transformers")
-
 from kdkernels.transformers.on_policy import OnPolicy  # noqa: E402
 from tests.support.tiny_models import VOCAB, build  # noqa: E402
 
-# peft 0.21 and transformers 5.23 together
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
-
 Z = 5.0  # standard deviations that a count may be off: less than once in a million counts by chance
-
-
-def lively(name: str, **more: Any) -> Any:
-    """A tiny model whose most likely token changes from place to place: a tied head would say its input again, a bias its own."""
-    model = build(name, tie_word_embeddings=False, **more)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=1.0, generator=generator)
-            elif key.endswith("bias"):
-                parameter.normal_(std=0.1, generator=generator)
-    return model
 
 
 @pytest.fixture(scope="module")
 def llama() -> Any:
     return lively("llama")
-
-
-def data(prompts: tuple[int, ...] = (3, 6, 1), responses: tuple[int, ...] = (4, 2, 5), left: bool = False) -> dict[str, Tensor]:
-    """Rows of random tokens with prompts and responses of these lengths, padded with a token that is no padding elsewhere."""
-    generator = torch.Generator().manual_seed(len(prompts))
-    width = max(p + r for p, r in zip(prompts, responses, strict=True)) + 1
-    ids = torch.full((len(prompts), width), 7)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        length = prompt + response
-        place = slice(width - length, width) if left else slice(0, length)
-        ids[row, place] = torch.randint(3, VOCAB, (length,), generator=generator)
-        mask[row, place] = 1
-        labels[row, place] = ids[row, place]
-        labels[row, place][:prompt] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def rows(batch: dict[str, Tensor]) -> list[list[int]]:
-    return [ids[mask != 0].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-
-
-def responses(batch: dict[str, Tensor]) -> list[list[int]]:
-    return [ids[label != -100].tolist() for ids, label in zip(batch["input_ids"], batch["labels"], strict=True)]
-
-
-@torch.no_grad()
-def most_likely(model: Any, prompt: list[int], tokens: int, allowed: int = VOCAB) -> list[int]:
-    """The model's own continuation, from whole forwards of one unpadded row without a cache."""
-    text = list(prompt)
-    for _ in range(tokens):
-        logits = model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1]
-        text.append(int(logits[:allowed].argmax()))
-    return text[len(prompt) :]
-
-
-def written(model: Any, batch: dict[str, Tensor], rank: int = 0, step: int = 0, **options: Any) -> dict[str, Tensor]:
-    found, source = OnPolicy(1.0, **options).batch(model, batch, step=step, micro=0, progress=0.0, rank=rank)
-    assert source == "generated"
-    return found
-
-
-class Parrot(nn.Module):
-    """Writes one token: how often it was asked before. For tests about the choice, not the text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.config, self.generation_config, self.asked = None, None, 0
-
-    def generate(self, input_ids: Tensor, **_: Any) -> Tensor:
-        assert not torch.is_grad_enabled()
-        self.asked += 1
-        return torch.cat([input_ids, torch.full_like(input_ids[:, :1], self.asked - 1)], -1)
 
 
 # ---- the text ----
@@ -495,69 +423,6 @@ def test_a_compiled_model_writes_without_being_compiled(llama: Any) -> None:
     inside.compile(backend=refuse)
     for model in (torch.compile(llama, backend=refuse), inside):
         assert rows(written(model, data(), max_new_tokens=3)) == rows(written(llama, data(), max_new_tokens=3))
-
-
-DISTRIBUTED = """
-import sys
-import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from tests.transformers.test_on_policy import *
-
-torch.set_num_threads(1)
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-
-
-def sharded(model):
-    for layer in model.model.layers:
-        fully_shard(layer)
-    return fully_shard(model)
-
-
-# Each rank's text is what the model writes alone; where one has nothing to write, or ends early, the other goes on.
-silent = data()
-silent["labels"].fill_(-100)
-free = responses(written(lively("llama"), data(), top_k=1, max_new_tokens=6))
-for wrap, synced in ((DistributedDataParallel, False), (sharded, True)):
-    wrapped = wrap(lively("llama"))
-    for batch, ends in ((data(), []), (data() if rank else silent, []), (data(), [one[0] for one in free] if rank else [])):
-        options = {"eos_token_id": ends or None, "max_new_tokens": 6, "top_k": 1}
-        found, source = OnPolicy(1.0, **options).batch(wrapped, batch, step=0, micro=0, progress=0.0, rank=rank, synced=synced)
-        if batch is silent:
-            assert source == "data"
-        else:
-            assert rows(found) == rows(written(lively("llama"), batch, rank=rank, **options))
-    wrapped(**found).loss.backward()
-
-# One rank's prompts have one length, the other's three: of a model that is asked once for each.
-found, _ = OnPolicy(1.0, top_k=1, max_new_tokens=4).batch(
-    lively("rwkv"), data((3, 6, 1) if rank else (2, 2, 2)), step=0, micro=0, progress=0.0, rank=rank, synced=True
-)
-assert [len(one) for one in responses(found)] == [4, 4, 4]
-
-# A buffer counts as full when all are.
-writer, half = OnPolicy(1.0, schedule="adaptive", replay_size=6), data()
-half["labels"][rank:] = -100  # nothing to write on rank 0, one row on rank 1
-sources = []
-for step in range(4):
-    sources.append(writer.batch(Parrot(), data() if rank == 0 or step else half, step=step, micro=0, progress=1.0, rank=rank)[1])
-assert sources == ["generated"] * 3 + ["replayed"], sources
-dist.barrier()
-dist.destroy_process_group()
-os._exit(0)  # threads of gloo that outlive the group may ask for the interpreter while it ends, which aborts
-"""
-
-
-def test_ranks_write_together_under_ddp_and_fsdp(tmp_path: Any) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", DISTRIBUTED]
-    started = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")], env=environment) for rank in (0, 1)]
-    try:
-        assert [process.wait(timeout=120) for process in started] == [0, 0]
-    finally:
-        for process in started:
-            process.kill()
 
 
 # ---- what is refused ----

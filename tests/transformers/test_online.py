@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import kdkernels as kd
+from tests.support.online import ADAMW, assert_same, backward, contents, lively, losses, teach
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-
 from kdkernels.transformers import hidden_states, lm_head  # noqa: E402  (needs what the lines above look for)
 from kdkernels.transformers.online import OnlineTeacher, query_value_modules  # noqa: E402
 from tests.support.tiny_models import MODELS, batch, build, labels  # noqa: E402
@@ -46,64 +42,12 @@ ATTENTION: dict[str, tuple[str, tuple[str, ...]]] = {
     "modernbert_decoder": ("model.layers.{}.attn", SEPARATE),
 }
 WITHOUT = ("mamba", "rwkv")
-# Options as a student has them: the rate and the decay in them are not the teacher's.
-ADAMW: tuple[Any, dict[str, Any]] = (torch.optim.AdamW, {"betas": (0.8, 0.9), "lr": 7.0, "weight_decay": 7.0})
 
 
 def expected_names(family: str) -> list[str]:
     attention, names = ATTENTION[family]
     layers = (1,) if family == "recurrent_gemma" else (0, 1)
     return [f"{attention.format(layer)}.{name}" for layer in layers for name in names]
-
-
-def lively(teacher: OnlineTeacher, seed: int = 3) -> OnlineTeacher:
-    """With B that is not zero, so that every part has a gradient."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in teacher.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return teacher
-
-
-def teach(model: Any = None, learning_rate: float = 1e-2, **options: Any) -> OnlineTeacher:
-    teacher = OnlineTeacher(build("llama", seed=5) if model is None else model, **{"rank": 3, **options})
-    teacher.optimize_with(*ADAMW, learning_rate)
-    return teacher
-
-
-def losses(student: Any, teacher: OnlineTeacher, seed: int = 1) -> kd.OKDLoss:
-    inputs = batch(seed)
-    models = [part for model in (student, teacher.model) for part in (hidden_states(model, inputs), lm_head(model))]
-    return kd.linear_okd_loss(*models, labels(inputs), return_metrics=True)
-
-
-def backward(teacher: OnlineTeacher, seed: int = 1, scale: float = 1.0) -> None:
-    """From a loss of the teacher's logits alone."""
-    inputs = batch(seed)
-    logits = teacher.model(**inputs, use_cache=False).logits
-    (nn.functional.cross_entropy(logits.flatten(0, 1), labels(inputs).flatten()) * scale).backward()
-
-
-def contents(teacher: OnlineTeacher) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in teacher.named_parameters().items()}
-
-
-def assert_same(found: Any, expected: Any) -> None:
-    """Bit for bit, through dictionaries and sequences."""
-    assert type(found) is type(expected)
-    if isinstance(expected, Tensor):
-        assert found.dtype == expected.dtype
-        assert torch.equal(found, expected)
-    elif isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        for key in expected:
-            assert_same(found[key], expected[key])
-    elif isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected)
-        for pair in zip(found, expected, strict=True):
-            assert_same(*pair)
-    else:
-        assert found == expected
 
 
 # what is adapted
@@ -453,128 +397,6 @@ def test_unloading_gives_the_model_back_as_it_was(family: str) -> None:
     assert_same(dict(model.state_dict()), dict(values))
     assert torch.equal(model.eval()(**inputs).logits, build(family)(**inputs).logits)
     OnlineTeacher(model, rank=2)  # a second time, without a word of peft's
-
-
-# several processes
-
-DISTRIBUTED = """
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-import safetensors.torch
-from tests.transformers.test_online import *
-
-rank, store = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-mesh = init_device_mesh("cpu", (2,))
-
-
-def assert_same_in_both(state):
-    both = [None, None]
-    dist.all_gather_object(both, state)
-    assert_same(both[0], both[1])
-
-
-def training(family, dtype, sharded, state=None):
-    teacher = OnlineTeacher(build(family, seed=5).to(dtype), rank=3)
-    if sharded:
-        teacher.checkpoint_activations()
-        teacher.shard(mesh)
-        assert len([m for m in teacher.model.modules() if type(m).__name__.startswith("FSDP")]) == 3
-        assert all(hasattr(parameter, "device_mesh") for parameter in teacher.parameters())
-    teacher.optimize_with(*ADAMW, 1e-2)
-    if state is not None:
-        teacher.load_state_dict(state)
-    return teacher
-
-
-def step(teacher, seed):
-    student = build("llama", seed=2).to(teacher.model.dtype)
-    losses(student, teacher, seed + 10 * rank).teacher.backward()
-    return teacher.step(1.0, 0.5)
-
-
-def alone(teacher, seed):
-    # Both processes' batches in one: the mean of their losses, clipped and stepped without the code under test
-    student = build("llama", seed=2).to(teacher.model.dtype)
-    for other in range(2):
-        (losses(student, teacher, seed + 10 * other).teacher / 2).backward()
-    parameters = teacher.parameters()
-    norm = torch.cat([p.grad.flatten() for p in parameters]).square().sum().sqrt()
-    for p in parameters:
-        p.grad *= min(1.0, 0.5 / float(norm))
-    teacher._optimizer.step()
-    teacher._optimizer.zero_grad()
-    return norm
-
-
-for family, dtype, sharded in (("llama", torch.float64, False), ("gpt2", torch.float64, True), ("llama", torch.bfloat16, True)):
-    expected, teacher = training(family, dtype, False), training(family, dtype, sharded)
-    for seed in range(3):
-        expected_norm, norm = alone(expected, seed), step(teacher, seed)
-        assert not hasattr(norm, "full_tensor")
-        if dtype is torch.float64:
-            torch.testing.assert_close(norm, expected_norm, rtol=1e-6, atol=0)
-    state = teacher.state_dict()
-    if dtype is torch.float64:
-        torch.testing.assert_close(state["lora"], expected.state_dict()["lora"], rtol=1e-4, atol=1e-7)
-    assert_same_in_both(state)
-    assert {type(tensor) for tensor in state["lora"].values()} == {Tensor}
-
-    # interrupted = uninterrupted, and the same state in shards and whole
-    teacher_again = training(family, dtype, sharded, torch.load(save_to(state, f"{store}.{rank}"), weights_only=True))
-    assert_same(teacher_again.state_dict(), state)
-    whole_teacher = training(family, dtype, False, state)
-    assert_same(whole_teacher.state_dict(), state)
-    for seed in range(3, 5):
-        assert torch.equal(step(teacher_again, seed), step(teacher, seed))
-    assert_same(teacher_again.state_dict(), teacher.state_dict())
-
-    # a scaled loss that overflows in one process is left out by both
-    before = teacher.state_dict()
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    scaler.scale(torch.ones(()))
-    backward(teacher, 1, float("inf") if rank == 1 else 1024.0)
-    teacher.step(1.0, 0.5, scaler)
-    scaler.update()
-    assert scaler.get_scale() == 512.0
-    assert_same(teacher.state_dict()["lora"], before["lora"])
-
-    teacher.save(f"{store}.adapter")
-    dist.barrier()
-    saved = safetensors.torch.load_file(f"{store}.adapter/adapter_model.safetensors")
-    assert_same(list(saved.values()), [before["lora"][name.replace(".weight", ".default.weight")] for name in saved])
-    dist.barrier()
-
-    if not sharded:  # a parameter that took part in one process only
-        first = next(iter(teacher.named_parameters()))
-        backward(teacher, rank)
-        if rank == 1:
-            teacher.parameters()[0].grad = None
-        teacher.step(1.0, None)
-        after = teacher.state_dict()
-        assert_same_in_both(after)
-        assert not torch.equal(after["lora"][first], before["lora"][first])
-dist.destroy_process_group()
-"""
-
-
-def save_to(state: Any, path: str) -> str:
-    torch.save(state, path)
-    return path
-
-
-def test_two_processes_train_one_teacher_plain_and_sharded(tmp_path: Any) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    started = [
-        subprocess.Popen([sys.executable, "-c", DISTRIBUTED, str(rank), str(tmp_path / "store")], env=environment)
-        for rank in (0, 1)
-    ]
-    try:
-        assert [process.wait(timeout=300) for process in started] == [0, 0]
-    finally:
-        for process in started:
-            process.kill()
 
 
 # what is refused

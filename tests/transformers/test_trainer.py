@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import kdkernels as kd
-from benchmarks.readme import README
-from tests.support import oracle
+from tests.support import README, oracle
 from tests.support.oracle import Options
 
 transformers = pytest.importorskip("transformers")

@@ -17,8 +17,6 @@ pytest.importorskip("transformers")
 from kdkernels.transformers import KDTrainer
 from tests.transformers.test_trainer import BATCH, examples, logs, models, settings, weights
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
-
 RANKS, STEPS = 2, 4
 METHODS: dict[str, dict[str, Any]] = {
     "taid": {"method": "taid", "taid_alpha": 0.1},

@@ -151,7 +151,7 @@ def _read(file: Path) -> bytes | None:
 
 
 def _write(file: Path, content: bytes) -> None:
-    """In one move, with a digest in front: whoever reads meanwhile finds all of it or none. No error where nothing can be written."""
+    """In one move, with a digest in front: whoever reads meanwhile finds all of it or none. Where it cannot be, no error."""
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=file.parent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ WEIGH = {"": 0, "target": 1, "student": 2}
 # What a block holds in shared memory besides its slices, at most; 1 KiB of it the system's.
 REST = 4096
 OPTIONS = ("--std=c++17",)
+logger = logging.getLogger(__name__)
+Macros = tuple[tuple[str, int | str], ...]  # names and values
 
 
 class Head(ctypes.Structure):
@@ -113,34 +116,52 @@ def _sources() -> tuple[str, str]:
     return (folder / "math.cuh").read_text(), (folder / "rows.cu").read_text()
 
 
-def source(divergence: str, macros: dict[str, int | str]) -> str:
+def source(divergence: str, macros: Macros, shape: Shape) -> str:
     """What a compiler gets for a kernel."""
     math, rows = _sources()
     pair = functors.functor(importlib.import_module("kdkernels.divergences"), divergence)
-    return "\n".join([*(f"#define {name} {value}" for name, value in macros.items()), math, pair, rows])
+    sizes = {"CLUSTER": shape.cluster, "SLICE": shape.slice, "WARPS": shape.warps, "CHUNK": shape.chunk, "BLOCKS": shape.blocks}
+    defined = [*macros, *((f"KD_{name}", value) for name, value in sizes.items())]
+    return "\n".join([*(f"#define {name} {value}" for name, value in defined), math, pair, rows])
 
 
 @functools.cache
-def _kernel(
-    divergence: str, macros: tuple[tuple[str, int | str], ...], shape: Shape, device: torch.device
-) -> tuple[compile.Kernel, int]:
+def _kernel(divergence: str, macros: Macros, shape: Shape, device: torch.device) -> tuple[compile.Kernel, int]:
     """The kernel, and how many of its clusters the device runs at the same time: none where it has no cluster of that size."""
-    sized = {"KD_CLUSTER": shape.cluster, "KD_SLICE": shape.slice, "KD_WARPS": shape.warps, "KD_CHUNK": shape.chunk}
-    text = source(divergence, {**dict(macros), **sized, "KD_BLOCKS": shape.blocks})
+    text = source(divergence, macros, shape)
     major, minor = torch.cuda.get_device_capability(device)
     kernel = compile.Kernel(compile.cubin(text, OPTIONS, f"sm_{major}{minor}"), "row_loss", shape.shared, shape.cluster)
     return kernel, kernel.clusters(shape.cluster, shape.threads, shape.shared)
 
 
-def wanted() -> bool:
-    return os.environ.get("KDKERNELS_ROWS") == "cluster"
+# Where KDKERNELS_ROWS says nothing it runs on the compute capability of the device that every check passed on
+# (benchmarks/results/gpu-h100.jsonl).
+PROVED = (9, 0)
+CHOICES = ("cluster", "triton")
+# Of each device that the kernel could not be compiled for or started on: why.
+_given_up: dict[torch.device, str] = {}
 
 
 def why_not(device: torch.device) -> str:
-    """Why Triton's kernel does the rows of a device; empty where this one does."""
-    if not wanted():
-        return "KDKERNELS_ROWS=cluster is not set"
-    return compile.missing(device)
+    """Why Triton's kernel does the rows of a device; empty where this one does. Raises ValueError for an unknown KDKERNELS_ROWS."""
+    asked = os.environ.get("KDKERNELS_ROWS") or None
+    if asked not in (None, *CHOICES):
+        raise ValueError(f"KDKERNELS_ROWS is {asked!r}; accepted: {', '.join(CHOICES)}, or nothing for the library's choice")
+    if asked == "triton":
+        return "KDKERNELS_ROWS=triton"
+    why = compile.missing(device) or _given_up.get(device, "")
+    if why or asked == "cluster" or torch.cuda.get_device_capability(device) == PROVED:
+        return why
+    return "never run on a GPU of this kind; KDKERNELS_ROWS=cluster takes it all the same"
+
+
+def _give_up(device: torch.device, error: Exception) -> None:
+    _given_up[device] = str(error)
+    logger.warning(
+        "kdkernels: the cluster row kernel cannot run on %s, so Triton's does its work: the results are as exact, a loss takes up "
+        "to a tenth longer. %s",
+        *(device, error),
+    )
 
 
 def _takes(x: Tensor, z: Tensor, dx: Tensor | None, kd_scale: float, metrics: bool) -> bool:
@@ -228,9 +249,13 @@ def row_loss(
         *(rows, vocab, shape.slice),
     )
     with torch.cuda.device(x.device):
-        kernel, clusters = _kernel(divergence, tuple(macros.items()), shape, x.device)
-        if clusters == 0:
+        try:
+            kernel, clusters = _kernel(divergence, tuple(macros.items()), shape, x.device)
+            if clusters == 0:
+                return None
+            grid = min(rows, clusters) * shape.cluster
+            kernel.launch(grid, shape.threads, shape.shared, torch.cuda.current_stream().cuda_stream, (arguments,))
+        except (compile.CompileError, compile.DriverError, OSError) as error:
+            _give_up(x.device, error)
             return None
-        grid = min(rows, clusters) * shape.cluster
-        kernel.launch(grid, shape.threads, shape.shared, torch.cuda.current_stream().cuda_stream, (arguments,))
     return columns

@@ -23,8 +23,9 @@ from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS
 from kdkernels.backends.products import HeadProducts
 from kdkernels.backends.triton import autotune, blocks, device, launch
 
-# Programs in flight that fill every GPU of the table several times over, so that the vocabulary is split where tokens are few.
-PROGRAMS = 1024
+# Programs in flight that fill every GPU of the table a few times over, so that the vocabulary is split where tokens are few. Each
+# split keeps statistics of its own, so that more of them take memory.
+PROGRAMS = 512
 
 
 @triton.jit

@@ -1,0 +1,87 @@
+"""The cluster row kernel compiled by NVRTC without a GPU: part of ``make static`` (static.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+
+import kdkernels as kd
+from kdkernels.backends.cuda import compile, rows
+from kdkernels.divergences import resolve
+
+# Of Llama 3, whose slices leave room for three blocks on a multiprocessor, and of Qwen 3, whose do not.
+VOCABULARIES = (128256, 151936)
+ROWS = 2
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """blocks: of a cluster, times the columns of each. registers: of a thread. spilled: bytes out and in. shared: bytes of a block.
+    warps: of a block, the producer's too."""
+
+    label: str
+    blocks: str
+    registers: int
+    spilled: int
+    shared: int
+    warps: int
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[tuple[str, rows.Macros, rows.Shape]]]:
+    """What the launcher asks the compiler for, instead of running it; CPU tensors stand for a GPU's."""
+    found: list[tuple[str, rows.Macros, rows.Shape]] = []
+
+    def kernel(divergence: str, macros: rows.Macros, shape: rows.Shape, _: torch.device) -> tuple[Any, int]:
+        found.append((divergence, macros, shape))
+        return mock.Mock(), 1
+
+    with (
+        mock.patch.object(rows, "_kernel", kernel),
+        mock.patch.object(rows, "why_not", return_value=""),
+        mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
+        mock.patch.object(torch.cuda, "current_stream"),
+    ):
+        yield found
+
+
+def launches(dtype: torch.dtype, of_block: int, of_multiprocessor: int) -> list[tuple[str, rows.Macros, rows.Shape]]:
+    """Every divergence with nothing and with everything that a loss can have, in both cuts. dtype: of dx."""
+    with recorded() as found:
+        for vocab in VOCABULARIES:
+            x, z, dx = torch.empty(ROWS, vocab), torch.empty(ROWS, vocab), torch.empty(ROWS, vocab, dtype=dtype)
+            bias, labels = torch.empty(vocab), torch.zeros(ROWS, dtype=torch.int64)
+            with mock.patch.object(rows, "_shape", return_value=rows.shape_of(vocab, of_block, of_multiprocessor)):
+                for name in kd.divergences():
+                    weights, a = (torch.ones(ROWS), torch.ones(()), name), resolve(name).a
+                    rows.row_loss(x, z, None, None, None, *weights, a, 1.0, 1.0, 0.0, [1.0, 0.0, 1.0, 0.0], dx, False)
+                    rows.row_loss(x, z, bias, bias, labels, *weights, a, 2.0, 1.0, 0.5, [0.5, 30.0, 0.5, 30.0], dx, False)
+    return found
+
+
+def compiled(divergence: str, macros: rows.Macros, shape: rows.Shape, architecture: str) -> Kernel:
+    options = (*rows.OPTIONS, "--ptxas-options=-v")
+    _, log = compile.compiled(rows.source(divergence, macros, shape), options, architecture)
+    registers, static = (
+        int(found[1]) if (found := re.search(form, log)) else 0 for form in (r"Used (\d+) reg", r"(\d+) bytes smem")
+    )
+    dressing = "" if dict(macros)["KD_CE"] else ", plain"
+    return Kernel(
+        divergence + dressing,
+        f"{shape.cluster} x {shape.slice}",
+        registers,
+        sum(map(int, re.findall(r"(\d+) bytes spill", log))),
+        shape.shared + static,
+        shape.threads // 32,
+    )
+
+
+def kernels(architecture: str, dtype: torch.dtype, of_block: int, of_multiprocessor: int) -> list[Kernel]:
+    """of_block, of_multiprocessor: bytes of shared memory."""
+    return [compiled(*launch, architecture) for launch in launches(dtype, of_block, of_multiprocessor)]
