@@ -14,7 +14,7 @@ from tests.support.batches import APART, A, B, both_ways, gpt2, llama, loss, one
 
 transformers = pytest.importorskip("transformers")
 from kdkernels.transformers import TopKCache, write_cache  # noqa: E402
-from kdkernels.transformers.batches import Inputs  # noqa: E402
+from kdkernels.transformers.batches.inputs import Inputs  # noqa: E402
 from tests.support.tiny_models import build  # noqa: E402
 
 
