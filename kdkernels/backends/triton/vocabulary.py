@@ -75,18 +75,18 @@ def _product(
 
 @triton.jit
 def _tile(
-    student_hidden, student_weight, teacher_hidden, teacher_weight, student, teacher, n0, v0, tokens, vocab, t, temperature,
+    student_hidden, student_weight, teacher_hidden, teacher_weight, models, n0, v0, tokens, vocab, t, temperature,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """x, y and z [BLOCK_N, BLOCK_V] over the temperature. student, teacher: (layout, head). Teacher's hidden states of None: y and
+    """x, y and z [BLOCK_N, BLOCK_V] over the temperature. models: (layout, head) of student and teacher. Teacher's hidden states of None: y and
     z are x."""
     columns = (v0 + tl.arange(0, BLOCK_V))[None, :]
-    x = _product(student_hidden, student_weight, student[0], n0, v0, tokens, vocab, BLOCK_N, BLOCK_V, BLOCK_D)
-    x = device.after_head(x, student[1], temperature, columns, columns < vocab)
+    x = _product(student_hidden, student_weight, models[0][0], n0, v0, tokens, vocab, BLOCK_N, BLOCK_V, BLOCK_D)
+    x = device.after_head(x, models[0][1], temperature, columns, columns < vocab)
     if teacher_hidden is None:  # Triton 3.6 cannot compare a tuple with None
         return x, x, x
-    z = _product(teacher_hidden, teacher_weight, teacher[0], n0, v0, tokens, vocab, BLOCK_N, BLOCK_V, BLOCK_D)
-    z = device.after_head(z, teacher[1], temperature, columns, columns < vocab)
+    z = _product(teacher_hidden, teacher_weight, models[1][0], n0, v0, tokens, vocab, BLOCK_N, BLOCK_V, BLOCK_D)
+    z = device.after_head(z, models[1][1], temperature, columns, columns < vocab)
     return x, device.mixed(x, z, t), z
 
 
@@ -114,8 +114,7 @@ def statistics_kernel(
     student_weight,
     teacher_hidden,
     teacher_weight,
-    student,
-    teacher,
+    models,
     parts_ptr,  # [splits, tokens, STATS_COLUMNS]
     labels_ptr,  # [tokens] or None
     t_ptr,
@@ -141,7 +140,7 @@ def statistics_kernel(
     state = device.no_statistics(BLOCK_N)
     for v0 in range(split * share, min(split * share + share, vocab), BLOCK_V):
         x, y, z = _tile(
-            student_hidden, student_weight, teacher_hidden, teacher_weight, student, teacher,
+            student_hidden, student_weight, teacher_hidden, teacher_weight, models,
             n0, v0, tokens, vocab, t, temperature, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
         columns = (v0 + tl.arange(0, BLOCK_V))[None, :]
@@ -155,13 +154,10 @@ def sums_kernel(
     student_weight,
     teacher_hidden,
     teacher_weight,
-    student,
-    teacher,
+    models,
     parts_ptr,  # [splits, tokens, SUMS_COLUMNS]
     stats_ptr,  # [tokens, STATS_COLUMNS]
-    t_ptr,
-    parameter,  # shares, as pair functions take them
-    temperature,
+    target,  # t_ptr, shares as pair functions take them, temperature or None for 1
     tokens,
     vocab,
     share,
@@ -175,15 +171,16 @@ def sums_kernel(
     block, split = _place(GROUP)
     n0 = block * BLOCK_N
     rows = n0 + tl.arange(0, BLOCK_N)
+    t_ptr, shares, temperature = target
     t = tl.load(t_ptr)
     stats = _read(stats_ptr, rows, tokens, 13, 8)
     state = device.no_sums(BLOCK_N)
     for v0 in range(split * share, min(split * share + share, vocab), BLOCK_V):
         x, y, z = _tile(
-            student_hidden, student_weight, teacher_hidden, teacher_weight, student, teacher,
+            student_hidden, student_weight, teacher_hidden, teacher_weight, models,
             n0, v0, tokens, vocab, t, temperature, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
-        state = device.add_sums(state, x, y, z, stats, parameter, PAIR, METRICS)
+        state = device.add_sums(state, x, y, z, stats, shares, PAIR, METRICS)
     _write(parts_ptr, split, rows, tokens, state, 5)
 
 
@@ -193,13 +190,9 @@ def gradient_kernel(
     student_weight,
     teacher_hidden,
     teacher_weight,
-    student,
-    teacher,
-    dx_ptr,  # [tokens, at least end - begin]
-    dx_stride,
-    stats_ptr,  # [tokens, STATS_COLUMNS]
-    rows_ptr,  # slope sum, weight: [2, tokens]
-    labels_ptr,  # [tokens] or None
+    models,
+    dx,  # its pointer, [tokens, at least end - begin], and from one row to the next
+    of_rows,  # pointers: statistics [tokens, STATS_COLUMNS]; slope sum, weight [2, tokens]; labels [tokens] or None
     t_ptr,
     terms,
     tokens,
@@ -218,9 +211,11 @@ def gradient_kernel(
     v0 = begin + place * BLOCK_V
     rows = n0 + tl.arange(0, BLOCK_N)
     columns = (v0 + tl.arange(0, BLOCK_V))[None, :]
+    dx_ptr, dx_stride = dx
+    stats_ptr, rows_ptr, labels_ptr = of_rows
     t = tl.load(t_ptr)
     x, y, _ = _tile(
-        student_hidden, student_weight, teacher_hidden, teacher_weight, student, teacher,
+        student_hidden, student_weight, teacher_hidden, teacher_weight, models,
         n0, v0, tokens, vocab, t, terms[1], BLOCK_N, BLOCK_V, BLOCK_D,
     )  # fmt: skip
     labels = None
@@ -229,9 +224,9 @@ def gradient_kernel(
     stats = _read(stats_ptr, rows, tokens, 13, 6)
     slope_sum = tl.load(rows_ptr + rows, mask=rows < tokens, other=0.0)[:, None]
     weight = tl.load(rows_ptr + tokens + rows, mask=rows < tokens, other=0.0)[:, None]
-    dx = device.gradient(x, y, stats, slope_sum, labels, weight, student[1], terms, columns, PAIR)
+    made = device.gradient(x, y, stats, slope_sum, labels, weight, models[0][1], terms, columns, PAIR)
     dx_ptrs = dx_ptr + rows[:, None].to(tl.int64) * dx_stride + (columns - begin)
-    device.store_gradient(dx_ptrs, dx, columns, end, REACH, (rows < tokens)[:, None])
+    device.store_gradient(dx_ptrs, made, columns, end, REACH, (rows < tokens)[:, None])
 
 
 def shares(tokens: int, vocab: int, matrix: blocks.Matrix) -> tuple[int, int]:
@@ -277,7 +272,7 @@ class LearnerSweeps:
         return roomy or getattr(self.table, kernel)
 
     def _operands(self, matrix: blocks.Matrix) -> list[Any]:
-        """Hidden states and weight of student and teacher, then (layout, head) of both; None for a teacher that is not looked at.
+        """Hidden states and weight of student and teacher, then both's (layout, head); None for a teacher that is not looked at.
 
         Triton's launcher looks for descriptors among the arguments themselves, and not inside tuples.
         """
@@ -286,7 +281,7 @@ class LearnerSweeps:
         for at, (hidden, weight, bias, scale, softcap) in enumerate(self.models):
             *operands[2 * at : 2 * at + 2], layout = launch.operands(hidden, weight, matrix, self.step.device)
             models[at] = layout, launch.head_arguments(bias, scale, softcap)
-        return [*operands, *models]
+        return [*operands, tuple(models)]
 
     def _run(self, kernel: Any, matrix: blocks.Matrix, grid: Any, arguments: tuple[Any, ...], **constants: Any) -> None:
         """grid: from a Matrix. Starts the kernel with the table's blocks, or with those that a search finds to be faster."""
@@ -316,7 +311,7 @@ class LearnerSweeps:
         return merged(parts.double(), weigh)
 
     def sums(self, stats: Tensor) -> Tensor:
-        arguments = (stats.float(), self.t, self.terms[0], self.terms[1])
+        arguments = (stats.float(), (self.t, self.terms[0], self.terms[1]))
         constants = {"PAIR": self.pair, "METRICS": self.step.metrics}
         parts = self._over_splits(sums_kernel, self.matrix("sums"), len(SUMS_COLUMNS), arguments, **constants)
         sums = parts.sum(0, dtype=torch.float64)
@@ -337,8 +332,10 @@ class LearnerSweeps:
                 return triton.cdiv(count, chosen.block_n), triton.cdiv(columns, chosen.block_v)
 
             self._run(
-                *(gradient_kernel, self.matrix("gradient"), grid),
-                (tile, tile.stride(0), stats.float(), rows, labels, self.t, self.terms, count, vocab, block.start, block.stop),
+                gradient_kernel,
+                self.matrix("gradient"),
+                grid,
+                ((tile, tile.stride(0)), (stats.float(), rows, labels), self.t, self.terms, count, vocab, block.start, block.stop),
                 PAIR=self.pair,
                 REACH=1 if tile.stride(0) % launch.ENTRIES or block.start % launch.ENTRIES else launch.ENTRIES,
             )

@@ -176,6 +176,6 @@ def test_a_teacher_that_nobody_looks_at_is_not_handed_to_the_kernels() -> None:
     case = replace(draw(), labels=torch.arange(6), options=Options(kd_weight=0.0, ce_weight=1.0))
     for metrics in (False, True):  # which are about the teacher
         with as_on_a_gpu():
-            *_, student, teacher = sweeps_of(step_of(case, "jsd", metrics=metrics))._operands(Matrix(16, 32, 16, 4, 1))
+            *_, (student, teacher) = sweeps_of(step_of(case, "jsd", metrics=metrics))._operands(Matrix(16, 32, 16, 4, 1))
         assert student is not None
         assert (teacher is None) == (not metrics)
