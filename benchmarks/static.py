@@ -240,7 +240,7 @@ def recorded(architecture: str) -> Iterator[tuple[list[Launch], Callable[[str], 
     with contextlib.ExitStack() as stack:
         for name, recorder in recorders.items():
             stack.enter_context(mock.patch(name, recorder))
-        for module in ("launch", "blocks"):
+        for module in ("arch", "blocks"):
             stack.enter_context(mock.patch(f"kdkernels.backends.triton.{module}.architecture", return_value=architecture))
         yield launches, label
 

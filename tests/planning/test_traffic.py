@@ -21,8 +21,8 @@ from tests.support.cases import draw
 from tests.support.meter import Meter, metered
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from kdkernels.backends.triton.arch import ENTRIES
 from kdkernels.backends.triton.blocks import Matrix
-from kdkernels.backends.triton.launch import ENTRIES
 from kdkernels.backends.triton.vocabulary import shares
 from tests.support.interpreter import as_on_a_gpu
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from kdkernels.backends.triton.arch import architecture
 from kdkernels.backends.triton.blocks import Matrix
-from kdkernels.backends.triton.launch import architecture
 
 REPEATS = 5
 # Seconds after which the search of a kernel tries no more candidates: the three kernels of a dtype end within two minutes.

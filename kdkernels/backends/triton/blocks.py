@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kdkernels.backends.triton.launch import ENTRIES, architecture
+from kdkernels.backends.triton.arch import ENTRIES, architecture
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from kdkernels.backends.triton.launch import interpreting
+from kdkernels.backends.triton.arch import interpreting
 
 if interpreting():  # which has no libdevice
 

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import functools
-import os
 import types
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kdkernels.backends.triton import functions
+from kdkernels.backends.triton.arch import described
+from kdkernels.backends.triton.blocks import Matrix
 from kdkernels.divergences import Divergence, bind, flat, resolve
-
-if TYPE_CHECKING:
-    from kdkernels.backends.triton.blocks import Matrix
-
-# Entries of a row that a thread loads and stores together: 16 bytes of a 16-bit type, twice 16 of float32.
-ENTRIES = 8
-
-
-def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pair_function(divergence: str, temperature: float) -> Any:
@@ -34,8 +24,6 @@ def pair_function(divergence: str, temperature: float) -> Any:
 
 @functools.cache
 def _pair_function(divergence: str, is_flat: bool) -> Any:
-    from kdkernels.backends.triton import functions
-
     namespace = functions
     if not is_flat:
         namespace = types.ModuleType("far")  # Triton looks into modules alone
@@ -61,33 +49,6 @@ def term_arguments(divergence: Divergence, temperature: float, kd_scale: float, 
         kd_scale / temperature or None,
         ce_scale or None,
     )
-
-
-@functools.cache
-def architecture(device: torch.device) -> str:
-    """Such as "sm_90" (compute capability 9.0) or "gfx942"; the interpreter stands for "sm_90"."""
-    if device.type != "cuda":
-        return "sm_90"
-    if torch.version.hip is not None:
-        return str(torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0])
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major * 10 + minor}"
-
-
-def warp(device: torch.device) -> int:
-    """Threads of a warp; AMD's data centre GPUs call it a wavefront."""
-    return 64 if architecture(device).startswith("gfx9") else 32
-
-
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Inside, kernels start on that GPU: Triton takes the current device, whatever its arguments are on."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def described(device: torch.device) -> bool:
-    """Whether operands are loaded through tensor descriptors: compute capability 9.0 and later."""
-    name = architecture(device)
-    return name.startswith("sm_") and int(name.removeprefix("sm_")) >= 90
 
 
 def operands(hidden: Tensor, weight: Tensor, matrix: Matrix, device: torch.device) -> tuple[Any, ...]:

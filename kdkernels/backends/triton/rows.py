@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kdkernels.backends import cuda
 from kdkernels.backends.operators import ROW_COLUMNS
-from kdkernels.backends.triton import blocks, device, launch
+from kdkernels.backends.triton import arch, blocks, device, launch
 from kdkernels.divergences import flat, resolve
 
 # Parts of a row that a thread adds up at the same time; more run out of registers.
@@ -197,13 +197,13 @@ def row_loss(
         launch.term_arguments(replace(resolve(divergence), a=a), temperature, kd_scale, ce_scale if wanted else 0.0),
         vocab,
     )
-    with launch.on(x.device):
+    with arch.on(x.device):
         row_loss_kernel[(rows,)](
             *arguments,
             PAIR=launch.pair_function(divergence, temperature),
             WEIGH=device.WEIGH[weigh],
             METRICS=metrics,
-            LANES=entry.num_warps * launch.warp(x.device) * min(entry.entries // width, MOST_PARTS),
+            LANES=entry.num_warps * arch.warp(x.device) * min(entry.entries // width, MOST_PARTS),
             WIDTH=width,
             **entry.options(x.device),
         )

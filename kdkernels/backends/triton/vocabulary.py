@@ -21,7 +21,7 @@ from kdkernels.backends.base import Model, Step
 from kdkernels.backends.merge import merged
 from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS
 from kdkernels.backends.products import HeadProducts
-from kdkernels.backends.triton import autotune, blocks, device, launch
+from kdkernels.backends.triton import arch, autotune, blocks, device, launch
 
 # Programs in flight that fill every GPU of the table a few times over, so that the vocabulary is split where tokens are few. Each
 # split keeps statistics of its own, so that more of them take memory.
@@ -289,7 +289,7 @@ class LearnerSweeps:
         def start(chosen: blocks.Matrix) -> None:
             kernel[grid(chosen)](*self._operands(chosen), *arguments, **constants, **chosen.blocks(), **chosen.options())
 
-        with launch.on(self.step.device):
+        with arch.on(self.step.device):
             start(autotune.chosen(kernel, matrix, self.step.device, self.widest, start))
 
     def _over_splits(self, kernel: Any, matrix: blocks.Matrix, columns: int, arguments: Any, **constants: Any) -> Tensor:
@@ -337,7 +337,7 @@ class LearnerSweeps:
                 grid,
                 ((tile, tile.stride(0)), (stats.float(), rows, labels), self.t, self.terms, count, vocab, block.start, block.stop),
                 PAIR=self.pair,
-                REACH=1 if tile.stride(0) % launch.ENTRIES or block.start % launch.ENTRIES else launch.ENTRIES,
+                REACH=1 if tile.stride(0) % arch.ENTRIES or block.start % arch.ENTRIES else arch.ENTRIES,
             )
             yield block, HeadProducts(student.weight[block], student.dtype, self.buffer), tile
 

@@ -14,7 +14,7 @@ from tests.support.cases import NATIVE_DTYPES
 from tests.support.kernels import CPU, GPU
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from kdkernels.backends.triton import autotune, blocks, launch
+from kdkernels.backends.triton import arch, autotune, blocks
 from kdkernels.backends.triton.blocks import TABLE, Matrix
 
 
@@ -39,7 +39,7 @@ class TestTable:
             assert matrix.block_v <= 256, "a descriptor's box has no more rows"
             assert matrix.options() == {"num_warps": matrix.num_warps, "num_stages": matrix.num_stages}
         assert entry.row.entries & (entry.row.entries - 1) == 0
-        assert entry.row.entries % launch.ENTRIES == 0, "accesses of 16 bytes, whatever the dtype"
+        assert entry.row.entries % arch.ENTRIES == 0, "accesses of 16 bytes, whatever the dtype"
 
     @pytest.mark.parametrize(
         ("name", "takes"),

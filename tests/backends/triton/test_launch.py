@@ -16,20 +16,20 @@ from kdkernels.divergences import FLAT
 from tests.support.kernels import CPU, GPU, TOKENS, large, step_of, sweeps_of
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from kdkernels.backends.triton import device, launch, rows, vocabulary
+from kdkernels.backends.triton import arch, device, launch, rows, vocabulary
 
 
 class TestLaunch:
     @pytest.fixture
     def on(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         def set_up(capability: tuple[int, int] = (9, 0), hip: str | None = None) -> None:
-            launch.architecture.cache_clear()
+            arch.architecture.cache_clear()
             monkeypatch.setattr(torch.version, "hip", None if hip is None else "7.0")
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
             monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(gcnArchName=hip))
 
         yield set_up
-        launch.architecture.cache_clear()
+        arch.architecture.cache_clear()
 
     @pytest.mark.parametrize(
         ("capability", "hip", "name", "described"),
@@ -47,9 +47,9 @@ class TestLaunch:
         self, capability: Any, hip: str | None, name: str, described: bool, on: Callable[..., None]
     ) -> None:
         on(capability, hip)
-        assert launch.architecture(GPU) == name
-        assert launch.described(GPU) is described
-        assert launch.warp(GPU) == (64 if hip else 32)
+        assert arch.architecture(GPU) == name
+        assert arch.described(GPU) is described
+        assert arch.warp(GPU) == (64 if hip else 32)
 
     def test_kernels_start_on_the_gpu_of_their_arguments(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Triton takes the current device, which in a process of several GPUs may be another one."""
@@ -70,7 +70,7 @@ class TestLaunch:
         started: list[torch.device] = []
         monkeypatch.setattr(torch.cuda, "device", guard)
         second = torch.device("cuda", 1)
-        with launch.on(CPU):
+        with arch.on(CPU):
             assert entered == []
         monkeypatch.setattr(rows.launch, "on", lambda _: guard(second))
         monkeypatch.setattr(rows, "row_loss_kernel", Kernel())
@@ -83,8 +83,8 @@ class TestLaunch:
         assert started == [second, second]
 
     def test_the_interpreter_stands_for_sm_90(self) -> None:
-        assert launch.architecture(CPU) == "sm_90"
-        assert launch.interpreting()
+        assert arch.architecture(CPU) == "sm_90"
+        assert arch.interpreting()
 
     def test_what_is_absent_is_none(self) -> None:
         assert launch.head_arguments(None, 0.5, 0.0) == (None, 0.5, None)
