@@ -78,8 +78,8 @@ def _tile(
     student_hidden, student_weight, teacher_hidden, teacher_weight, models, n0, v0, tokens, vocab, t, temperature,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """x, y and z [BLOCK_N, BLOCK_V] over the temperature. models: (layout, head) of student and teacher. Teacher's hidden states of None: y and
-    z are x."""
+    """x, y and z [BLOCK_N, BLOCK_V] over the temperature. models: (layout, head) of student and teacher. Teacher's hidden states of
+    None: y and z are x."""
     columns = (v0 + tl.arange(0, BLOCK_V))[None, :]
     x = _product(student_hidden, student_weight, models[0][0], n0, v0, tokens, vocab, BLOCK_N, BLOCK_V, BLOCK_D)
     x = device.after_head(x, models[0][1], temperature, columns, columns < vocab)
