@@ -55,8 +55,8 @@ class Entry:
     statistics: Matrix
     sums: Matrix
     gradient: Matrix
-    roomy: Matrix | None = None
     row: Row = field(default_factory=Row)
+    roomy: Matrix | None = None
 
 
 # Divergences whose sums and gradient leave room in the blocks that are not the roomy ones; others' formulas hold more.
@@ -64,8 +64,8 @@ LEAN = ("forward_kl", "reverse_kl", "jsd")
 
 _WIDE = Matrix(128, 128, 64, 8, 4, group=8)
 # (architecture, bytes of an operand) -> blocks. The sums kernel holds the most in registers: its tiles are smaller where those run
-# out. The H100's 16-bit ones were the fastest of benchmarks/results/gpu-h100.jsonl; its roomy ones took 1.5 to 1.7 times as long.
-# No more than 8 warps on sm_100: with 16 Triton 3.7 takes the older mma.sync for tcgen05.mma.
+# out. The H100's 16-bit ones were the fastest of benchmarks/results/gpu-h100.jsonl; its roomy ones took 1.4 to 1.7 times as long,
+# in groups of 16. No more than 8 warps on sm_100: with 16 Triton 3.7 takes the older mma.sync for tcgen05.mma.
 TABLE: dict[tuple[str, int], Entry] = {
     ("sm_80", 2): Entry(Matrix(64, 64, 32, 8, 3), Matrix(64, 64, 32, 8, 3), Matrix(64, 128, 32, 8, 3)),
     ("sm_80", 4): Entry(Matrix(32, 64, 32, 8, 2), Matrix(32, 64, 32, 8, 2), Matrix(32, 64, 32, 8, 2)),

@@ -17,7 +17,7 @@ from tests.support.kernels import CPU, DIMS, TOKENS, VOCAB, assert_close, large,
 from tests.support.oracle import Options
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-from kdkernels.backends.triton import launch, rows, vocabulary  # noqa: E402
+from kdkernels.backends.triton import arch, launch, rows, vocabulary  # noqa: E402
 from kdkernels.backends.triton.blocks import Matrix  # noqa: E402
 from tests.support.interpreter import as_on_a_gpu  # noqa: E402
 
@@ -60,7 +60,7 @@ class TestOperands:
 
     @pytest.mark.parametrize("architecture", ["sm_80", "gfx942"])
     def test_older_and_other_architectures_have_no_descriptors(self, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(launch, "architecture", lambda _: architecture)
+        monkeypatch.setattr(arch, "architecture", lambda _: architecture)
         hidden, weight = self.both(16)
         given = launch.operands(hidden, weight, self.MATRIX, CPU)
         assert given[0] is hidden
