@@ -72,7 +72,7 @@ class TestLaunch:
         second = torch.device("cuda", 1)
         with arch.on(CPU):
             assert entered == []
-        monkeypatch.setattr(rows.launch, "on", lambda _: guard(second))
+        monkeypatch.setattr(arch, "on", lambda _: guard(second))
         monkeypatch.setattr(rows, "row_loss_kernel", Kernel())
         case = large("jsd")
         rows.row_loss(*torch.randn(2, 3, 16).unbind(), *(None,) * 3, torch.ones(3), torch.ones(()), "jsd", 0.5, 1.0, 1.0, 0.0,
