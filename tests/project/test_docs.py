@@ -31,7 +31,7 @@ from tests.support import README, ROOT
 from tests.support.pages import blocks
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [README, *DOCS]
+PAGES = [README, ROOT / "CONTRIBUTING.md", *DOCS]
 every_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
 
@@ -106,13 +106,15 @@ def check_module(name: str, arguments: list[str]) -> None:
 def check(command: list[str]) -> None:
     """Raises what the command itself would find wrong."""
     match command:
-        case ["python", "-m", name, *arguments]:
+        case ["python" | ".venv/bin/python", "-m", name, *arguments]:
             check_module(name, arguments)
         case ["make", target]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
         case ["pip", "install", *arguments]:
             for extra in (name for word in arguments for one in re.findall(r"\.\[(.*)\]", word) for name in one.split(",")):
                 assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE), extra
+        case ["pre-commit", "install"]:
+            assert (ROOT / ".pre-commit-config.yaml").exists()
         case _:
             raise AssertionError(f"a command that this test does not know: {shlex.join(command)}")
 
@@ -143,6 +145,12 @@ def test_the_commands_in_its_text_exist(page: Path) -> None:
                     parsed([name, "--help"])
             case words:
                 check(words)
+
+
+def test_a_commit_is_checked_by_what_make_lint_runs() -> None:
+    recipe = (ROOT / "Makefile").read_text().partition("\nlint: setup\n")[2].partition("\n\n")[0]
+    hooks = re.findall(r"^ +entry: (.*)$", (ROOT / ".pre-commit-config.yaml").read_text(), re.MULTILINE)
+    assert hooks == [line.strip() for line in recipe.splitlines()]
 
 
 def test_what_the_code_says_to_install_can_be_installed() -> None:
@@ -205,3 +213,10 @@ def test_the_names_in_its_text_exist(page: Path) -> None:
         elif name := re.match(r"kd(?:kernels\.(transformers))?\.(\w+)", quoted):
             module = modules[name[1] or "kd"]
             assert hasattr(module, name[2]) or importlib.util.find_spec(f"{module.__name__}.{name[2]}"), quoted
+
+
+@every_page
+def test_the_sources_that_it_names_are_there(page: Path) -> None:
+    """By their place in the repository or in the package, in backticks or not."""
+    for path in re.findall(r"(?<![\w./-])(?:\w+/)+\w+\.(?:py|cpp|cuh?|h)\b", prose(page)):
+        assert (ROOT / path).exists() or (ROOT / "kdkernels" / path).exists(), path
