@@ -220,3 +220,29 @@ def test_the_sources_that_it_names_are_there(page: Path) -> None:
     """By their place in the repository or in the package, in backticks or not."""
     for path in re.findall(r"(?<![\w./-])(?:\w+/)+\w+\.(?:py|cpp|cuh?|h)\b", prose(page)):
         assert (ROOT / path).exists() or (ROOT / "kdkernels" / path).exists(), path
+
+
+def imported(source: Path) -> set[str]:
+    """Names of ours that a file imports, from the package's root on."""
+    imports = [node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.ImportFrom)]
+    names = (f"{node.module}.{alias.name}" for node in imports for alias in node.names)
+    return {name.removeprefix("kdkernels.") for name in names if name.startswith("kdkernels.")}
+
+
+def test_imports_go_down_the_picture_of_the_architecture() -> None:
+    (picture,) = (content for language, content in blocks(ROOT / "docs" / "architecture.md") if language == "text")
+    above: list[str] = []
+    for room in filter(None, itertools.chain(*re.findall(r"^ (\w+)(?: ── (\w+))?", picture, re.MULTILINE))):
+        sources = [ROOT / "kdkernels" / f"{room}.py", *(ROOT / "kdkernels" / room).rglob("*.py")]
+        for source in (source for source in sources if source.exists()):
+            assert not {name for name in imported(source) if name.partition(".")[0] in above}, source
+        above.append(room)
+    assert above[0] == "cli"
+    assert above[-1] == "divergences"
+
+    folder = ROOT / "kdkernels" / "backends"
+    may = {"reference": set(), "native": set(), "triton": {"cuda"}, "cuda": set()}
+    for source in folder.rglob("*.py"):
+        here = source.relative_to(folder).with_suffix("").parts[0]
+        others = {name.split(".")[1] for name in imported(source) if name.startswith("backends.")} & set(may) - {here}
+        assert here not in may or others <= may[here], source
