@@ -85,18 +85,16 @@ def _checks(size: str) -> list[Part]:
     """One for each strategy, divergence and dtype, then those of each dtype; at toy size one for each strategy."""
     divergences = gpu_checks.TOY_DIVERGENCES if size == "toy" else sorted(kd.divergences(), key=_cost)
     dtypes = gpu_checks.DTYPES
+    strategies = (*STRATEGIES, gpu_checks.CLUSTER)
     shards = [
         *(
             (strategy, gpu_checks.items(size, dtype, of))
-            for strategy, of, dtype in itertools.product((*STRATEGIES, gpu_checks.CLUSTER), divergences, dtypes)
+            for strategy, of, dtype in itertools.product(strategies, divergences, dtypes)
         ),
-        *((strategy, gpu_checks.items_of_dtype(dtype)) for strategy, dtype in itertools.product(STRATEGIES, dtypes)),
+        *((strategy, gpu_checks.items_of_dtype(dtype, strategy)) for strategy, dtype in itertools.product(strategies, dtypes)),
     ]
     if size == "toy":
-        shards = [
-            (strategy, [item for of, items in shards if of == strategy for item in items])
-            for strategy in (*STRATEGIES, gpu_checks.CLUSTER)
-        ]
+        shards = [(strategy, [item for of, items in shards if of == strategy for item in items]) for strategy in strategies]
     return [
         Part(f"check {strategy}", gpu_checks.opened, (strategy,), tuple(items), 75, together=True) for strategy, items in shards
     ]

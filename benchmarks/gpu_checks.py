@@ -9,11 +9,14 @@ nothing here.
 from __future__ import annotations
 
 import inspect
+import itertools
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -21,6 +24,7 @@ from torch import Tensor
 import kdkernels as kd
 from benchmarks.gpu_parts import Result, cluster_rows, device_of, why
 from benchmarks.gpu_times import peak_bytes
+from kdkernels.divergences import resolve
 from kdkernels.engine.scratch import ROW_ELEMENTS
 from tests.support.cases import Case, assert_as_good_as_eager, draw, dressed, ratios
 from tests.support.oracle import Options
@@ -131,6 +135,74 @@ def shared_rows(strategy: str, at: int, vocab: int) -> Iterator[str]:
 def _with_shared_rows(check: Callable[[Case, str], Result], case: Case, strategy: str) -> Result:
     with shared_rows(strategy, 2, case.student_weight.shape[0]) as called:
         return check(case, called)
+
+
+# Rows that are as many and as long as those of models: clusters take several of them, one after the other, in several chunks each.
+AT_SCALE = ((2048, 128_256), (2048, 151_936), (1024, 262_147))
+
+
+@dataclass(frozen=True)
+class LongRows:
+    """Random logits [2, rows, vocab padded] of both models, and what a dressed loss takes besides; a third of the weights is 0."""
+
+    vocab: int
+    logits: Tensor
+    bias: Tensor
+    labels: Tensor
+    weight: Tensor
+
+    @staticmethod
+    def drawn(rows: int, vocab: int, device: str) -> LongRows:
+        generator = torch.Generator(device).manual_seed(vocab)
+        logits = torch.randn(2, rows, -(-vocab // 64) * 64, generator=generator, device=device).mul_(3)
+        bias = torch.randn(vocab, generator=generator, device=device)
+        labels = torch.randint(vocab, (rows,), generator=generator, device=device)
+        weight = torch.rand(rows, generator=generator, device=device)
+        weight[::3] = 0.0
+        return LongRows(vocab, logits, bias, labels, weight)
+
+    def row_loss(self, divergence: str, dtype: torch.dtype, is_dressed: bool) -> tuple[Tensor, Tensor]:
+        """ROW_COLUMNS, and dx in ``dtype`` as float32."""
+        from kdkernels.backends.triton import row_loss  # Triton may not be installed
+
+        dx = torch.full_like(self.logits[0], torch.nan, dtype=dtype)
+        x, z, out = (side[:, : self.vocab] for side in (self.logits[0].clone(), self.logits[1], dx))
+        a, weight = resolve(divergence).a, self.weight
+        if is_dressed:
+            t, head = weight.new_tensor(0.4), [0.7, 20.0, 0.7, 20.0]
+            columns = row_loss(
+                x, z, self.bias, self.bias, self.labels, weight, t, divergence, a, 2.0, 1.0, 0.5, head, True, False, out
+            )
+        else:
+            t, head = weight.new_tensor(1.0), [1.0, 0.0, 1.0, 0.0]
+            columns = row_loss(x, z, None, None, None, weight, t, divergence, a, 1.0, 1.0, 0.0, head, True, False, out)
+        return columns, out.float()
+
+
+def rows_at_scale(dtype: torch.dtype, _: str, device: str) -> Result:
+    """The cluster kernel's rows against Triton's, which the oracle holds: columns, and every entry of dx to its rounding."""
+    worst: dict[str, float] = {}
+    for rows, vocab in AT_SCALE:
+        given = LongRows.drawn(rows, vocab, device)
+        for divergence, is_dressed in itertools.product(kd.divergences(), (False, True)):
+            name = f"{divergence}{', dressed' if is_dressed else ''}, {rows} x {vocab}"
+            with mock.patch.dict(os.environ, KDKERNELS_ROWS="triton"):
+                expected, dx = given.row_loss(divergence, dtype, is_dressed)
+            with cluster_rows() as started:
+                found, made = given.row_loss(divergence, dtype, is_dressed)
+                _same(
+                    dict(zip(("columns", "dx"), given.row_loss(divergence, dtype, is_dressed), strict=True)),
+                    {"columns": found, "dx": made},
+                )
+            if len(started) != 2:
+                raise LookupError(f"the cluster kernel took no rows of {vocab} logits")
+            # A rounding of dx and the difference of two float32 computations; an entry in the wrong place is far above both.
+            allowed = dx.abs() * (2 * torch.finfo(dtype).eps) + dx.abs().amax(1, keepdim=True) * 1e-5 + 1e-30
+            off = float(((made - dx).abs() / allowed).max()), float((found - expected).abs().max() / 1e-4)
+            worst[name] = max(off)
+            if not worst[name] <= 1.0:
+                raise ArithmeticError(f"{name}: entries of dx, and columns, are {off} times what they may be off")
+    return {"worst_ratio": max(worst.values()), "rows_at_scale": worst}
 
 
 def accuracy(divergence: str, strategy: str, dtype: torch.dtype, spread: float, size: str, device: str) -> Result:
@@ -298,6 +370,7 @@ def checked(facts: Result, check: Callable[..., Result], *arguments: Any) -> Res
 
 REPEATED_CHECKS = (two_runs, backward_twice, host_syncs, special_values)
 OF_DTYPE = (planned_memory, large_offsets)
+OF_CLUSTERS = (rows_at_scale,)
 Item = tuple[str, str | None, str, float | None]  # dtype, divergence, check, spread
 
 
@@ -308,14 +381,14 @@ def items(size: str, dtype: str, divergence: str) -> list[Item]:
     return at_spreads + [(dtype, divergence, check.__name__, None) for check in REPEATED_CHECKS]
 
 
-def items_of_dtype(dtype: str) -> list[Item]:
+def items_of_dtype(dtype: str, strategy: str) -> list[Item]:
     """The checks that are made once for each dtype."""
-    return [(dtype, None, check.__name__, None) for check in OF_DTYPE]
+    return [(dtype, None, check.__name__, None) for check in (OF_CLUSTERS if strategy == CLUSTER else OF_DTYPE)]
 
 
 def opened(size: str, strategy: str) -> Callable[[str, str | None, str, float | None], Iterator[Result]]:
     device = device_of(size)
-    by_name = {check.__name__: check for check in (*REPEATED_CHECKS, *OF_DTYPE)}
+    by_name = {check.__name__: check for check in (*REPEATED_CHECKS, *OF_DTYPE, *OF_CLUSTERS)}
 
     def run(dtype_name: str, divergence: str | None, name: str, spread: float | None) -> Iterator[Result]:
         dtype = DTYPES[dtype_name]

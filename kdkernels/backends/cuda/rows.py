@@ -134,9 +134,6 @@ def _kernel(divergence: str, macros: Macros, shape: Shape, device: torch.device)
     return kernel, kernel.clusters(shape.cluster, shape.threads, shape.shared)
 
 
-# Where KDKERNELS_ROWS says nothing it runs on the compute capability of the device that every check passed on
-# (benchmarks/results/gpu-h100.jsonl).
-PROVED = (9, 0)
 CHOICES = ("cluster", "triton")
 # Of each device that the kernel could not be compiled for or started on: why.
 _given_up: dict[torch.device, str] = {}
@@ -144,15 +141,12 @@ _given_up: dict[torch.device, str] = {}
 
 def why_not(device: torch.device) -> str:
     """Why Triton's kernel does the rows of a device; empty where this one does. Raises ValueError for an unknown KDKERNELS_ROWS."""
-    asked = os.environ.get("KDKERNELS_ROWS") or None
-    if asked not in (None, *CHOICES):
-        raise ValueError(f"KDKERNELS_ROWS is {asked!r}; accepted: {', '.join(CHOICES)}, or nothing for the library's choice")
+    asked = os.environ.get("KDKERNELS_ROWS") or "triton"
+    if asked not in CHOICES:
+        raise ValueError(f"KDKERNELS_ROWS is {asked!r}; accepted: {', '.join(CHOICES)}, or nothing, which is triton")
     if asked == "triton":
-        return "KDKERNELS_ROWS=triton"
-    why = compile.missing(device) or _given_up.get(device, "")
-    if why or asked == "cluster" or torch.cuda.get_device_capability(device) == PROVED:
-        return why
-    return "never run on a GPU of this kind; KDKERNELS_ROWS=cluster takes it all the same"
+        return "KDKERNELS_ROWS=cluster is not set"
+    return compile.missing(device) or _given_up.get(device, "")
 
 
 def _give_up(device: torch.device, error: Exception) -> None:
