@@ -46,6 +46,7 @@ import torch
 
 import kdkernels as kd
 from benchmarks import static_cluster
+from kdkernels import backends
 from kdkernels.backends.base import Model, Step, Terms
 from kdkernels.divergences import resolve
 from kdkernels.planning.roofline import ROW_INSTRUCTIONS
@@ -268,7 +269,7 @@ def _step(divergence: str, dtype: torch.dtype, metrics: bool, dress: str = "") -
         metrics=metrics,
         alone=False,
         lift=None,
-        backend="triton",
+        backend=backends.triton.BACKEND,
         budget=2**30,
     )
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from kdkernels.backends.base import DTYPES, Backend
 from kdkernels.backends.operators import accumulate_dtype, library, row_columns
 from kdkernels.divergences import Divergence, resolve
 
-# Live [rows, V] tensors of accumulate_dtype at the peak of row_loss with metrics; the plan counts them.
-LIVE_COPIES = 12
+# temporaries: live at the peak of row_loss with metrics.
+BACKEND = Backend(
+    name="reference", operators=lambda: sys.modules[__name__], device=None, dtypes=DTYPES, temporaries=12, most_rows=256
+)
 # Entries that a formula is worked out for at a time.
 PIECE = 2**20
 

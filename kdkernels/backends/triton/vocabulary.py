@@ -343,7 +343,7 @@ class LearnerSweeps:
 
 
 class FusedSweeps:
-    """The sweeps of ``vocab.Sweeps``; each learner goes over the vocabulary by itself."""
+    """base.Sweeps; each learner goes over the vocabulary by itself."""
 
     def __init__(self, steps: Sequence[Step], hidden: tuple[Tensor, Tensor], tile: Tensor, buffer: Tensor) -> None:
         """hidden: both models' counted rows, in their products' dtype. tile: scratch [count, Vb] of the widest learner's."""
