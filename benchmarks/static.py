@@ -283,7 +283,7 @@ def _dresses(architecture: str, dtype: torch.dtype) -> tuple[str, ...]:
 
 def _record_vocabulary(dtype: torch.dtype, dress: str, label: Callable[[str], None]) -> None:
     """The launches of the strategy ``vocab``."""
-    from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS
+    from kdkernels.backends.columns import STATS_COLUMNS, SUMS_COLUMNS
     from kdkernels.backends.triton.vocabulary import LearnerSweeps
 
     def sweeps(step: Step) -> LearnerSweeps:

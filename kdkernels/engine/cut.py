@@ -11,7 +11,8 @@ import torch
 
 from kdkernels import backends
 from kdkernels.backends.base import Backend
-from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS, accumulate_dtype
+from kdkernels.backends.columns import STATS_COLUMNS, SUMS_COLUMNS
+from kdkernels.backends.operators import accumulate_dtype
 from kdkernels.backends.products import block_size, logits_dtype, product_dtype
 from kdkernels.divergences import resolve
 from kdkernels.engine.scratch import ROW_ELEMENTS, row_stride

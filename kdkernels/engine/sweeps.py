@@ -23,8 +23,9 @@ from torch import Tensor
 
 from kdkernels import backends
 from kdkernels.backends.base import Step, Sweeps
+from kdkernels.backends.columns import SUMS_COLUMNS
 from kdkernels.backends.merge import PLACES, merged, nothing, sums_of_one_sweep
-from kdkernels.backends.operators import SUMS_COLUMNS, row_columns
+from kdkernels.backends.operators import row_columns
 from kdkernels.backends.products import HeadProducts
 from kdkernels.divergences import flat
 from kdkernels.engine.tiles import Block, Tiles

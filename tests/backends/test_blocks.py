@@ -12,8 +12,9 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels import backends
+from kdkernels.backends.columns import STATS_COLUMNS
 from kdkernels.backends.merge import merged, sums_of_one_sweep
-from kdkernels.backends.operators import STATS_COLUMNS, row_columns
+from kdkernels.backends.operators import row_columns
 from kdkernels.divergences import resolve
 from tests.support.cases import BLOCK_CHOICES, BLOCK_VARIANTS, parameters, running
 

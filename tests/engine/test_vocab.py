@@ -13,7 +13,8 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels import backends
 from kdkernels.backends import reference
-from kdkernels.backends.operators import STATS_COLUMNS, accumulate_dtype
+from kdkernels.backends.columns import STATS_COLUMNS
+from kdkernels.backends.operators import accumulate_dtype
 from kdkernels.divergences import resolve
 from kdkernels.engine.cut import column_bytes
 from tests.support.cases import NATIVE_DTYPES, Case, draw, dressed, parameters, running, strategies_that_run, strided
