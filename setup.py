@@ -98,7 +98,10 @@ def extension() -> Any:
         define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
         extra_compile_args={"cxx": [*FLAGS, *sanitize]},
         extra_link_args=sanitize,
-        depends=["csrc/vec.h", "csrc/rows.h", "csrc/kernels.h", "kdkernels/divergences.py", "kdkernels/backends/functors.py"],
+        depends=[
+            *(f"csrc/{header}" for header in ("vec.h", "rows.h", "kernels.h")),
+            *(f"kdkernels/{source}" for source in ("divergences.py", "backends/functors.py", "backends/columns.py")),
+        ],
     )
 
 

@@ -111,7 +111,7 @@ ROW_CANDIDATES = (TRITON, CLUSTER, *(cluster_label(*shape) for shape in CLUSTERS
 
 def opened_rows(size: str, compile_only: bool) -> Callable[[str, int, str], Iterator[Result]]:
     """The row operation's times over float32 logits, dx in bfloat16; or only its first start, which compiles it."""
-    from kdkernels.backends.triton import row_loss  # Triton may not be installed
+    from kdkernels.backends.triton.rows import row_loss  # Triton may not be installed
 
     device = device_of(size)
     rows = 4 if size == "toy" else 16 if compile_only else ROW_TOKENS

@@ -46,6 +46,7 @@ import torch
 
 import kdkernels as kd
 from benchmarks import static_cluster
+from kdkernels import backends
 from kdkernels.backends.base import Model, Step, Terms
 from kdkernels.divergences import resolve
 from kdkernels.planning.roofline import ROW_INSTRUCTIONS
@@ -268,7 +269,7 @@ def _step(divergence: str, dtype: torch.dtype, metrics: bool, dress: str = "") -
         metrics=metrics,
         alone=False,
         lift=None,
-        backend="triton",
+        backend=backends.triton.BACKEND,
         budget=2**30,
     )
 
@@ -282,7 +283,7 @@ def _dresses(architecture: str, dtype: torch.dtype) -> tuple[str, ...]:
 
 def _record_vocabulary(dtype: torch.dtype, dress: str, label: Callable[[str], None]) -> None:
     """The launches of the strategy ``vocab``."""
-    from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS
+    from kdkernels.backends.columns import STATS_COLUMNS, SUMS_COLUMNS
     from kdkernels.backends.triton.vocabulary import LearnerSweeps
 
     def sweeps(step: Step) -> LearnerSweeps:

@@ -1,6 +1,6 @@
-"""Writes the C++ functor of every divergence: setup.py calls ``write`` before it compiles.
+"""Writes the C++ functor of every divergence, and the columns of results: setup.py calls ``write`` before it compiles.
 
-So the formulas of kdkernels/divergences.py are the only ones there are.
+So the formulas of kdkernels/divergences.py and the table of kdkernels/backends/columns.py are the only ones there are.
 """
 
 from __future__ import annotations
@@ -22,17 +22,34 @@ def _loaded(file: Path) -> ModuleType:
     return module
 
 
+def _enum(result: str, prefix: str, columns: tuple[str, ...]) -> str:
+    names = [*(f"{prefix}{column}" for column in columns), f"{result}_columns"]
+    return f"enum {result.capitalize()}Column {{ {', '.join(names)} }};\n"
+
+
 def write(repository: Path) -> None:
-    """Write csrc/generated/divergences.inc and the list of names beside it."""
+    """Write csrc/generated/divergences.inc, and the list of names and columns.inc beside it."""
     package = repository / "kdkernels"
-    divergences, functors = _loaded(package / "divergences.py"), _loaded(package / "backends" / "functors.py")
+    divergences = _loaded(package / "divergences.py")
+    functors, columns = (_loaded(package / "backends" / name) for name in ("functors.py", "columns.py"))
     names = divergences.divergences()
     folder = repository / "csrc" / "generated"
     folder.mkdir(exist_ok=True)
-    header = "// Generated from kdkernels/divergences.py by csrc/generate.py. Do not edit.\n"
+    header = "// Generated from kdkernels/{} by csrc/generate.py. Do not edit.\n"
+    of_divergences = header.format("divergences.py")
     structs = "\n".join(functors.functor(divergences, name) for name in names)
     rows = "\n".join(f"KD_DIVERGENCE({name})" for name in names)
-    for file, text in {"divergences.inc": header + structs, "names.inc": f"{header}{rows}\n"}.items():
+    enums = [
+        _enum("stats", "", columns.STATS_COLUMNS),
+        _enum("sums", "sum_", columns.SUMS_COLUMNS),
+        _enum("row", "row_", columns.ROW_COLUMNS),
+    ]
+    written = {
+        "divergences.inc": of_divergences + structs,
+        "names.inc": f"{of_divergences}{rows}\n",
+        "columns.inc": header.format("backends/columns.py") + "".join(enums),
+    }
+    for file, text in written.items():
         # Written anew it would be newer, and everything that includes it built again.
         if not (folder / file).exists() or (folder / file).read_text() != text:
             (folder / file).write_text(text)

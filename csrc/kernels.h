@@ -21,23 +21,11 @@ struct Side {
   float softcap;  // 0: none
 };
 
-// Columns of a [rows, stats_columns] result: what a sweep over the vocabulary must know before the gradient. T is the temperature;
-// x, y, z are student, target and teacher logits after the head. A log-sum-exp is kept as the largest entry and the log of the sum of
-// exp(entry - largest): their sum, rounded, would put the rounding error of the largest logit into every probability.
-enum StatsColumn {
-  max_x_T, log_sum_x_T, max_y_T, log_sum_y_T, max_x, log_sum_x, max_z_T, log_sum_z_T, argmax_x, argmax_z, label_logit,
-  mass, moment,  // sums of e^u and e^u (u - v) over what is not banned; u, v: the weighing and the other side's entries less the largest
-  stats_columns
-};
-
-// Columns of a [rows, sums_columns] result.
-enum SumsColumn { sum_value, sum_slope, target_entropy, student_entropy, overlap, sums_columns };
+// Columns of results [rows, stats_columns], [rows, sums_columns] and [rows, row_columns]: those of kdkernels/backends/columns.py.
+#include "generated/columns.inc"
 
 // By whose exponentials the moments are weighed.
 enum class Weigh { nothing, target, student };
-
-// Columns of a [rows, row_columns] result, each per row and unweighted, in nats.
-enum RowColumn { row_kd, row_ce, row_target_entropy, row_student_entropy, row_agreement, row_overlap, row_columns };
 
 struct Problem {
   Side x, z;

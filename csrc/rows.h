@@ -256,9 +256,9 @@ void reduce_row(const Problem& p, const Buffers& b, const float* stats, float* s
   sums[sum_value] = static_cast<float>(value_sum);
   // A slope that compares (total variation) can hide a NaN that the value shows.
   sums[sum_slope] = static_cast<float>(value_sum == value_sum ? slope_sum : value_sum);
-  sums[target_entropy] = static_cast<float>(entropy_y);
-  sums[student_entropy] = static_cast<float>(entropy_x);
-  sums[overlap] = static_cast<float>(shared);
+  sums[sum_target_entropy] = static_cast<float>(entropy_y);
+  sums[sum_student_entropy] = static_cast<float>(entropy_x);
+  sums[sum_overlap] = static_cast<float>(shared);
 }
 
 // Third sweep: dx = kd (slope - q sum slope) / T + ce (softmax(x) - e_label), times the row's weight, through the head's chain
@@ -329,10 +329,10 @@ void row_loss(const Problem& p, int64_t begin, int64_t end) {
     out[row_kd] = sums[sum_value];
     if (p.ce) out[row_ce] = stats[log_sum_x] - (stats[label_logit] - stats[max_x]);
     if (p.metrics) {
-      out[row_target_entropy] = sums[target_entropy];
-      out[row_student_entropy] = sums[student_entropy];
+      out[row_target_entropy] = sums[sum_target_entropy];
+      out[row_student_entropy] = sums[sum_student_entropy];
       out[row_agreement] = stats[argmax_x] == stats[argmax_z] ? 1.f : 0.f;
-      out[row_overlap] = sums[overlap];
+      out[row_overlap] = sums[sum_overlap];
     }
     if (p.dx) grad_row(p, row, b, stats, sums[sum_slope]);
   }

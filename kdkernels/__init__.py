@@ -13,7 +13,8 @@ from kdkernels.divergences import (
 )
 from kdkernels.engine.scratch import free_scratch
 from kdkernels.losses.checks import LMHead
-from kdkernels.losses.linear import LinearKDLoss, kd_loss, linear_kd_loss
+from kdkernels.losses.linear import LinearKDLoss, linear_kd_loss
+from kdkernels.losses.logits import kd_loss
 from kdkernels.losses.okd import OKDLoss, linear_okd_loss
 from kdkernels.losses.taid import TAIDSchedule
 from kdkernels.losses.topk import linear_topk_kd_loss

@@ -7,77 +7,57 @@ Triton is installed; ``reference`` (plain torch) the rest.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from kdkernels.backends import native, reference
+from kdkernels.backends import native, reference, triton
+from kdkernels.backends.base import DTYPES, Backend
 
-NAMES = ("native", "triton", "reference")
-FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DTYPES = (*FAST_DTYPES, torch.float64)
+# The first that serves the logits and can run here does; the last serves all, everywhere.
+BACKENDS = (native.BACKEND, triton.BACKEND, reference.BACKEND)
+NAMES = tuple(one.name for one in BACKENDS)
 logger = logging.getLogger(__name__)
-_forced: str | None = None
+_forced: Backend | None = None
 
 
-def _fast(device: torch.device, *dtypes: torch.dtype) -> str:
+def made_for(device: torch.device, *dtypes: torch.dtype) -> Backend:
     """The backend that is made for logits of these dtypes on this device, whether it can run here or not."""
-    fast = {"cpu": "native", "cuda": "triton"}.get(device.type, "reference")
-    return fast if all(dtype in FAST_DTYPES for dtype in dtypes) else "reference"
+    return next(one for one in BACKENDS if one.serves(device, *dtypes))
 
 
-def select(device: torch.device, *dtypes: torch.dtype) -> str:
-    """Name of the backend for logits of these dtypes on this device."""
+def select(device: torch.device, *dtypes: torch.dtype) -> Backend:
+    """The backend that runs for logits of these dtypes on this device."""
     if _forced is not None:
         return _forced
-    fast = _fast(device, *dtypes)
-    return fast if fast in usable() else "reference"
-
-
-@functools.cache
-def _triton_installed() -> bool:
-    try:
-        return importlib.util.find_spec("triton") is not None
-    except ImportError:
-        return False
+    here = usable()
+    return next(one for one in BACKENDS if one.name in here and one.serves(device, *dtypes))
 
 
 def usable() -> tuple[str, ...]:
-    """The backends that can run here, whatever the device; Triton also without a GPU if its interpreter is on."""
-    gpu = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-    here = {"native": native.available(), "triton": gpu and _triton_installed(), "reference": True}
-    return tuple(name for name in NAMES if here[name])
+    """Names of the backends that can run here, whatever the device."""
+    return tuple(one.name for one in BACKENDS if one.usable())
 
 
-def operators(name: str) -> Any:
-    """The namespace that holds a backend's row_loss and, but for Triton's, block_stats, block_reduce and block_grad."""
-    if name == "triton":
-        from kdkernels.backends import triton
-
-        return triton
-    return reference if name == "reference" else torch.ops.kdkernels
-
-
-def operators_of_loss(name: str, device: torch.device, *dtypes: torch.dtype) -> Any:
-    """``operators`` for logits of these dtypes on this device; where plain torch stands in for a faster backend, says so once."""
-    if name == "reference" and _forced is None and (fast := _fast(device, *dtypes)) not in usable():
-        _say_what_is_missing(fast)
-    return operators(name)
+def operators_of_loss(chosen: Backend, device: torch.device, *dtypes: torch.dtype) -> Any:
+    """The operators of the backend that was selected for logits of these dtypes on this device; where it stands in for one that is
+    made for them, says so once."""
+    made = made_for(device, *dtypes)
+    if _forced is None and made is not chosen and made.name not in usable():
+        _say_what_is_missing(made)
+    return chosen.operators()
 
 
 @functools.cache
-def _say_what_is_missing(fast: str) -> None:
-    why, get_it = {"native": (native.missing, native.GET_IT), "triton": ("Triton is not installed", "pip install triton")}[fast]
+def _say_what_is_missing(made: Backend) -> None:
     logger.warning(
         "kdkernels: %s, so plain PyTorch does its work: the results are as exact, the loss takes several times as long and more "
         "memory. To get it, %s",
-        why,
-        get_it,
+        made.missing,
+        made.get_it,
     )
 
 
@@ -87,7 +67,7 @@ def use(name: str) -> Iterator[None]:
     global _forced
     if name not in usable():
         raise ValueError(f"backend {name!r} is not usable here; accepted: {', '.join(usable())}")
-    before, _forced = _forced, name
+    before, _forced = _forced, next(one for one in BACKENDS if one.name == name)
     try:
         yield
     finally:
@@ -114,4 +94,4 @@ def backend(device: torch.device | str | int = "cpu", dtype: torch.dtype = torch
         where = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device is {device!r}; accepted: names of torch devices, such as 'cpu' and 'cuda'") from None
-    return select(where, dtype)
+    return select(where, dtype).name

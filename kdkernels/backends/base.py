@@ -1,14 +1,64 @@
-"""A loss step as a backend sees it: what is multiplied, which rows count, and the terms of the loss."""
+"""What a backend is, and a loss step as it sees one: what is multiplied, which rows count, and the terms of the loss."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from kdkernels.backends.products import HeadProducts
 from kdkernels.divergences import Divergence, resolve
 from kdkernels.parallel.ranks import ALONE, Ranks
+
+FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (*FAST_DTYPES, torch.float64)
+
+
+class Sweeps(Protocol):
+    """The sweeps over the vocabulary of one step's counted rows, for each learner; statistics and sums in float64."""
+
+    def statistics(self, wanted: Sequence[tuple[str, bool]]) -> list[Tensor]:
+        """wanted: by whose exponentials moments are weighed, and whether there is a cross-entropy."""
+
+    def sums(self, stats: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Of those learners whose statistics are given."""
+
+    def gradients(self, stats: Sequence[Tensor], sums: Sequence[Tensor]) -> Iterator[tuple[int, slice, HeadProducts, Tensor]]:
+        """Learner, block of columns, its head there, and the gradient tile [count, Vb], valid until the next one."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of the low-level operators, and what it can do.
+
+    name: as ``kd.backend`` says it. operators: makes their namespace: row_loss, and block_stats, block_reduce and block_grad unless
+    ``sweeps`` takes their place. device, dtypes: the type of the devices (None for all) and the logits that it is made for.
+    usable: whether it can run here. missing, get_it: what is not there where it cannot, and how to get it.
+
+    sweeps: of a backend that multiplies itself and keeps no logits: makes them from the learners' steps, both models' counted rows
+    in their products' dtype, scratch [count, Vb] for the widest learner's gradient, and HeadProducts' buffer.
+    temporaries: [rows, V] tensors of accumulate_dtype that it holds beside the logits; most_rows: in one call of row_loss, where
+    nothing else bounds them. row_copies: float32 rows that each thread keeps.
+    """
+
+    name: str
+    operators: Callable[[], Any]
+    device: str | None
+    dtypes: tuple[torch.dtype, ...]
+    usable: Callable[[], bool] = lambda: True
+    missing: str = ""
+    get_it: str = ""
+    sweeps: Callable[[Sequence[Step], tuple[Tensor, Tensor], Tensor, Tensor], Sweeps] | None = None
+    temporaries: int = 0
+    most_rows: int | None = None
+    row_copies: int = 0
+
+    def serves(self, device: torch.device, *dtypes: torch.dtype) -> bool:
+        """Whether it is made for logits of these dtypes on this device, whether it can run here or not."""
+        return self.device in (None, device.type) and all(dtype in self.dtypes for dtype in dtypes)
 
 
 @dataclass(frozen=True)
@@ -74,7 +124,7 @@ class Step:
     metrics: bool
     alone: bool
     lift: Tensor | None
-    backend: str
+    backend: Backend
     budget: int
     ranks: Ranks = ALONE
     teacher_needs: tuple[bool, bool, bool] | None = None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS
+from kdkernels.backends.columns import STATS_COLUMNS, SUMS_COLUMNS
 from kdkernels.divergences import Divergence
 from kdkernels.parallel.ranks import ALONE, Ranks
 

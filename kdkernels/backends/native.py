@@ -9,11 +9,9 @@ from pathlib import Path
 import torch
 
 from kdkernels.backends import operators  # the schemas must exist before the extension registers for them
+from kdkernels.backends.base import FAST_DTYPES, Backend
 
 NOT_BUILT = "the C++ extension is not built"
-GET_IT = (
-    "install g++ or clang++, and kdkernels again from its sources: pip install --no-build-isolation --force-reinstall --no-deps ."
-)
 
 
 def _load() -> str:
@@ -35,6 +33,19 @@ missing = _load()
 def available() -> bool:
     """Whether the extension was built and loaded."""
     return not missing
+
+
+BACKEND = Backend(
+    name="native",
+    operators=lambda: torch.ops.kdkernels,
+    device="cpu",
+    dtypes=FAST_DTYPES,
+    usable=available,
+    missing=missing,
+    get_it="install g++ or clang++, and kdkernels again from its sources: pip install --no-build-isolation --force-reinstall "
+    "--no-deps .",
+    row_copies=3,
+)
 
 
 def instruction_sets() -> tuple[str, ...]:

@@ -10,9 +10,7 @@ Arguments, alike in all four:
 
 ``row_loss`` does whole rows: it returns ROW_COLUMNS for each row and, if ``grad``, writes the gradient over x (or to ``out``).
 Rows of weight 0 are not computed. ``block_stats``, ``block_reduce`` and ``block_grad`` are its three sweeps, for a block of the
-vocabulary: they return STATS_COLUMNS and SUMS_COLUMNS of that block, and take those of the whole row.
-
-The column orders are those of csrc/kernels.h.
+vocabulary: they return STATS_COLUMNS and SUMS_COLUMNS (columns.py) of that block, and take those of the whole row.
 """
 
 from __future__ import annotations
@@ -21,12 +19,7 @@ from typing import Any
 
 import torch
 
-STATS_COLUMNS = (
-    *("max_x_T", "log_sum_x_T", "max_y_T", "log_sum_y_T", "max_x", "log_sum_x", "max_z_T", "log_sum_z_T"),
-    *("argmax_x", "argmax_z", "label_logit", "mass", "moment"),
-)
-SUMS_COLUMNS = ("value", "slope", "target_entropy", "student_entropy", "overlap")
-ROW_COLUMNS = ("kd", "ce", "target_entropy", "student_entropy", "agreement", "overlap")
+from kdkernels.backends.columns import ROW_COLUMNS, STATS_COLUMNS, SUMS_COLUMNS
 
 library = torch.library.Library("kdkernels", "DEF")
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from kdkernels.backends.base import DTYPES, Backend
+from kdkernels.backends.head import apply_head, cap_slope
 from kdkernels.backends.operators import accumulate_dtype, library, row_columns
 from kdkernels.divergences import Divergence, resolve
 
-# Live [rows, V] tensors of accumulate_dtype at the peak of row_loss with metrics; the plan counts them.
-LIVE_COPIES = 12
+# temporaries: live at the peak of row_loss with metrics.
+BACKEND = Backend(
+    name="reference", operators=lambda: sys.modules[__name__], device=None, dtypes=DTYPES, temporaries=12, most_rows=256
+)
 # Entries that a formula is worked out for at a time.
 PIECE = 2**20
 
@@ -35,14 +40,8 @@ class _Rows:
         return self.x if self.temperature == 1.0 else self.x * self.temperature
 
 
-def _after_head(logits: Tensor, bias: Tensor | None, scale: float, softcap: float, temperature: float) -> Tensor:
-    v = logits.to(accumulate_dtype(logits.dtype))
-    if bias is not None:
-        v = v + bias
-    if scale != 1.0:
-        v = v * scale
-    if softcap != 0.0:
-        v = softcap * torch.tanh(v / softcap)
+def _over_temperature(logits: Tensor, bias: Tensor | None, scale: float, softcap: float, temperature: float) -> Tensor:
+    v = apply_head(logits.to(accumulate_dtype(logits.dtype)), bias, scale, softcap)
     return v if temperature == 1.0 else v / temperature
 
 
@@ -63,8 +62,8 @@ def _load(
     x: Tensor, z: Tensor, x_bias: Tensor | None, z_bias: Tensor | None, t: Tensor, temperature: float, head: list[float]
 ) -> _Rows:
     dtype = torch.promote_types(accumulate_dtype(x.dtype), accumulate_dtype(z.dtype))
-    student = _after_head(x, x_bias, head[0], head[1], temperature).to(dtype)
-    teacher = _after_head(z, z_bias, head[2], head[3], temperature).to(dtype)
+    student = _over_temperature(x, x_bias, head[0], head[1], temperature).to(dtype)
+    teacher = _over_temperature(z, z_bias, head[2], head[3], temperature).to(dtype)
     return _Rows(student, _mix(student, teacher, t), teacher, temperature, head[1])
 
 
@@ -154,7 +153,7 @@ def _grad(
         here = (labels >= 0) & (labels < dx.shape[1])
         dx.scatter_add_(1, labels.where(here, 0)[:, None], -ce_scale * here[:, None].to(dx.dtype))
     if rows.student_softcap != 0.0:
-        dx *= 1.0 - (rows.own_x() / rows.student_softcap).square()
+        dx *= cap_slope(rows.own_x(), rows.student_softcap)
     dx *= (weight * head[0])[:, None]
     out.copy_(dx.masked_fill_((weight == 0.0)[:, None], 0.0))
 

@@ -75,7 +75,9 @@ def text() -> str:
     if known["rows"] is not None:
         lines["rows, cuda"] = known["rows"]
     if in_use is None:
-        lines["instruction set"] = f"none: {native.missing or native.NOT_BUILT}, so plain PyTorch does the work; {native.GET_IT}"
+        lines["instruction set"] = (
+            f"none: {native.missing or native.NOT_BUILT}, so plain PyTorch does the work; {native.BACKEND.get_it}"
+        )
     else:
         lines["instruction set"] = f"{in_use} (usable here: {', '.join(known['instruction_sets'])})"
     lines["divergences"] = ", ".join(known["divergences"])

@@ -10,9 +10,10 @@ from typing import Literal, TypeAlias, get_args
 import torch
 
 from kdkernels import backends
-from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS, accumulate_dtype
+from kdkernels.backends.base import Backend
+from kdkernels.backends.columns import STATS_COLUMNS, SUMS_COLUMNS
+from kdkernels.backends.operators import accumulate_dtype
 from kdkernels.backends.products import block_size, logits_dtype, product_dtype
-from kdkernels.backends.reference import LIVE_COPIES
 from kdkernels.divergences import resolve
 from kdkernels.engine.scratch import ROW_ELEMENTS, row_stride
 
@@ -54,10 +55,14 @@ class Size:
     widest: int = 0
 
     @property
+    def backend(self) -> Backend:
+        return backend_of(self.device, self.dtype, self.teacher_dtype)
+
+    @property
     def fused(self) -> bool:
         """Whether the sweeps' kernels multiply themselves; they take no vocabulary without a column, which a rank may be left
         with."""
-        return backend_of(self.device, self.dtype, self.teacher_dtype) == "triton" and self.vocab > 0 and not self.known
+        return self.backend.sweeps is not None and self.vocab > 0 and not self.known
 
     @property
     def accumulators(self) -> tuple[tuple[int, bool], ...]:
@@ -66,29 +71,26 @@ class Size:
         return tuple((dim, head) for dim, head, dtype in models[: self.learners] if dtype.itemsize == 2)
 
 
-def backend_of(device: torch.device, *dtypes: torch.dtype) -> str:
+def backend_of(device: torch.device, *dtypes: torch.dtype) -> Backend:
     """What runs there. A GPU that is not in this machine is planned with what would run on it."""
-    if device.type == "cuda" and not torch.cuda.is_available() and all(dtype in backends.FAST_DTYPES for dtype in dtypes):
-        return "triton"
-    return backends.select(device, *dtypes)
+    absent = device.type == "cuda" and not torch.cuda.is_available()
+    return (backends.made_for if absent else backends.select)(device, *dtypes)
 
 
 def logit_bytes(student: torch.dtype, teacher: torch.dtype, device: torch.device, learners: int = 1) -> int:
     """Scratch bytes per token and vocabulary entry of a chunk: both models' logits, the gradient of each learner where it does not
-    lie over them, and the reference backend's temporaries. Of two learners the student's gradient lies beside its logits."""
+    lie over them, and the backend's temporaries. Of two learners the student's gradient lies beside its logits."""
     both = logits_dtype(student, device).itemsize + logits_dtype(teacher, device).itemsize
     for dtype, beside in ((student, learners == 2), (teacher, False))[:learners]:
         if beside or logits_dtype(dtype, device) != product_dtype(dtype, device):
             both += product_dtype(dtype, device).itemsize
-    if backend_of(device, student, teacher) == "reference":
-        both += LIVE_COPIES * accumulate_dtype(student).itemsize
-    return both
+    return both + backend_of(device, student, teacher).temporaries * accumulate_dtype(student).itemsize
 
 
 def column_bytes(student: torch.dtype, teacher: torch.dtype, device: torch.device, learners: int = 1) -> int:
     """Scratch bytes per token and column of a vocabulary block: as for a chunk, or one gradient alone where the kernels multiply
     themselves. For two learners a block's student logits are copied, and gradients of another dtype lie beside the copy."""
-    if backend_of(device, student, teacher) == "triton":
+    if backend_of(device, student, teacher).sweeps is not None:
         return max(product_dtype(dtype, device).itemsize for dtype in (student, teacher)[:learners])
     logits = logits_dtype(student, device)
     copied = learners == 2 and logits != product_dtype(student, device)
@@ -198,10 +200,9 @@ class Cut:
 
     @property
     def other_bytes(self) -> int:
-        """Head blocks, copies in the products' dtype, what the native backend's threads keep of a row, and rows' statistics."""
+        """Head blocks, copies in the products' dtype, what the backend's threads keep of a row, and rows' statistics."""
         size, rows = self.size, self.rows
-        native = backend_of(size.device, size.dtype, size.teacher_dtype) == "native"
-        threads = torch.get_num_threads() * 3 * self.columns * 4 if native else 0
+        threads = torch.get_num_threads() * size.backend.row_copies * self.columns * 4
         computed = product_dtype(size.dtype, size.device), product_dtype(size.teacher_dtype, size.device)
         widened = 0
         if (size.dtype, size.teacher_dtype) != computed:

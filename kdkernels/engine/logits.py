@@ -7,12 +7,10 @@ from torch import Tensor
 
 from kdkernels import backends
 from kdkernels.backends.base import Terms
-from kdkernels.backends.operators import ROW_COLUMNS, accumulate_dtype
+from kdkernels.backends.columns import ROW_COLUMNS
+from kdkernels.backends.operators import accumulate_dtype
 from kdkernels.engine.keep import kept_rows
 from kdkernels.engine.step import summary, weighted
-
-# The reference's temporaries are bounded by chunks of so many rows; the other backends need none.
-REFERENCE_ROWS = 256
 
 
 def run(
@@ -38,10 +36,10 @@ def run(
         weights = torch.zeros_like(weights).index_copy_(0, rows, weights[rows])
     scale = grad_scale if lift is None else grad_scale * lift
     dtypes = student_logits.dtype, teacher_logits.dtype
-    name = backends.select(device, *dtypes)
-    row_loss = backends.operators_of_loss(name, device, *dtypes).row_loss
+    backend = backends.select(device, *dtypes)
+    row_loss = backends.operators_of_loss(backend, device, *dtypes).row_loss
     out = torch.empty_like(student_logits, memory_format=torch.contiguous_format) if need else None
-    size = REFERENCE_ROWS if name == "reference" else max(1, tokens)
+    size = backend.most_rows or max(1, tokens)
     parts = [weights.new_empty((0, len(ROW_COLUMNS)))]
     for begin in range(0, tokens, size):
         here = slice(begin, begin + size)

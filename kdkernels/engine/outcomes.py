@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.base import Step
+from kdkernels.backends.head import apply_head, cap_slope
 from kdkernels.engine.keep import Known
 
 TAILS = ("renormalize", "bucket")
@@ -120,18 +121,13 @@ class Outcomes:
         return (slice(begin, begin + rows) for begin in range(0, len(self.ids), rows))
 
     def _after_head(self, x: Tensor, columns: slice) -> Tensor:
+        bias = self.step.student.bias
         v = x.to(self.step.sum_dtype, copy=True)
-        if self.step.student.bias is not None:
-            v += self.step.student.bias[columns]
-        if self.scale != 1.0:
-            v *= self.scale
-        if self.softcap != 0.0:
-            v.div_(self.softcap).tanh_().mul_(self.softcap)
-        return v
+        return apply_head(v, None if bias is None else bias[columns], self.scale, self.softcap, in_place=True)
 
     def _through_head(self, v: Tensor) -> Tensor | float:
         """d (logit after the head) / d (logit before it)."""
-        return self.scale if self.softcap == 0.0 else (v / self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
+        return self.scale if self.softcap == 0.0 else cap_slope(v, self.softcap).mul_(self.scale)
 
     def _chosen_here(self, piece: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """Which of the k tokens are among these columns, and where there (0 for the others)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import backends
-from kdkernels.backends.base import Model, Step, Terms
+from kdkernels.backends.base import DTYPES, Model, Step, Terms
 from kdkernels.backends.operators import accumulate_dtype
 from kdkernels.backends.products import logits_dtype, product_dtype
 from kdkernels.divergences import divergences
@@ -141,7 +141,7 @@ def _facts_of(terms: Terms, models: tuple[Inputs, Inputs], dtypes: tuple[torch.d
     """What ranks must agree on about a loss, apart from its tokens."""
     device = models[0][0].device
     logits = [logits_dtype(dtype, device) for dtype in dtypes]
-    floats = [str(dtype) for dtype in backends.DTYPES]
+    floats = [str(dtype) for dtype in DTYPES]
     sides = dict(zip(("student", "teacher"), models, strict=True))
     names = [f"{side}_head.{part}" for side in sides for part in ("logit_scale", "softcap (0 for None)")]
     return [
@@ -157,7 +157,7 @@ def _facts_of(terms: Terms, models: tuple[Inputs, Inputs], dtypes: tuple[torch.d
             one_of(f"the dtype of the {name}'s products", str(product_dtype(dtype, device)), floats)
             for name, dtype in zip(sides, dtypes, strict=True)
         ),
-        one_of("the backend (kdkernels.backend)", backends.select(device, *logits), backends.NAMES),
+        one_of("the backend (kdkernels.backend)", backends.select(device, *logits).name, backends.NAMES),
     ]
 
 

@@ -16,31 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdkernels import backends
-from kdkernels.backends.base import Step
+from kdkernels.backends.base import Step, Sweeps
+from kdkernels.backends.columns import SUMS_COLUMNS
 from kdkernels.backends.merge import PLACES, merged, nothing, sums_of_one_sweep
-from kdkernels.backends.operators import SUMS_COLUMNS, row_columns
+from kdkernels.backends.operators import row_columns
 from kdkernels.backends.products import HeadProducts
 from kdkernels.divergences import flat
 from kdkernels.engine.tiles import Block, Tiles
-
-
-class Sweeps(Protocol):
-    """The sweeps over the vocabulary of one step's counted rows, for each learner; statistics and sums in float64."""
-
-    def statistics(self, wanted: Sequence[tuple[str, bool]]) -> list[Tensor]:
-        """wanted: by whose exponentials moments are weighed, and whether there is a cross-entropy."""
-
-    def sums(self, stats: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Of those learners whose statistics are given."""
-
-    def gradients(self, stats: Sequence[Tensor], sums: Sequence[Tensor]) -> Iterator[tuple[int, slice, HeadProducts, Tensor]]:
-        """Learner, block of columns, its head there, and the gradient tile [count, Vb], valid until the next one."""
 
 
 class BlockSweeps:
@@ -142,13 +130,13 @@ class Swept:
 
 
 def _sweeps(steps: tuple[Step, ...], tiles: Tiles) -> Sweeps:
-    if not tiles.cut.size.fused:
+    size = tiles.cut.size
+    if not size.fused:
         return BlockSweeps(steps, tiles)
-    from kdkernels.backends.triton.vocabulary import FusedSweeps
-
     tile = tiles.tile("dx", slice(0, tiles.cut.columns))
     assert tile is not None
-    return FusedSweeps(steps, (tiles.hidden[0], tiles.hidden[-1]), tile, tiles.buffer)
+    assert size.backend.sweeps is not None
+    return size.backend.sweeps(steps, (tiles.hidden[0], tiles.hidden[-1]), tile, tiles.buffer)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The public losses: checks, the choice of dtypes, and the reduction. What they compute is in divergences.py.
+"""The public loss from hidden states and heads: checks, and the choice of dtypes. What it computes is in divergences.py.
 
 Notation: x student logits, z teacher logits, y = (1 - t) x + t z target logits with x held constant, q = softmax(x / T),
 p = softmax(y / T); N tokens, V vocabulary, D hidden size. Losses are in nats.
@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
-import torch
 from torch import Tensor, nn
 
 from kdkernels.backends.operators import accumulate_dtype
 from kdkernels.divergences import Divergence, DivergenceName, resolve
 from kdkernels.engine.cut import Strategy
-from kdkernels.engine.step import METRICS
-from kdkernels.losses import operators as ops  # noqa: F401  (registers the operators)
-from kdkernels.losses.autograd import OWNERS, SummedLoss, anchors_of, losses_of, refuse_transforms, total
-from kdkernels.losses.checks import Linear, LMHead, Loss, checked, float_tensor, kept_weight, linear_of, rows_of
-from kdkernels.losses.signatures import LinearOptions, LogitsOptions, Metrics, Reduction
+from kdkernels.losses.checks import Linear, LMHead, checked, linear_of, rows_of
+from kdkernels.losses.reduction import reduced, terms_of
+from kdkernels.losses.signatures import LinearOptions, Metrics, Reduction
 from kdkernels.parallel.ranks import group_name, told
 from kdkernels.scalars import whole
 
@@ -26,54 +23,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Returned = TypeVar("Returned")
-
-
-def reduced(
-    loss: Loss, name: str, differentiable: tuple[Tensor | None, ...], dtype: torch.dtype, others: tuple[Any, ...]
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Losses and metrics of the operator of that name, with the backward that fits the reduction. dtype: of the losses."""
-    refuse_transforms(differentiable)
-    rows = differentiable[0]
-    assert rows is not None
-    operator, owners, metrics = getattr(torch.ops.kdkernels, name), OWNERS[name], loss.return_metrics
-    factor = _factor(loss, rows, dtype)
-    if not torch.is_grad_enabled():
-        # Inside SummedLoss this can no longer be seen: it would make gradients that nobody can ask for.
-        differentiable = tuple(None if argument is None else argument.detach() for argument in differentiable)
-    # An exported program holds no SummedLoss: there the operator's own backward makes the gradients.
-    if loss.reduction == "none" or torch.compiler.is_exporting():
-        weights, one, needs = [loss.token_weight] * losses_of(owners), torch.ones_like(factor), [False] * len(owners)
-        *values, summary = operator(*differentiable, *weights, one, None, *others, needs, metrics)
-        values = values[: len(weights)]
-    else:
-        # Divided by the token count, float16 gradients of single tokens would underflow before a gradient scaler sees them. Until
-        # the backward they are kept larger, by that count at most.
-        small = any(argument is not None and argument.dtype == torch.float16 for argument in differentiable)
-        lift = (1.0 / factor).clamp(1.0, 1024.0) if small and loss.reduction == "mean" else None
-        *values, summary = SummedLoss.apply(  # type: ignore[no-untyped-call]
-            operator, owners, metrics, factor, lift, anchors_of(differentiable), *differentiable, loss.token_weight, *others
-        )
-    if loss.reduction == "none":
-        values = [value.reshape(loss.shape) for value in values]
-    elif torch.compiler.is_exporting():
-        values = [total(value, factor) for value in values]
-    of = dict(zip(METRICS, summary.unbind(), strict=True)) if metrics else {}
-    if loss.labels is None:
-        of.pop("ce", None)
-    return values, of
-
-
-def _factor(loss: Loss, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the sum of the losses is multiplied by."""
-    if loss.reduction != "mean":
-        return torch.ones((), dtype=dtype, device=rows.device)
-    if loss.normalizer is None:
-        normalizer = kept_weight(loss, rows.shape[0], dtype, rows.device)
-    elif isinstance(loss.normalizer, Tensor):
-        normalizer = loss.normalizer.detach().to(device=rows.device, dtype=dtype)
-    else:
-        normalizer = torch.full((), loss.normalizer, dtype=dtype, device=rows.device)
-    return torch.where(normalizer == 0, 0.0, 1.0 / normalizer)
 
 
 def models_of(
@@ -100,10 +49,6 @@ def models_of(
     return linear_of(
         student_hidden, student_head, teacher_hidden, teacher_head, 1, strategy, memory_budget, constant_target
     ), vocab_size
-
-
-def terms_of(loss: Loss, head: list[float]) -> tuple[Any, ...]:
-    return (loss.divergence.name, float(loss.divergence.a), loss.temperature, loss.kd_scale, loss.ce_weight, head)
 
 
 @overload
@@ -243,101 +188,6 @@ def linear_kd_loss(
     differentiable = (rows_of(student_hidden), student.weight, student.bias)
     (value,), metrics = reduced(loss, "linear_kd", differentiable, sum_dtype, others)
     return (value, metrics) if loss.return_metrics else value
-
-
-@overload
-def kd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor | None = None,
-    *,
-    return_metrics: Literal[False] = False,
-    **options: Unpack[LogitsOptions],
-) -> Tensor: ...
-@overload
-def kd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor | None = None,
-    *,
-    return_metrics: Literal[True],
-    **options: Unpack[LogitsOptions],
-) -> tuple[Tensor, Metrics]: ...
-@overload
-def kd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor | None = None,
-    *,
-    return_metrics: bool,
-    **options: Unpack[LogitsOptions],
-) -> Tensor | tuple[Tensor, Metrics]: ...
-def kd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor | None = None,
-    *,
-    divergence: Divergence | DivergenceName = "forward_kl",
-    t: float | Tensor = 1.0,
-    temperature: float = 1.0,
-    square_temperature: bool = True,
-    kd_weight: float = 1.0,
-    ce_weight: float = 0.0,
-    token_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: Reduction = "mean",
-    normalizer: float | Tensor | None = None,
-    return_metrics: bool = False,
-) -> Any:
-    """The loss of ``linear_kd_loss`` from logits that exist already: student_logits and teacher_logits, both (..., V).
-
-    The other arguments, what is returned and what is raised are as there. The gradient goes to student_logits.
-    """
-    float_tensor("student_logits", student_logits)
-    float_tensor("teacher_logits", teacher_logits, student_logits.device)
-    if student_logits.dim() < 1 or student_logits.shape[-1] == 0 or student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} must have one "
-            "shape, (..., V) with V at least 1"
-        )
-    if teacher_logits.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "teacher_logits requires grad, but the target of kd_loss is constant: run the teacher under torch.no_grad(), or "
-            "train it along with linear_okd_loss"
-        )
-    loss = checked(
-        student_logits,
-        "student_logits",
-        labels,
-        divergence=divergence,
-        t=t,
-        temperature=temperature,
-        square_temperature=square_temperature,
-        kd_weight=kd_weight,
-        ce_weight=ce_weight,
-        token_weight=token_weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        normalizer=normalizer,
-        return_metrics=return_metrics,
-    )
-    sum_dtype = accumulate_dtype(torch.promote_types(student_logits.dtype, teacher_logits.dtype))
-    others = (
-        _rows(teacher_logits.detach()),
-        loss.labels,
-        loss.t.to(device=student_logits.device, dtype=sum_dtype),
-        *terms_of(loss, [1.0, 0.0, 1.0, 0.0]),
-        loss.ignore_index,
-    )
-    dtype = accumulate_dtype(student_logits.dtype)
-    (value,), metrics = reduced(loss, "logits_kd", (_rows(student_logits),), dtype, others)
-    return (value, metrics) if loss.return_metrics else value
-
-
-def _rows(logits: Tensor) -> Tensor:
-    """[N, V] with adjacent entries in a row, without a copy where the strides allow."""
-    rows = logits.reshape(-1, logits.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 class LinearKDLoss(nn.Module, Generic[Returned]):

@@ -16,7 +16,8 @@ from kdkernels.backends.operators import accumulate_dtype
 from kdkernels.divergences import Divergence, DivergenceName
 from kdkernels.engine.cut import Strategy
 from kdkernels.losses.checks import LMHead, checked, rows_of
-from kdkernels.losses.linear import models_of, reduced, terms_of
+from kdkernels.losses.linear import models_of
+from kdkernels.losses.reduction import reduced, terms_of
 from kdkernels.losses.signatures import Metrics, OKDOptions, Reduction
 from kdkernels.parallel.ranks import group_name, told
 from kdkernels.scalars import share

@@ -16,7 +16,7 @@ from kdkernels.divergences import Divergence, DivergenceName
 from kdkernels.engine.cut import Strategy
 from kdkernels.engine.outcomes import TAILS, WEIGHED_BY_STUDENT
 from kdkernels.losses.checks import LMHead, checked, compute_dtype, float_tensor, head_of, integer_tensor, rows_of, scratch_of
-from kdkernels.losses.linear import reduced, terms_of
+from kdkernels.losses.reduction import reduced, terms_of
 from kdkernels.losses.signatures import Metrics, Reduction, Tail, TopKOptions
 from kdkernels.scalars import cut_vocabulary, one_of
 

@@ -14,12 +14,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from kdkernels.backends.operators import ROW_COLUMNS, STATS_COLUMNS, SUMS_COLUMNS
+from kdkernels.backends.columns import GRADIENT_READ, ROW_COLUMNS, STATS_COLUMNS, SUMS_COLUMNS, SUMS_READ
 from kdkernels.divergences import resolve
 
 FLOAT, LABEL = 4, 8  # bytes of a statistic, weight, bias or t; of a label
-# Columns of the statistics that a kernel reads: none of the moments for the sums, none of the teacher's for the gradient.
-SUMS_READ, GRADIENT_READ = 8, 6
 
 
 @dataclass(frozen=True)

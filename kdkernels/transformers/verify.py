@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdkernels.backends.head import apply_head, cap_slope
 from kdkernels.losses.checks import LMHead
 from kdkernels.transformers.batches.reading import most_positions
 from kdkernels.transformers.finite import NotFinite, check_weights, is_finite
@@ -66,8 +67,7 @@ def _levels(like: Tensor) -> Tensor:
 
 
 def _capped(g: Tensor, scale: float, softcap: float | None) -> Tensor:
-    x = g * scale
-    return x if softcap is None else softcap * torch.tanh(x / softcap)
+    return apply_head(g, None, scale, softcap or 0.0)
 
 
 def _fits(found: Tensor, expected: Tensor, allowed: Tensor) -> bool:
@@ -274,7 +274,7 @@ def _verify(model: Any, base: Any, read: OutputHead, head: LMHead, inputs: dict[
     )
     size = head.logit_scale * _size(hidden, head)[:, : logits.shape[-1]]
     if head.softcap is not None:
-        size *= 1 - (exact / head.softcap).square()  # the cap presses errors together as it does logits
+        size *= cap_slope(exact, head.softcap)  # the cap presses errors together as it does logits
     if not _fits(logits.double(), exact, _allowed(exact, eager, size, eps, hidden.shape[-1])):
         cause = "unknown: two forwards on the same tokens give different hidden states"
         _refuse(base, "the whole differs", cause, logits.double(), exact)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels import backends
+from kdkernels.backends.columns import STATS_COLUMNS
 from kdkernels.backends.merge import merged, sums_of_one_sweep
-from kdkernels.backends.operators import STATS_COLUMNS, row_columns
+from kdkernels.backends.operators import row_columns
 from kdkernels.divergences import resolve
 from tests.support.cases import BLOCK_CHOICES, BLOCK_VARIANTS, parameters, running
 
@@ -99,7 +100,7 @@ def test_one_sweep_is_enough_where_the_divergence_says_so(variant: str, dtype: t
     rows.head = [0.75, 0.0, 1.25, 0.0]
     divergence = resolve(name)
     with running(variant):
-        operators = backends.operators(backends.select(rows.x.device, dtype))
+        operators = backends.select(rows.x.device, dtype).operators()
         ends = (rows.t, name, rows.a, rows.temperature, rows.head)
         stats = statistics(operators, rows, divergence.one_sweep, False)
         two = operators.block_reduce(*rows.logits(), *ends, stats.to(rows.weight.dtype), False).double()
@@ -115,7 +116,7 @@ def test_one_sweep_is_enough_where_the_divergence_says_so(variant: str, dtype: t
 def test_blocks_add_up_to_whole_rows(variant: str, dtype: torch.dtype, name: str, metrics: bool) -> None:
     rows = draw_rows(dtype)
     with running(variant):
-        operators = backends.operators(backends.select(rows.x.device, dtype))
+        operators = backends.select(rows.x.device, dtype).operators()
         whole, dx = at_once(operators, rows, name, metrics)
         columns, blocks_dx = by_blocks(operators, rows, name, metrics)
     # Sums are regrouped, so they differ by roundings of the working precision; the gradient is also rounded to the dtype of x.
@@ -131,7 +132,7 @@ def test_blocks_add_up_to_whole_rows(variant: str, dtype: torch.dtype, name: str
 def test_gradients_can_go_to_another_tensor(variant: str) -> None:
     rows = draw_rows(torch.float32)
     with running(variant):
-        operators = backends.operators(backends.select(rows.x.device, torch.float32))
+        operators = backends.select(rows.x.device, torch.float32).operators()
         columns, dx = at_once(operators, rows, "forward_kl", True)
         before, out = rows.x.clone(), torch.empty_like(rows.x)
         loss = ("forward_kl", rows.a, rows.temperature, rows.kd_scale, rows.ce_scale, rows.head)
@@ -151,7 +152,7 @@ def test_a_block_that_is_banned_whole_changes_nothing(variant: str) -> None:
     rows.z[:, 1:6] = -torch.inf
     rows.labels[1] = 9
     with running(variant):
-        operators = backends.operators(backends.select(rows.x.device, torch.float32))
+        operators = backends.select(rows.x.device, torch.float32).operators()
         whole, dx = at_once(operators, rows, "jsd", True)
         columns, blocks_dx = by_blocks(operators, rows, "jsd", True)
     assert whole.isfinite().all()

@@ -19,6 +19,7 @@ from benchmarks import limits
 from benchmarks.contenders import CONTENDERS
 from benchmarks.limits import GIB, MIB, Case, Inputs, Scale, cases, crossing, errors, limits_table, run
 from benchmarks.measure import in_own_process
+from kdkernels.backends import native
 from tests.support import oracle
 
 SMALL = Case("largest", 256, 600, 12, 20, "fp32", (64 * 1024,))
@@ -244,7 +245,7 @@ def test_the_command_refuses_what_it_cannot_do(
 def test_auto_takes_what_was_measured_to_be_faster(dtype: str, divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At every budget of the committed break-even where one strategy was ahead by more than a fifth; planned as on the machine that
     was measured, with the native backend and products in bfloat16, whatever this one is."""
-    monkeypatch.setattr(importlib.import_module("kdkernels.engine.cut"), "backend_of", lambda *_: "native")
+    monkeypatch.setattr(importlib.import_module("kdkernels.engine.cut"), "backend_of", lambda *_: native.BACKEND)
     for module in ("planning.plan", "engine.cut", "backends.products"):
         monkeypatch.setattr(importlib.import_module(f"kdkernels.{module}"), "product_dtype", lambda dtype, _: dtype)
     measured = json.loads(limits.RESULTS.read_text())["break_even"][f"{dtype} {divergence}"]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.backends import reference
+from kdkernels.backends.columns import STATS_COLUMNS
 from kdkernels.backends.merge import merged, sums_of_one_sweep
-from kdkernels.backends.operators import STATS_COLUMNS
 from kdkernels.divergences import resolve
 from tests.engine.test_vocab import AT, ONE_SWEEP
 

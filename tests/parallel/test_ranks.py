@@ -20,8 +20,8 @@ import torch
 
 import kdkernels as kd
 from kdkernels.backends import reference
+from kdkernels.backends.columns import STATS_COLUMNS
 from kdkernels.backends.merge import merged
-from kdkernels.backends.operators import STATS_COLUMNS
 from kdkernels.engine.cut import column_bytes
 from tests.parallel.problems import (
     HEADS,

@@ -222,8 +222,8 @@ def test_a_gpu_without_triton_is_said_too(monkeypatch: pytest.MonkeyPatch, caplo
     backends._say_what_is_missing.cache_clear()
     for _ in range(2):
         for dtype in (torch.float64, torch.bfloat16):
-            backends.operators_of_loss("reference", torch.device("cuda"), dtype)
-    backends.operators_of_loss("reference", torch.device("mps"), torch.bfloat16)
+            backends.operators_of_loss(backends.reference.BACKEND, torch.device("cuda"), dtype)
+    backends.operators_of_loss(backends.reference.BACKEND, torch.device("mps"), torch.bfloat16)
     (said,) = caplog.messages
     assert "Triton is not installed" in said
     assert "pip install triton" in said
@@ -302,7 +302,7 @@ def test_functors_are_printed_for_every_divergence(tmp_path: Path) -> None:
     spec.loader.exec_module(generate)
     (tmp_path / "csrc").mkdir()
     (tmp_path / "kdkernels" / "backends").mkdir(parents=True)
-    for name in ("divergences.py", "backends/functors.py"):
+    for name in ("divergences.py", "backends/functors.py", "backends/columns.py"):
         shutil.copy(ROOT / "kdkernels" / name, tmp_path / "kdkernels" / name)
     generate.write(tmp_path)
     printed = (tmp_path / "csrc" / "generated" / "divergences.inc").read_text()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.base import Step, Terms
-from kdkernels.backends.operators import STATS_COLUMNS
+from kdkernels.backends.columns import STATS_COLUMNS
 from kdkernels.divergences import resolve
 from kdkernels.engine.step import Options as Asked
 from kdkernels.engine.step import prepare

@@ -28,7 +28,7 @@ def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("work was done before the input was checked")
 
     monkeypatch.setattr(HeadProducts, "logits", work)
-    monkeypatch.setattr(backends, "operators", work)
+    monkeypatch.setattr(backends, "operators_of_loss", work)
 
 
 def refused(error: type[Exception], *words: str) -> Any:

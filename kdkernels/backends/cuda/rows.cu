@@ -8,7 +8,8 @@
 //
 // Macros besides math.cuh's: KD_PAIR (the functor), KD_CLUSTER (blocks of a cluster), KD_WARPS (that compute), KD_CHUNK (logits of a
 // model that are copied together), KD_SLICE (of a block, at most), KD_BLOCKS (that a multiprocessor holds), KD_SCALED (a head's scale is
-// not 1), KD_GRAD, KD_OUT (of dx: 0 float32, 1 bfloat16, 2 float16).
+// not 1), KD_GRAD, KD_OUT (of dx: 0 float32, 1 bfloat16, 2 float16); KD_ROW_COLUMNS of the result, and the place of each, KD_ROW_KD and so
+// on.
 
 constexpr int CLUSTER = KD_CLUSTER, WARPS = KD_WARPS, THREADS = WARPS * 32, CHUNK = KD_CHUNK, SLICE = KD_SLICE;
 constexpr int CHUNKS = (SLICE + CHUNK - 1) / CHUNK;
@@ -224,8 +225,8 @@ __device__ __forceinline__ void compute(float* x, float* y, int begin, int count
   for (int64 r = blockIdx.x / CLUSTER; r < of.rows; r += gridDim.x / CLUSTER) {
     const float weight = of.weight[r], temperature = of.terms.temperature;
     Out* dx = KD_GRAD ? of.dx + r * of.dx_stride + begin : nullptr;
-    float* columns = of.columns + r * 6;
-    if (rank == 0 && thread < 6) columns[thread] = 0.f;
+    float* columns = of.columns + r * KD_ROW_COLUMNS;
+    if (rank == 0 && thread < KD_ROW_COLUMNS) columns[thread] = 0.f;
     if (weight == 0.f) {  // not computed
       const float zeros[WIDE] = {};
       if (KD_GRAD)
@@ -289,8 +290,8 @@ __device__ __forceinline__ void compute(float* x, float* y, int begin, int count
       total = shown(total);
     }
     if (rank == 0 && thread == 0) {
-      columns[0] = total.value;
-      if (KD_CE) columns[1] = cross_entropy(row);
+      columns[KD_ROW_KD] = total.value;
+      if (KD_CE) columns[KD_ROW_CE] = cross_entropy(row);
     }
     gradients(x, y, begin, count, label, row, total.slope, weight, dx, shared, of);
   }

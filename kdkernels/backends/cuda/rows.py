@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends import functors
+from kdkernels.backends.columns import ROW_COLUMNS, WEIGH
 from kdkernels.backends.cuda import compile
-from kdkernels.backends.operators import ROW_COLUMNS
 from kdkernels.divergences import flat, resolve
 
 WIDE = 8  # entries of dx that a thread stores together
 OUT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-WEIGH = {"": 0, "target": 1, "student": 2}
 # What a block holds in shared memory besides its slices, at most; 1 KiB of it the system's.
 REST = 4096
 OPTIONS = ("--std=c++17",)
@@ -121,7 +120,8 @@ def source(divergence: str, macros: Macros, shape: Shape) -> str:
     math, rows = _sources()
     pair = functors.functor(importlib.import_module("kdkernels.divergences"), divergence)
     sizes = {"CLUSTER": shape.cluster, "SLICE": shape.slice, "WARPS": shape.warps, "CHUNK": shape.chunk, "BLOCKS": shape.blocks}
-    defined = [*macros, *((f"KD_{name}", value) for name, value in sizes.items())]
+    places = {"ROW_COLUMNS": len(ROW_COLUMNS), **{f"ROW_{name.upper()}": at for at, name in enumerate(ROW_COLUMNS)}}
+    defined = [*macros, *((f"KD_{name}", value) for name, value in (sizes | places).items())]
     return "\n".join([*(f"#define {name} {value}" for name, value in defined), math, pair, rows])
 
 

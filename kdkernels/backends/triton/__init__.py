@@ -6,9 +6,55 @@
 - arch.py: what a device is; blocks.py: block sizes for each architecture; autotune.py: the search around the table.
 - launch.py: how a kernel is started.
 
-Nothing here is imported before a GPU tensor arrives, or a test asks for it under TRITON_INTERPRET=1.
+Triton and these files are not imported before a GPU tensor arrives, or a test asks for them under TRITON_INTERPRET=1.
 """
 
-from kdkernels.backends.triton.rows import row_loss
+from __future__ import annotations
 
-__all__ = ["row_loss"]
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels.backends.base import FAST_DTYPES, Backend, Step, Sweeps
+
+
+@functools.cache
+def installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:
+        return False
+
+
+def _usable() -> bool:
+    """Also without a GPU if Triton's interpreter is on."""
+    return (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1") and installed()
+
+
+def _operators() -> Any:
+    from kdkernels.backends.triton import rows
+
+    return rows
+
+
+def _sweeps(steps: Sequence[Step], hidden: tuple[Tensor, Tensor], tile: Tensor, buffer: Tensor) -> Sweeps:
+    from kdkernels.backends.triton.vocabulary import FusedSweeps
+
+    return FusedSweeps(steps, hidden, tile, buffer)
+
+
+BACKEND = Backend(
+    name="triton",
+    operators=_operators,
+    device="cuda",
+    dtypes=FAST_DTYPES,
+    usable=_usable,
+    missing="Triton is not installed",
+    get_it="pip install triton",
+    sweeps=_sweeps,
+)

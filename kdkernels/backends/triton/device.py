@@ -14,15 +14,33 @@ Entries outside the vocabulary are -inf, which contributes nothing anywhere. Wha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 
+from kdkernels.backends import columns as table
 from kdkernels.backends.triton.functions import exp
 
-NOTHING = tl.constexpr(0)
-TARGET = tl.constexpr(1)
-STUDENT = tl.constexpr(2)
-WEIGH = {"": 0, "target": 1, "student": 2}
+NOTHING, TARGET, STUDENT = (tl.constexpr(table.WEIGH[side]) for side in ("", "target", "student"))
+
+
+def _places(columns: tuple[str, ...], *names: str) -> Iterator[tl.constexpr]:
+    return (tl.constexpr(columns.index(name)) for name in names)
+
+
+# The places of columns in what is read and written for each row, and how many there are.
+MAX_X_T, LOG_SUM_X_T, MAX_Y_T, LOG_SUM_Y_T = _places(table.STATS_COLUMNS, "max_x_T", "log_sum_x_T", "max_y_T", "log_sum_y_T")
+MAX_X, LOG_SUM_X, MAX_Z_T, LOG_SUM_Z_T = _places(table.STATS_COLUMNS, "max_x", "log_sum_x", "max_z_T", "log_sum_z_T")
+ARGMAX_X, ARGMAX_Z, MASS, MOMENT = _places(table.STATS_COLUMNS, "argmax_x", "argmax_z", "mass", "moment")
+VALUE, SLOPE = _places(table.SUMS_COLUMNS, "value", "slope")
+TARGET_ENTROPY, STUDENT_ENTROPY, OVERLAP = _places(table.SUMS_COLUMNS, "target_entropy", "student_entropy", "overlap")
+ROW_KD, ROW_CE, ROW_AGREEMENT = _places(table.ROW_COLUMNS, "kd", "ce", "agreement")
+ROW_TARGET_ENTROPY, ROW_STUDENT_ENTROPY, ROW_OVERLAP = _places(table.ROW_COLUMNS, "target_entropy", "student_entropy", "overlap")
+STATS_COUNT, SUMS_COUNT, ROW_COUNT = (
+    tl.constexpr(len(columns)) for columns in (table.STATS_COLUMNS, table.SUMS_COLUMNS, table.ROW_COLUMNS)
+)
+SUMS_READ, GRADIENT_READ = tl.constexpr(table.SUMS_READ), tl.constexpr(table.GRADIENT_READ)
 
 
 @triton.jit
@@ -221,10 +239,14 @@ def finished(state, temperature, CE: tl.constexpr):
 
 @triton.jit
 def log_probabilities(x, y, stats):
-    """lp, lq and lq - lp. stats: the first four of STATS_COLUMNS."""
-    above_x = x - stats[0]
-    above_y = y - stats[2]
-    return above_y - stats[3], above_x - stats[1], (above_x - above_y) - (stats[1] - stats[3])
+    """lp, lq and lq - lp. stats: STATS_COLUMNS, as far as LOG_SUM_Y_T at least."""
+    above_x = x - stats[MAX_X_T]
+    above_y = y - stats[MAX_Y_T]
+    return (
+        above_y - stats[LOG_SUM_Y_T],
+        above_x - stats[LOG_SUM_X_T],
+        (above_x - above_y) - (stats[LOG_SUM_X_T] - stats[LOG_SUM_Y_T]),
+    )
 
 
 @triton.jit
@@ -251,7 +273,7 @@ def no_sums(ROWS: tl.constexpr):
 
 @triton.jit
 def add_sums(state, x, y, z, stats, shares, PAIR: tl.constexpr, METRICS: tl.constexpr):
-    """One more tile. stats: the first eight of STATS_COLUMNS of the whole row."""
+    """One more tile. stats: the first SUMS_READ of STATS_COLUMNS of the whole row."""
     value, slope, entropy_y, entropy_x, overlap = state
     lp, lq, d = log_probabilities(x, y, stats)
     values, slopes = value_and_slope(lp, lq, d, shares, PAIR)
@@ -261,7 +283,7 @@ def add_sums(state, x, y, z, stats, shares, PAIR: tl.constexpr, METRICS: tl.cons
         q = exp(lq)
         entropy_y -= tl.sum(entropy_term(exp(lp), lp), 1)
         entropy_x -= tl.sum(entropy_term(q, lq), 1)
-        overlap += tl.sum(tl.minimum(q, exp((z - stats[6]) - stats[7])), 1)
+        overlap += tl.sum(tl.minimum(q, exp((z - stats[MAX_Z_T]) - stats[LOG_SUM_Z_T])), 1)
     return value, slope, entropy_y, entropy_x, overlap
 
 
@@ -275,7 +297,7 @@ def shown(value, slope):
 def sums_of_one_sweep(stats, shares, PAIR: tl.constexpr, WEIGH: tl.constexpr):
     """Value and slope from the moments: the textbook's are linear in log p - log q (Divergence.linear says how). stats: all
     STATS_COLUMNS."""
-    x_log, y_log, mass, moment = stats[1], stats[3], stats[11], stats[12]
+    x_log, y_log, mass, moment = stats[LOG_SUM_X_T], stats[LOG_SUM_Y_T], stats[MASS], stats[MOMENT]
     zero = x_log * 0.0
     value_0, slope_0, c = PAIR(zero, zero, zero, shares)
     slope_0 = slope_0 - c
@@ -301,7 +323,7 @@ def sums_of_one_sweep(stats, shares, PAIR: tl.constexpr, WEIGH: tl.constexpr):
 def gradient(x, y, stats, slope_sum, labels, weight, head, terms, columns, PAIR: tl.constexpr):
     """dx = kd (slope - q sum slope) + ce (softmax(x) - e_label), times the row's weight, through the head's chain rule.
 
-    stats: the first six of STATS_COLUMNS.
+    stats: the first GRADIENT_READ of STATS_COLUMNS.
     """
     shares, temperature, kd, ce = terms
     _, scale, softcap = head
@@ -313,7 +335,7 @@ def gradient(x, y, stats, slope_sum, labels, weight, head, terms, columns, PAIR:
         dx += kd * (slope - q * slope_sum)
     if ce is not None:
         if temperature is not None:
-            q = exp((x * temperature - stats[4]) - stats[5])
+            q = exp((x * temperature - stats[MAX_X]) - stats[LOG_SUM_X])
         dx += ce * (q - tl.where(columns == labels, 1.0, 0.0))
     if softcap is not None:
         over_cap = at_one(x, temperature) / softcap

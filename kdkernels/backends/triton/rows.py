@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.backends import cuda
-from kdkernels.backends.operators import ROW_COLUMNS
+from kdkernels.backends.columns import ROW_COLUMNS, WEIGH
 from kdkernels.backends.triton import arch, blocks, device, launch
 from kdkernels.divergences import flat, resolve
 
@@ -86,21 +86,21 @@ def _row(
                 x, y, z, _ = _tile(sides, t, temperature, v0, end, AT_ONE, LANES, WIDTH)
                 state = device.add_sums(state, x, y, z, stats, shares, PAIR, METRICS)
             sums = (tl.sum(state[0], 0), tl.sum(state[1], 0), tl.sum(state[2], 0), tl.sum(state[3], 0), tl.sum(state[4], 0))
-        value = sums[0]
-        slope = device.shown(value, sums[1])
+        value = sums[device.VALUE]
+        slope = device.shown(value, sums[device.SLOPE])
 
-    tl.store(row_ptr, tl.where(live, value, 0.0))
+    tl.store(row_ptr + device.ROW_KD, tl.where(live, value, 0.0))
     cross_entropy = 0.0
     if CE:
-        cross_entropy = tl.where(live, stats[5] - (label_logit - stats[4]), 0.0)
-    tl.store(row_ptr + 1, cross_entropy)
-    tl.store(row_ptr + 2, sums[2])
-    tl.store(row_ptr + 3, sums[3])
+        cross_entropy = tl.where(live, stats[device.LOG_SUM_X] - (label_logit - stats[device.MAX_X]), 0.0)
+    tl.store(row_ptr + device.ROW_CE, cross_entropy)
+    tl.store(row_ptr + device.ROW_TARGET_ENTROPY, sums[device.TARGET_ENTROPY])
+    tl.store(row_ptr + device.ROW_STUDENT_ENTROPY, sums[device.STUDENT_ENTROPY])
     agreement = 0.0
     if METRICS:
-        agreement = tl.where(live & (stats[8] == stats[9]), 1.0, 0.0)
-    tl.store(row_ptr + 4, agreement)
-    tl.store(row_ptr + 5, sums[4])
+        agreement = tl.where(live & (stats[device.ARGMAX_X] == stats[device.ARGMAX_Z]), 1.0, 0.0)
+    tl.store(row_ptr + device.ROW_AGREEMENT, agreement)
+    tl.store(row_ptr + device.ROW_OVERLAP, sums[device.OVERLAP])
 
     if dx_row_ptr is not None:
         for v0 in range(0, vocab, LANES * WIDTH):
@@ -134,7 +134,7 @@ def row_loss_kernel(
     dx_row_ptr = None
     if dx_ptr is not None:
         dx_row_ptr = dx_ptr + row * strides[2]
-    row_ptr = rows_ptr + row * 6
+    row_ptr = rows_ptr + row * device.ROW_COUNT
     weight = tl.load(weight_ptr + row)
     t = tl.load(t_ptr)
     label = None
@@ -201,7 +201,7 @@ def row_loss(
         row_loss_kernel[(rows,)](
             *arguments,
             PAIR=launch.pair_function(divergence, temperature),
-            WEIGH=device.WEIGH[weigh],
+            WEIGH=WEIGH[weigh],
             METRICS=metrics,
             LANES=entry.num_warps * arch.warp(x.device) * min(entry.entries // width, MOST_PARTS),
             WIDTH=width,

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.backends.base import Model, Step
+from kdkernels.backends.columns import STATS_COLUMNS, SUMS_COLUMNS, WEIGH
 from kdkernels.backends.merge import merged
-from kdkernels.backends.operators import STATS_COLUMNS, SUMS_COLUMNS
 from kdkernels.backends.products import HeadProducts
 from kdkernels.backends.triton import arch, autotune, blocks, device, launch
 
@@ -145,7 +145,7 @@ def statistics_kernel(
         )  # fmt: skip
         columns = (v0 + tl.arange(0, BLOCK_V))[None, :]
         state = device.add_statistics(state, x, y, z, labels, v0, columns, temperature, WEIGH, CE, METRICS)
-    _write(parts_ptr, split, rows, tokens, device.finished(state, temperature, CE), 13)
+    _write(parts_ptr, split, rows, tokens, device.finished(state, temperature, CE), device.STATS_COUNT)
 
 
 @triton.jit(do_not_specialize=["tokens", "share"])
@@ -173,7 +173,7 @@ def sums_kernel(
     rows = n0 + tl.arange(0, BLOCK_N)
     t_ptr, shares, temperature = target
     t = tl.load(t_ptr)
-    stats = _read(stats_ptr, rows, tokens, 13, 8)
+    stats = _read(stats_ptr, rows, tokens, device.STATS_COUNT, device.SUMS_READ)
     state = device.no_sums(BLOCK_N)
     for v0 in range(split * share, min(split * share + share, vocab), BLOCK_V):
         x, y, z = _tile(
@@ -181,7 +181,7 @@ def sums_kernel(
             n0, v0, tokens, vocab, t, temperature, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
         state = device.add_sums(state, x, y, z, stats, shares, PAIR, METRICS)
-    _write(parts_ptr, split, rows, tokens, state, 5)
+    _write(parts_ptr, split, rows, tokens, state, device.SUMS_COUNT)
 
 
 @triton.jit(do_not_specialize=["tokens", "end"])
@@ -221,7 +221,7 @@ def gradient_kernel(
     labels = None
     if labels_ptr is not None:
         labels = tl.load(labels_ptr + rows, mask=rows < tokens, other=-1)[:, None]
-    stats = _read(stats_ptr, rows, tokens, 13, 6)
+    stats = _read(stats_ptr, rows, tokens, device.STATS_COUNT, device.GRADIENT_READ)
     slope_sum = tl.load(rows_ptr + rows, mask=rows < tokens, other=0.0)[:, None]
     weight = tl.load(rows_ptr + tokens + rows, mask=rows < tokens, other=0.0)[:, None]
     made = device.gradient(x, y, stats, slope_sum, labels, weight, models[0][1], terms, columns, PAIR)
@@ -306,7 +306,7 @@ class LearnerSweeps:
 
     def statistics(self, weigh: str, ce: bool) -> Tensor:
         arguments = (self.labels if ce else None, self.t, self.terms[1])
-        constants = {"WEIGH": device.WEIGH[weigh], "METRICS": self.step.metrics}
+        constants = {"WEIGH": WEIGH[weigh], "METRICS": self.step.metrics}
         parts = self._over_splits(statistics_kernel, self.matrix("statistics"), len(STATS_COLUMNS), arguments, **constants)
         return merged(parts.double(), weigh)
 
@@ -343,7 +343,7 @@ class LearnerSweeps:
 
 
 class FusedSweeps:
-    """The sweeps of engine/sweeps.py; each learner goes over the vocabulary by itself."""
+    """base.Sweeps; each learner goes over the vocabulary by itself."""
 
     def __init__(self, steps: Sequence[Step], hidden: tuple[Tensor, Tensor], tile: Tensor, buffer: Tensor) -> None:
         """hidden: both models' counted rows, in their products' dtype. tile: scratch [count, Vb] of the widest learner's."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdkernels.backends.head import apply_head
 from kdkernels.backends.operators import accumulate_dtype
 from kdkernels.backends.products import HeadProducts, block_size, logits_dtype, product_dtype
 from kdkernels.engine.cut import chunk_rows
@@ -81,12 +82,7 @@ class MostLikely:
     def _top(self, products: HeadProducts, hidden: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         products.logits(hidden.to(self.product), logits)
         z = logits.to(self.sum)  # the scratch itself, unless it has to be widened
-        if self.bias is not None:
-            z.add_(self.bias)
-        z.mul_(self.logit_scale)
-        if self.softcap is not None:
-            z.div_(self.softcap).tanh_().mul_(self.softcap)
-        z.div_(self.temperature)
+        apply_head(z, self.bias, self.logit_scale, self.softcap or 0.0, in_place=True).div_(self.temperature)
         values, ids = z.topk(self.top_k)
         # Apart and in float64: of a confident teacher 1 less the sum of the top_k has no digits, nor has 0 less the largest.
         chosen, rest = values.double().logsumexp(1), z.scatter_(1, ids, -torch.inf).logsumexp(1).double()

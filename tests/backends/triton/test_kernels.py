@@ -13,8 +13,8 @@ import torch
 
 from kdkernels import backends
 from kdkernels.backends import reference
+from kdkernels.backends.columns import STATS_COLUMNS
 from kdkernels.backends.merge import sums_of_one_sweep
-from kdkernels.backends.operators import STATS_COLUMNS
 from kdkernels.divergences import resolve
 from tests.support.cases import draw, dressed
 from tests.support.kernels import AT, DIMS, EPS, SPLITS, TOKENS, VOCAB, assert_close, large, of_logits, run, step_of, sweeps_of

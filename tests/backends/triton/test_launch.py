@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels.backends.operators import STATS_COLUMNS
+from kdkernels.backends.columns import STATS_COLUMNS, WEIGH
 from kdkernels.divergences import FLAT
 from tests.support.kernels import CPU, GPU, TOKENS, large, step_of, sweeps_of
 
@@ -96,5 +96,5 @@ class TestLaunch:
 
     def test_moments_are_told_apart(self) -> None:
         named = {"": device.NOTHING, "target": device.TARGET, "student": device.STUDENT}
-        assert {weigh: constant.value for weigh, constant in named.items()} == device.WEIGH
-        assert len(set(device.WEIGH.values())) == 3
+        assert {weigh: constant.value for weigh, constant in named.items()} == WEIGH
+        assert len(set(WEIGH.values())) == 3

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.backends import reference
-from kdkernels.backends.operators import ROW_COLUMNS
+from kdkernels.backends.columns import ROW_COLUMNS
 from tests.support.cases import NATIVE_DTYPES
 from tests.support.kernels import CPU, EPS, VOCAB
 
