@@ -163,7 +163,7 @@ class LongRows:
 
     def row_loss(self, divergence: str, dtype: torch.dtype, is_dressed: bool) -> tuple[Tensor, Tensor]:
         """ROW_COLUMNS, and dx in ``dtype`` as float32."""
-        from kdkernels.backends.triton import row_loss  # Triton may not be installed
+        from kdkernels.backends.triton.rows import row_loss  # Triton may not be installed
 
         dx = torch.full_like(self.logits[0], torch.nan, dtype=dtype)
         x, z, out = (side[:, : self.vocab] for side in (self.logits[0].clone(), self.logits[1], dx))
