@@ -1,7 +1,7 @@
 """Where the time of a step goes, kernel by kernel, and what other block sizes than the table's would make of it.
 
 - profile: the kernels of one step under torch.profiler, and how much of the step is none of them.
-- rows: the row kernel alone, and the rate at which it moves the bytes that traffic.py counts.
+- rows: the row kernel alone, and the rate at which it moves the bytes that kdkernels/planning/traffic.py counts.
 - blocks: the kernels of ``vocab``, with the same blocks for all three: of a plain loss, of one with temperature and labels
   ("dressed"), and of that under a softcap ("capped").
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from kdkernels.divergences import resolve
-from kdkernels.planning.devices import Device
+from kdkernels.planning.devices import FUSED_EFFICIENCY, Device
 from kdkernels.planning.plan import plan
-from kdkernels.planning.roofline import VOCAB_KERNEL_EFFICIENCY, row_instructions
+from kdkernels.planning.roofline import row_instructions
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ def compare(
     row_note = f"its row kernel is counted at {_instructions(divergence)}"
     if online_teacher:
         row_note += f"; the teacher's at {_instructions('forward_kl')}"
-    vocab_note = f"its kernels are counted at {VOCAB_KERNEL_EFFICIENCY} of the rate of library products, an estimate"
+    source = "an estimate" if on.fused_efficiency == FUSED_EFFICIENCY else "as measured on an H100"
+    vocab_note = f"its kernels are counted at {on.fused_efficiency} of the rate of library products, {source}"
     return (
         predicted("eager", chunked.eager_peak_bytes, chunked.eager_seconds, chunked.eager_flops, "whole"),
         predicted("tokens", chunked.peak_bytes, chunked.seconds, chunked.flops, _count(chunked.chunks, "chunk"), row_note),

@@ -20,6 +20,11 @@ LAUNCH_SECONDS = 3e-6
 # multiprocessor, three streams (two operands and the result).
 BLOCKS_PER_UNIT, ROW_STREAMS = 2, 3
 
+# Of kernels that multiply themselves, of the library's rate: estimated from the instructions of kernels compiled with 64x64 tiles,
+# which have barriers in each step; and as measured on an H100 with its own blocks: 540 to 600 of 720 Tflop/s
+# (benchmarks/results/gpu-h100.jsonl), for losses without bias, softcap and metrics whose formula is short.
+FUSED_EFFICIENCY, HOPPER_FUSED_EFFICIENCY = 0.32, 0.8
+
 
 @dataclass(frozen=True)
 class Device:
@@ -31,6 +36,7 @@ class Device:
     measured: the rates were reached here, nothing is taken off them; nor are tiles and instructions counted.
     operand_bandwidth: bytes/s by dtype at which products get through their operands and results, where that comes before
         multiplying; where there is none they arrive meanwhile, at ``bandwidth``.
+    fused_efficiency: what the vocab strategy's kernels, which multiply themselves, reach of what library products do.
     """
 
     name: str
@@ -43,6 +49,7 @@ class Device:
     issue: float = math.inf
     measured: bool = False
     operand_bandwidth: dict[torch.dtype, float] = field(default_factory=dict, hash=False)
+    fused_efficiency: float = FUSED_EFFICIENCY
 
     @property
     def cached_row(self) -> int:
@@ -66,14 +73,24 @@ def _gpu(
     units: int,
     clock: float,
     lanes: int = 128,
+    fused_efficiency: float = FUSED_EFFICIENCY,
 ) -> Device:
     """bandwidth in TB/s, rates in Tflop/s (bfloat16 and float16 alike, sums in float32), memory in GB, cache in MB, clock in GHz.
 
     lanes: that a unit issues an instruction for in each cycle: four schedulers of 32 on NVIDIA's.
     """
     rates = {torch.float32: float32 * 1e12, torch.bfloat16: half * 1e12, torch.float16: half * 1e12}
-    issue = units * lanes * clock * 1e9
-    return Device(name, bandwidth * 1e12, rates, LAUNCH_SECONDS, int(memory * 1e9), int(cache * 1e6), units, issue)
+    return Device(
+        name,
+        bandwidth * 1e12,
+        rates,
+        LAUNCH_SECONDS,
+        memory=int(memory * 1e9),
+        cache=int(cache * 1e6),
+        units=units,
+        issue=units * lanes * clock * 1e9,
+        fused_efficiency=fused_efficiency,
+    )
 
 
 # float32 is the plain rate: TF32 would be half of the bfloat16 rate on NVIDIA's data centre GPUs, and is off in PyTorch by default.
@@ -84,11 +101,11 @@ _GPUS = (
     # NVIDIA A100 datasheet, SXM 80 GB: 2,039 GB/s, 19.5 / 312 Tflop/s; whitepaper: 40 MB L2, 108 SMs, 1.41 GHz
     _gpu("A100-80", 2.039, 19.5, 312, 80, 40, 108, 1.41),
     # NVIDIA H100 datasheet, SXM5: 3.35 TB/s, 67 / 989.4 Tflop/s; whitepaper: 50 MB L2, 132 SMs of 128 float32 units
-    _gpu("H100", 3.35, 67, 989.4, 80, 50, 132, 1.98),
+    _gpu("H100", 3.35, 67, 989.4, 80, 50, 132, 1.98, fused_efficiency=HOPPER_FUSED_EFFICIENCY),
     # NVIDIA H100 datasheet, PCIe: 2 TB/s, 51 / 756 Tflop/s; whitepaper: 50 MB L2, 114 SMs
-    _gpu("H100-PCIe", 2.0, 51, 756, 80, 50, 114, 1.755),
+    _gpu("H100-PCIe", 2.0, 51, 756, 80, 50, 114, 1.755, fused_efficiency=HOPPER_FUSED_EFFICIENCY),
     # NVIDIA H200 datasheet, SXM: 4.8 TB/s, the H100's rates
-    _gpu("H200", 4.8, 67, 989.4, 141, 50, 132, 1.98),
+    _gpu("H200", 4.8, 67, 989.4, 141, 50, 132, 1.98, fused_efficiency=HOPPER_FUSED_EFFICIENCY),
     # NVIDIA DGX B200 datasheet, an eighth of it: 8 TB/s, 180 GB, 75 / 2,250 Tflop/s; Blackwell tuning guide: 126 MB L2, 148 SMs
     _gpu("B200", 8.0, 75, 2250, 180, 126, 148, 1.98),
     # NVIDIA L4 datasheet: 300 GB/s, 30.3 / 121 Tflop/s, 24 GB, 7,424 CUDA cores of 128 in a multiprocessor; 48 MB L2, 2.04 GHz

@@ -44,9 +44,6 @@ SPLIT_INNER, SPLIT_EFFICIENCY = 512, 0.93
 # Instructions that kernels issue, of those that the multiprocessors could at the datasheet's clock: 1.7 of 1.98 GHz under load, and
 # three of four slots filled. An estimate, not a measurement.
 ISSUE_EFFICIENCY = 0.64
-# What the vocab strategy's kernels that multiply reach of what library products do: about 250 of 790 Tflop/s, estimated from the
-# instructions of the compiled kernels (64x64 tiles, barriers in each step), not measured.
-VOCAB_KERNEL_EFFICIENCY = 0.32
 # Instructions of the row kernel for each logit: statistics, sums, gradient. Read off the machine code for sm_90 by ``make static``,
 # which holds these to it: float32 logits, bfloat16 gradient, t < 1 (at t = 1 each sweep takes ten fewer), no bias, softcap, T or
 # labels. A divergence that is not listed is counted at the most in each sweep that it makes.
@@ -70,7 +67,7 @@ class Pass:
     """flops: of matrix products. bytes: read and written in main memory. dtype: of the products. launches: kernels.
 
     times: how often the pass is made; the other figures are of one of them. shape: rows, columns and inner size of a library's
-    product, whose tiles count. efficiency: of the library's rate, of a kernel that multiplies itself. instructions: of all threads.
+    product, whose tiles count. fused: whether a kernel of this library multiplies. instructions: of all threads.
     """
 
     flops: float
@@ -79,7 +76,7 @@ class Pass:
     launches: int = 1
     times: int = 1
     shape: tuple[int, int, int] | None = None
-    efficiency: float = 1.0
+    fused: bool = False
     instructions: float = 0.0
 
 
@@ -98,7 +95,8 @@ def _on_cpu(step: Pass, on: Device) -> float:
 def _on_gpu(step: Pass, on: Device) -> float:
     multiplying = 0.0
     if step.flops:
-        reached = MATRIX_EFFICIENCY * step.efficiency * (filled(step.shape, on.units) if step.shape else 1.0)
+        share = on.fused_efficiency if step.fused else filled(step.shape, on.units) if step.shape else 1.0
+        reached = MATRIX_EFFICIENCY * share
         multiplying = step.flops / (on.rate(step.dtype) * reached)
     issuing = step.instructions / (on.issue * ISSUE_EFFICIENCY)
     return max(multiplying, issuing, step.bytes / (on.bandwidth * MEMORY_EFFICIENCY))
@@ -307,7 +305,7 @@ def vocab_passes(
     log-sum-exps first. The backward recomputes both tiles of a block, writes the gradient tile, and multiplies it: dH is summed in
     float32, dW_b is written once. Products: 4·Us + 2·Ut with one sweep, 5·Us + 3·Ut with two.
 
-    Kernels that multiply are counted at VOCAB_KERNEL_EFFICIENCY of the library's rate, and their bytes (``traffic.statistics``,
+    Kernels that multiply are counted at the device's ``fused_efficiency``, and their bytes (``traffic.statistics``,
     ``sums`` and ``gradient``) as if they read every operand from main memory once in each launch: what their other tiles read again
     is taken to come from the cache, as in library products.
 
@@ -321,7 +319,7 @@ def vocab_passes(
 
     def multiplying(learner: int, columns: int, kernel: traffic.Traffic) -> Pass:
         flops = 0.0 if shared and learner else products * columns
-        return Pass(flops, kernel.total, dtype, efficiency=1.0 if shared else VOCAB_KERNEL_EFFICIENCY)
+        return Pass(flops, kernel.total, dtype, fused=not shared)
 
     passes: list[Pass] = []
     for at, (_, learned, _) in enumerate(learners):

@@ -212,8 +212,9 @@ class TestSeconds:
         times = [
             compare(8192, 151_936, 896, 3584, torch.bfloat16, on=DEVICES[name]) for name in ("A100-80", "H100", "H200", "B200")
         ]
-        for way in range(3):
-            assert [row[way].seconds for row in times] == sorted((row[way].seconds for row in times), reverse=True)
+        for way, count in enumerate((4, 4, 3)):  # vocab's kernels on a B200: an estimate far below the H100's
+            of_way = [row[way].seconds for row in times[:count]]
+            assert of_way == sorted(of_way, reverse=True)
 
 
 class TestTiles:
@@ -284,10 +285,11 @@ def test_a_kernel_that_multiplies_itself_is_counted_at_its_own_rate() -> None:
     """On a GPU; products of a library, which make the tiles elsewhere, at the library's."""
     own, shared = (vocab_passes(*SIZES, torch.bfloat16, shared=shared) for shared in (False, True))
     assert total_flops(own) == total_flops(shared) == 4 * US + 2 * UT
-    rates = [sum(step.flops * step.times / step.efficiency for step in passes) for passes in (own, shared)]
-    assert rates == pytest.approx([2 * (US + UT) / 0.32 + 2 * US, 4 * US + 2 * UT])
-    whole, half = (seconds([Pass(1e15, 0.0, torch.bfloat16, 0, efficiency=part)], H100) for part in (1.0, 0.5))
-    assert half == pytest.approx(2 * whole)
+    fused = [sum(step.flops * step.times for step in passes if step.fused) for passes in (own, shared)]
+    assert fused == [2 * (US + UT), 0]
+    for name, part in (("H100", 0.8), ("A100-80", 0.32)):
+        by_library, by_kernel = (seconds([Pass(1e15, 0.0, torch.bfloat16, 0, fused=one)], DEVICES[name]) for one in (False, True))
+        assert by_kernel == pytest.approx(by_library / part)
 
 
 class TestBareProducts:

@@ -31,7 +31,7 @@ from tests.support import README, ROOT
 from tests.support.pages import blocks
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [README, *DOCS]
+PAGES = [README, ROOT / "CONTRIBUTING.md", *DOCS]
 every_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
 
@@ -106,13 +106,15 @@ def check_module(name: str, arguments: list[str]) -> None:
 def check(command: list[str]) -> None:
     """Raises what the command itself would find wrong."""
     match command:
-        case ["python", "-m", name, *arguments]:
+        case ["python" | ".venv/bin/python", "-m", name, *arguments]:
             check_module(name, arguments)
         case ["make", target]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
         case ["pip", "install", *arguments]:
             for extra in (name for word in arguments for one in re.findall(r"\.\[(.*)\]", word) for name in one.split(",")):
                 assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE), extra
+        case ["pre-commit", "install"]:
+            assert (ROOT / ".pre-commit-config.yaml").exists()
         case _:
             raise AssertionError(f"a command that this test does not know: {shlex.join(command)}")
 
@@ -143,6 +145,12 @@ def test_the_commands_in_its_text_exist(page: Path) -> None:
                     parsed([name, "--help"])
             case words:
                 check(words)
+
+
+def test_a_commit_is_checked_by_what_make_lint_runs() -> None:
+    recipe = (ROOT / "Makefile").read_text().partition("\nlint: setup\n")[2].partition("\n\n")[0]
+    hooks = re.findall(r"^ +entry: (.*)$", (ROOT / ".pre-commit-config.yaml").read_text(), re.MULTILINE)
+    assert hooks == [line.strip() for line in recipe.splitlines()]
 
 
 def test_what_the_code_says_to_install_can_be_installed() -> None:
@@ -205,3 +213,36 @@ def test_the_names_in_its_text_exist(page: Path) -> None:
         elif name := re.match(r"kd(?:kernels\.(transformers))?\.(\w+)", quoted):
             module = modules[name[1] or "kd"]
             assert hasattr(module, name[2]) or importlib.util.find_spec(f"{module.__name__}.{name[2]}"), quoted
+
+
+@every_page
+def test_the_sources_that_it_names_are_there(page: Path) -> None:
+    """By their place in the repository or in the package, in backticks or not."""
+    for path in re.findall(r"(?<![\w./-])(?:\w+/)+\w+\.(?:py|cpp|cuh?|h)\b", prose(page)):
+        assert (ROOT / path).exists() or (ROOT / "kdkernels" / path).exists(), path
+
+
+def imported(source: Path) -> set[str]:
+    """Names of ours that a file imports, from the package's root on."""
+    imports = [node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.ImportFrom)]
+    names = (f"{node.module}.{alias.name}" for node in imports for alias in node.names)
+    return {name.removeprefix("kdkernels.") for name in names if name.startswith("kdkernels.")}
+
+
+def test_imports_go_down_the_picture_of_the_architecture() -> None:
+    (picture,) = (content for language, content in blocks(ROOT / "docs" / "architecture.md") if language == "text")
+    above: list[str] = []
+    for room in filter(None, itertools.chain(*re.findall(r"^ (\w+)(?: ── (\w+))?", picture, re.MULTILINE))):
+        sources = [ROOT / "kdkernels" / f"{room}.py", *(ROOT / "kdkernels" / room).rglob("*.py")]
+        for source in (source for source in sources if source.exists()):
+            assert not {name for name in imported(source) if name.partition(".")[0] in above}, source
+        above.append(room)
+    assert above[0] == "cli"
+    assert above[-1] == "divergences"
+
+    folder = ROOT / "kdkernels" / "backends"
+    may = {"reference": set(), "native": set(), "triton": {"cuda"}, "cuda": set()}
+    for source in folder.rglob("*.py"):
+        here = source.relative_to(folder).with_suffix("").parts[0]
+        others = {name.split(".")[1] for name in imported(source) if name.startswith("backends.")} & set(may) - {here}
+        assert here not in may or others <= may[here], source
