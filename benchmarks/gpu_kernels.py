@@ -177,7 +177,7 @@ def opened_blocks(size: str, compile_only: bool) -> Callable[..., Iterator[Resul
         matrix = blocks.Matrix(*candidate)
 
         def entry(*of: Any) -> blocks.Entry:
-            return replace(table(*of), statistics=matrix, sums=matrix, gradient=matrix, roomy=None)
+            return replace(table(*of), statistics=matrix, sums=matrix, gradient=matrix, roomy=None, measured=None)
 
         with mock.patch.object(blocks, "entry", entry):
             step = stepped(contenders.ours(loss, "vocab", **DRESSES[dress]), labelled if DRESSES[dress] else given)

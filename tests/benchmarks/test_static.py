@@ -98,7 +98,7 @@ class TestLaunches:
                 entry = TABLE[architecture, dtype.itemsize]
                 for launch in static.launches(architecture, dtype):
                     if launch.name != "row_loss":
-                        matrices = {getattr(entry, launch.name), entry.roomy} - {None}
+                        matrices = {getattr(entry, launch.name), entry.roomy, entry.measured} - {None}
                         assert any(
                             launch.keywords.items() >= {**matrix.blocks(), **matrix.options()}.items() for matrix in matrices
                         )
@@ -111,6 +111,8 @@ class TestLaunches:
                 lean = launch.name == "statistics" or launch.label.startswith(LEAN)
                 crowded = dressed or launch.keywords.get("METRICS", False) or not lean
                 matrix = entry.roomy if crowded else getattr(entry, launch.name)
+                if launch.name == "sums" and launch.keywords["METRICS"]:
+                    matrix = entry.measured
                 assert launch.keywords.items() >= {**matrix.blocks(), **matrix.options()}.items(), launch.label
 
     def test_nothing_is_run_and_the_launchers_are_put_back(self, found: list[Launch]) -> None:

@@ -50,13 +50,14 @@ class Row:
 @dataclass(frozen=True)
 class Entry:
     """Blocks of each kernel. roomy: of the launches that hold more in registers than those blocks leave room for
-    (vocabulary.LearnerSweeps.matrix); None where every launch has it."""
+    (vocabulary.LearnerSweeps.matrix); None where every launch has it. measured: of the sums with metrics, which hold most."""
 
     statistics: Matrix
     sums: Matrix
     gradient: Matrix
     row: Row = field(default_factory=Row)
     roomy: Matrix | None = None
+    measured: Matrix | None = None
 
 
 # Divergences whose sums and gradient leave room in the blocks that are not the roomy ones; others' formulas hold more.
@@ -69,7 +70,7 @@ _WIDE = Matrix(128, 128, 64, 8, 4, group=8)
 TABLE: dict[tuple[str, int], Entry] = {
     ("sm_80", 2): Entry(Matrix(64, 64, 32, 8, 3), Matrix(64, 64, 32, 8, 3), Matrix(64, 128, 32, 8, 3)),
     ("sm_80", 4): Entry(Matrix(32, 64, 32, 8, 2), Matrix(32, 64, 32, 8, 2), Matrix(32, 64, 32, 8, 2)),
-    ("sm_90", 2): Entry(_WIDE, _WIDE, _WIDE, roomy=Matrix(128, 64, 64, 8, 4, group=8)),
+    ("sm_90", 2): Entry(_WIDE, _WIDE, _WIDE, roomy=Matrix(128, 64, 64, 8, 4, group=8), measured=Matrix(64, 64, 64, 8, 4, group=8)),
     ("sm_90", 4): Entry(Matrix(32, 64, 16, 8, 3), Matrix(32, 64, 16, 8, 3), Matrix(64, 64, 16, 8, 3)),
     ("sm_100", 2): Entry(Matrix(64, 32, 64, 8, 3), Matrix(64, 32, 64, 8, 3), Matrix(64, 32, 64, 8, 3)),
     ("sm_100", 4): Entry(Matrix(32, 64, 16, 8, 3), Matrix(32, 64, 16, 8, 3), Matrix(64, 64, 16, 8, 3)),

@@ -265,9 +265,11 @@ class LearnerSweeps:
         """The table's blocks; the roomy ones for heads with a bias or a softcap, for metrics, and for long formulas."""
         crowded = {
             "statistics": self.step.metrics,
-            "sums": self.step.metrics or not self.lean,
+            "sums": not self.lean,
             "gradient": not self.lean,
         }
+        if kernel == "sums" and self.step.metrics and self.table.measured:
+            return self.table.measured
         roomy = self.table.roomy if self.dressed or crowded[kernel] else None
         return roomy or getattr(self.table, kernel)
 

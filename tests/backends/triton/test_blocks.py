@@ -31,7 +31,7 @@ class TestTable:
     @pytest.mark.parametrize("key", TABLE)
     def test_blocks_are_what_a_kernel_can_take(self, key: tuple[str, int]) -> None:
         entry = TABLE[key]
-        for matrix in (entry.statistics, entry.sums, entry.gradient, entry.roomy or entry.sums):
+        for matrix in (entry.statistics, entry.sums, entry.gradient, entry.roomy or entry.sums, entry.measured or entry.sums):
             for size in (matrix.block_n, matrix.block_v, matrix.block_d):
                 assert size >= 16
                 assert size & (size - 1) == 0, "a power of two"
