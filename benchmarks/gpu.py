@@ -35,6 +35,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -189,6 +190,12 @@ def device_facts(size: str) -> Result:
     }
 
 
+def command(arguments: list[str]) -> str:
+    """As it was given, but for the folders of absolute paths: they are the machine's own, and the file is public."""
+    plain = (re.sub(r"^(--\w+=)?/.*/", r"\1", argument) for argument in arguments)
+    return shlex.join(["python", "-m", "benchmarks.gpu", *plain])
+
+
 def machine(size: str) -> Result:
     """Device, versions, date and command."""
     driver = None
@@ -209,7 +216,7 @@ def machine(size: str) -> Result:
             "sources": sources(),  # where the checkout was copied without its history
         },
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
+        "command": command(sys.argv[1:]),
     }
 
 

@@ -460,3 +460,10 @@ def test_the_bare_products_are_those_of_the_loss() -> None:
         with FlopCounterMode(display=False) as counter:
             contenders.products(given, block)()
         assert counter.get_total_flops() == 2 * 24 * 50 * (3 * 8 + 12)
+
+
+def test_a_recorded_command_names_no_folder_of_the_machine() -> None:
+    given = ["--out", "/home/someone/out/gpu.jsonl", "--stages", "smoke,checks"]
+    assert gpu.command(given) == "python -m benchmarks.gpu --out gpu.jsonl --stages smoke,checks"
+    assert gpu.command(["--out=/srv/gpu.jsonl"]) == "python -m benchmarks.gpu --out=gpu.jsonl"
+    assert gpu.command(["--out", "results/gpu.jsonl"]) == "python -m benchmarks.gpu --out results/gpu.jsonl"
