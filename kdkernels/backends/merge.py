@@ -71,7 +71,8 @@ def sums_of_one_sweep(stats: Tensor, divergence: Divergence) -> Tensor:
     mass, moment = (stats[:, _AT[name]] * (-log_sum).exp() for name in ("mass", "moment"))
     # lw - lo = (u - v) + (log sum of the other - log sum of the weighing side)
     moment = moment + mass * (stats[:, _AT[f"log_sum_{other}"]] - log_sum)
-    value, slope = (c0 * mass + c1 * moment for c0, c1 in divergence.linear())
+    # A moment past the largest number takes no part where its factor is 0: 0 times infinity would be NaN.
+    value, slope = (c0 * mass + (c1 * moment if c1 else 0.0) for c0, c1 in divergence.linear())
     slope = slope + divergence.balance()
     nothing = torch.zeros_like(value)
     return torch.stack([value, torch.where(value.isnan(), value, slope), *[nothing] * (len(SUMS_COLUMNS) - 2)], 1)

@@ -70,6 +70,24 @@ class TestBannedTokens:
         torch.testing.assert_close(dx.double(), grad, rtol=1e-4, atol=2e-6)
         assert (dx[x == -INF] == 0).all()
 
+    # what the interpreter's NumPy says of a sum past the largest number
+    @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+    def test_a_student_that_masks_by_the_least_number_has_its_gradient(self, variant: str, name: str) -> None:
+        """Where the teacher has those tokens, forward KL is about 1e38, or past float32; its gradient q - p is like any other."""
+        bias = torch.zeros(300)
+        bias[200:] = torch.finfo(torch.float32).min
+        case = replace(draw(vocab=300), student_bias=bias, options=Options(name))
+        expected = case.plain()
+        with running(variant):
+            found = case.run()
+        for grad in ("student_hidden", "student_weight"):
+            assert found[grad].isfinite().all(), grad
+            torch.testing.assert_close(found[grad].double(), expected[grad], rtol=1e-4, atol=1e-6)
+        if name != "forward_kl":
+            torch.testing.assert_close(found["loss"].double(), expected["loss"], rtol=2e-5, atol=2e-6)
+        else:
+            assert found["loss"] > 1e36
+
     def test_a_bias_can_ban_them(self, variant: str, name: str) -> None:
         case = replace(
             dressed(draw(vocab=41)), student_softcap=None, teacher_softcap=None, options=Options(name, t=0.5, ce_weight=0.5)

@@ -241,7 +241,9 @@ KD_INLINE Sums shown(Sums sums) { return {sums.value, sums.value == sums.value ?
 KD_INLINE Sums sums_of_one_sweep(const Statistics& of, const Row& row, const Terms& terms) {
   const float own = KD_WEIGH == 1 ? row.y_log : row.x_log, other = KD_WEIGH == 1 ? row.x_log : row.y_log;
   const float scale = exp(-own), mass = of.mass * scale, moment = of.moment * scale + mass * (other - own);
-  return shown({terms.value_0 * mass + terms.value_1 * moment, terms.slope_0 * mass + terms.slope_1 * moment + terms.balance});
+  // A moment past the largest number takes no part where its factor is 0: 0 times infinity would be NaN.
+  const float risen = terms.slope_1 == 0.f ? 0.f : terms.slope_1 * moment;
+  return shown({terms.value_0 * mass + terms.value_1 * moment, terms.slope_0 * mass + risen + terms.balance});
 }
 
 // Value and slope of an entry, with the c (q - p) and c q in them that sum to nothing over a row (divergences.py).

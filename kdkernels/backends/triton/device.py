@@ -316,7 +316,10 @@ def sums_of_one_sweep(stats, shares, PAIR: tl.constexpr, WEIGH: tl.constexpr):
     mass = mass * exp(-own)
     moment = moment * exp(-own) + mass * (other - own)
     value = value_0 * mass + (value_1 - value_0) * moment
-    return value, shown(value, slope_0 * mass + (slope_1 - slope_0) * moment + c)
+    # A moment past the largest number takes no part where its factor is 0, or a rounding of it: else 0 times infinity is NaN.
+    rise = slope_1 - slope_0
+    risen = tl.where(tl.abs(rise) < 1e-6, 0.0, rise * moment)
+    return value, shown(value, slope_0 * mass + risen + c)
 
 
 @triton.jit
