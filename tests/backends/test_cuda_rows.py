@@ -235,6 +235,14 @@ class TestSpecialValues:
                 found[t] = compared(problems)
         assert_as_good_as_eager(found)
 
+    def test_a_student_that_masks_by_the_least_number_has_its_gradient(self, name: str) -> None:
+        x = problem(name, 4, 1003, 3.0).x
+        x[:, 700:] = torch.finfo(torch.float32).min
+        one = replace(problem(name, 4, 1003, 3.0), x=x)
+        with cut(4, 2):
+            found = one.run()["x"]
+        torch.testing.assert_close(found.double(), one.plain(torch.float64)["x"], rtol=1e-4, atol=1e-6)
+
     @pytest.mark.parametrize("value", [NAN, INF])
     @pytest.mark.parametrize("model", ["student", "teacher"])
     def test_a_bad_entry_makes_its_row_nan_and_no_other(self, name: str, model: str, value: float) -> None:
