@@ -52,7 +52,7 @@ import kdkernels as kd
 from benchmarks import contenders
 from benchmarks.contenders import COMPILED, IGNORED, LOSSES, PUBLISHED, TAID_T, Head, Loss, NotOfferedError, Problem
 from benchmarks.measure import in_own_process, interleaved, limit_memory, machine, seconds, why
-from kdkernels.backends.products import product_dtype
+from kdkernels.backends.dtypes import product_dtype
 from kdkernels.console import files
 from tests.support import oracle
 from tests.support.memory import peak_above

@@ -33,7 +33,7 @@ import torch
 import kdkernels as kd
 from benchmarks.contenders import bare_logits
 from benchmarks.measure import MIB, in_own_process, interleaved, machine, seconds
-from kdkernels.backends.products import product_dtype
+from kdkernels.backends.dtypes import product_dtype
 from tests.support.memory import peak_above
 
 RESULTS = Path(__file__).parent / "results" / "linear.json"

@@ -13,9 +13,6 @@ from kdkernels.backends.products import HeadProducts
 from kdkernels.divergences import Divergence, resolve
 from kdkernels.parallel.ranks import ALONE, Ranks
 
-FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DTYPES = (*FAST_DTYPES, torch.float64)
-
 
 class Sweeps(Protocol):
     """The sweeps over the vocabulary of one step's counted rows, for each learner; statistics and sums in float64."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from kdkernels import backends
 from kdkernels.backends.base import Terms
 from kdkernels.backends.columns import ROW_COLUMNS
-from kdkernels.backends.operators import accumulate_dtype
+from kdkernels.backends.dtypes import accumulate_dtype
 from kdkernels.engine.keep import kept_rows
 from kdkernels.engine.step import summary, weighted
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from kdkernels import backends
-from kdkernels.backends.base import DTYPES, Model, Step, Terms
-from kdkernels.backends.operators import accumulate_dtype
-from kdkernels.backends.products import logits_dtype, product_dtype
+from kdkernels.backends.base import Model, Step, Terms
+from kdkernels.backends.dtypes import DTYPES, accumulate_dtype, logits_dtype, product_dtype
 from kdkernels.divergences import divergences
 from kdkernels.engine.cut import STRATEGIES, Size
 from kdkernels.engine.keep import Known, check_labels, checksum, keep_of, kept_rows, places
@@ -202,7 +201,7 @@ def prepare(
     """teacher: None where it is not a model; ``known`` is then what it left."""
     dtypes, needs = options.dtypes, options.needs_of(0)
     tokens, device = student[0].shape[0], student[0].device
-    sum_dtype = accumulate_dtype(product_dtype(dtypes[0], device))
+    sum_dtype = accumulate_dtype(dtypes[0])
     if known is None:
         models = student, student if teacher is None else teacher
         same = [] if split is None else [
@@ -254,7 +253,7 @@ def prepare_both(
     """
     (student, teacher), dtypes, needs = models, options.dtypes, options.needs
     device = student[0].device
-    sum_dtype = accumulate_dtype(torch.promote_types(*dtypes))
+    sum_dtype = accumulate_dtype(*dtypes)
     weights = [_weights(weight, student[0].shape[0], sum_dtype, device) for weight in token_weights]
     given = [weight for weight in token_weights if weight is not None]
     # A token counts if it does for either.

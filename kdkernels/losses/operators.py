@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.base import Step, Terms
-from kdkernels.backends.operators import accumulate_dtype, library
-from kdkernels.backends.products import product_dtype
+from kdkernels.backends.dtypes import accumulate_dtype
+from kdkernels.backends.operators import library
 from kdkernels.engine import logits
 from kdkernels.engine.cut import CUTS, Size
 from kdkernels.engine.run import run
 from kdkernels.engine.step import METRICS, Inputs, Options, Outcome, Split, prepare, prepare_both, size_of, summary
 from kdkernels.engine.target import Target, of_known, of_teacher
-from kdkernels.losses.autograd import OWNERS, of_operator
+from kdkernels.losses.autograd import SCHEMAS, Schema, of_operator
 from kdkernels.planning.plan import choose, default_budget
 
 _HEADS = (
@@ -167,12 +167,12 @@ def _made(given: Given, dtype: torch.dtype, sources: tuple[Tensor | None, ...], 
 
 
 def _fake_linear_kd(given: Given) -> tuple[Tensor, ...]:
-    dtype = accumulate_dtype(product_dtype(given.student_dtype, given.student_hidden.device))
+    dtype = accumulate_dtype(given.student_dtype)
     return _made(given, dtype, given.student)
 
 
 def _fake_linear_okd(given: Given) -> tuple[Tensor, ...]:
-    dtype = accumulate_dtype(torch.promote_types(given.student_dtype, given.teacher_dtype))
+    dtype = accumulate_dtype(given.student_dtype, given.teacher_dtype)
     return _made(given, dtype, (*given.student, *given.teacher), learners=2)
 
 
@@ -210,10 +210,9 @@ for _operator, _fake in {
     logits_kd: _fake_logits_kd,
 }.items():
     _name = _operator.__name__
-    _of = getattr(torch.ops.kdkernels, _name)
-    _names = tuple(argument.name for argument in _of.default._schema.arguments)
-    IMPLEMENTATIONS[_name] = _with_own_dtypes(_by_name(_names, _operator))
+    _schema = SCHEMAS[_name] = Schema(getattr(torch.ops.kdkernels, _name))
+    IMPLEMENTATIONS[_name] = _with_own_dtypes(_by_name(_schema.names, _operator))
     library.impl(_name, IMPLEMENTATIONS[_name], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"kdkernels::{_name}", _by_name(_names, _fake), lib=library)
-    _setup, _backward = of_operator(_of, OWNERS[_name])
+    torch.library.register_fake(f"kdkernels::{_name}", _by_name(_schema.names, _fake), lib=library)
+    _setup, _backward = of_operator(_schema)
     torch.library.register_autograd(f"kdkernels::{_name}", _backward, setup_context=_setup, lib=library)

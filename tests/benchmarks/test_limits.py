@@ -19,7 +19,7 @@ from benchmarks import limits
 from benchmarks.contenders import CONTENDERS
 from benchmarks.limits import GIB, MIB, Case, Inputs, Scale, cases, crossing, errors, limits_table, run
 from benchmarks.measure import in_own_process
-from kdkernels.backends import native
+from kdkernels.backends import dtypes, native
 from tests.support import oracle
 
 SMALL = Case("largest", 256, 600, 12, 20, "fp32", (64 * 1024,))
@@ -246,8 +246,7 @@ def test_auto_takes_what_was_measured_to_be_faster(dtype: str, divergence: str, 
     """At every budget of the committed break-even where one strategy was ahead by more than a fifth; planned as on the machine that
     was measured, with the native backend and products in bfloat16, whatever this one is."""
     monkeypatch.setattr(importlib.import_module("kdkernels.engine.cut"), "backend_of", lambda *_: native.BACKEND)
-    for module in ("planning.plan", "engine.cut", "backends.products"):
-        monkeypatch.setattr(importlib.import_module(f"kdkernels.{module}"), "product_dtype", lambda dtype, _: dtype)
+    monkeypatch.setattr(dtypes, "cpu_multiplies", lambda _: True)
     measured = json.loads(limits.RESULTS.read_text())["break_even"][f"{dtype} {divergence}"]
     case = replace(limits.FULL.break_even, dtype=dtype, divergence=divergence)
     clear = [point for point in measured["points"] if abs(math.log(point["ratio"])) > math.log(1.2)]
