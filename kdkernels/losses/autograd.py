@@ -39,7 +39,8 @@ class Schema:
 
     def call(self, given: dict[str, Any], needs: dict[str, bool]) -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
         """Losses, gradients (empty where not needed) and metrics."""
-        made = list(self.operator(**given, needs=[needs[name] for name in self.learned]))
+        given = {**given, "needs": [needs[name] for name in self.learned]}
+        made = list(self.operator(*(given[name] for name in self.names)))
         losses = [made.pop(0) for _ in self.weights]
         return losses, {name: made.pop(0) for name in self.learned}, made.pop()
 
@@ -204,7 +205,6 @@ def of_operator(schema: Schema) -> tuple[Callable[..., None], Callable[..., Any]
         for name, one in of_loss.items():
             weight = given[name]
             given[name] = torch.zeros_like(present) if one is None else one if weight is None else weight * one
-        del given["needs"]
         _, grads, _ = schema.call({**given, "lift": None, "metrics": False}, needs)
         return tuple(grads[name] if needs.get(name) else None for name in schema.names)
 

@@ -78,6 +78,7 @@ def linear_kd_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
+    check_labels: bool = True,
     vocab_size: int | None = None,
     strategy: Strategy = "auto",
     memory_budget: int | None = None,
@@ -100,6 +101,9 @@ def linear_kd_loss(
     reduction: "mean" = sum(token_weight loss) / sum(token_weight) over kept tokens, or / ``normalizer`` (a positive number or 0-dim
         tensor, e.g. the token count of an accumulated step), and 0 where that is 0; "sum"; "none", shaped like labels, with the
         token weights in and 0 at dropped tokens.
+    check_labels: False where the host must not wait for a GPU, as while a CUDA graph is captured. How many tokens count is then not
+        read, so dropped ones are multiplied with the others, as zeros; a label out of range makes the loss NaN, and raises nothing.
+        With a process_group it makes no difference: what ranks agree on is read all the same.
     vocab_size: cut both heads to their first rows (padded vocabularies); the rest gets zero gradient.
     strategy: "tokens" cuts the tokens and takes the fewest products; "vocab" cuts the vocabulary, multiplies twice or three times
         for the logits and takes the least memory; "auto" is the one that ``kd.plan`` predicts to be faster.
@@ -130,7 +134,7 @@ def linear_kd_loss(
             "t": share_of_teacher(t, dtype, student_hidden.device),
         }
         tokens = tokens_of(
-            "student_hidden", student_hidden, labels, token_weight, ignore_index, reduction, normalizer, given["ce_scale"]
+            "student_hidden", student_hidden, labels, token_weight, ignore_index, reduction, normalizer, check_labels, ce_weight
         )
         return_metrics = flag("return_metrics", return_metrics)
     (value,), metrics = reduced("linear_kd", given, tokens, dtype, return_metrics)

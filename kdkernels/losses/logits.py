@@ -61,6 +61,7 @@ def kd_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
+    check_labels: bool = True,
     return_metrics: bool = False,
 ) -> Any:
     """The loss of ``linear_kd_loss`` from logits that exist already: student_logits and teacher_logits, both (..., V).
@@ -84,7 +85,7 @@ def kd_loss(
         "t": share_of_teacher(t, both, student_logits.device),
     }
     tokens = tokens_of(
-        "student_logits", student_logits, labels, token_weight, ignore_index, reduction, normalizer, given["ce_scale"]
+        "student_logits", student_logits, labels, token_weight, ignore_index, reduction, normalizer, check_labels, ce_weight
     )
     return_metrics = flag("return_metrics", return_metrics)
     (value,), metrics = reduced("logits_kd", given, tokens, accumulate_dtype(student_logits.dtype), return_metrics)

@@ -105,6 +105,7 @@ def linear_okd_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
+    check_labels: bool = True,
     vocab_size: int | None = None,
     strategy: Strategy = "auto",
     memory_budget: int | None = None,
@@ -142,7 +143,7 @@ def linear_okd_loss(
             "teacher_ce_scale": 1.0 - teacher_alpha,
         }
         tokens = tokens_of(
-            "student_hidden", student_hidden, labels, token_weight, ignore_index, reduction, normalizer, terms["ce_scale"]
+            "student_hidden", student_hidden, labels, token_weight, ignore_index, reduction, normalizer, check_labels, ce_weight
         )
         return_metrics = flag("return_metrics", return_metrics)
     dtype = accumulate_dtype(models.student.dtype, models.teacher.dtype)

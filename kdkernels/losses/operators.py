@@ -33,24 +33,25 @@ _TERMS = "str divergence, float a, float temperature, float kd_scale, float ce_s
 
 library.define(
     f"linear_kd({_HEADS[0]}Tensor? token_weight, Tensor grad_scale, Tensor? lift, {_HEADS[1]}Tensor? labels, "
-    f"Tensor t, {_TERMS}, int ignore_index, int? vocab, ScalarType student_dtype, ScalarType teacher_dtype, "
+    f"Tensor t, {_TERMS}, int ignore_index, bool check_labels, int? vocab, ScalarType student_dtype, ScalarType teacher_dtype, "
     "str strategy, int memory_budget, str group, bool[] needs, bool metrics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
     f"linear_okd({_HEADS[0]}{_HEADS[1]}Tensor? token_weight, Tensor? teacher_token_weight, Tensor grad_scale, Tensor? lift, "
-    f"Tensor? labels, {_TERMS}, float teacher_kd_scale, float teacher_ce_scale, int ignore_index, int? vocab, "
+    f"Tensor? labels, {_TERMS}, float teacher_kd_scale, float teacher_ce_scale, int ignore_index, bool check_labels, int? vocab, "
     "ScalarType student_dtype, ScalarType teacher_dtype, str strategy, int memory_budget, str group, bool[] needs, bool metrics) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
     f"linear_topk_kd({_HEADS[0]}Tensor? token_weight, Tensor grad_scale, Tensor? lift, Tensor topk_ids, Tensor topk_logprobs, "
-    f"Tensor? topk_rest, Tensor? labels, Tensor t, {_TERMS}, int ignore_index, int vocab, ScalarType student_dtype, str tail, "
-    "str strategy, int memory_budget, bool[] needs, bool metrics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"Tensor? topk_rest, Tensor? labels, Tensor t, {_TERMS}, int ignore_index, bool check_labels, int vocab, "
+    "ScalarType student_dtype, str tail, str strategy, int memory_budget, bool[] needs, bool metrics) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
     "logits_kd(Tensor student_logits, Tensor? token_weight, Tensor grad_scale, Tensor? lift, "
     "Tensor teacher_logits, Tensor? labels, "
-    f"Tensor t, {_TERMS}, int ignore_index, bool[] needs, bool metrics) -> (Tensor, Tensor, Tensor)"
+    f"Tensor t, {_TERMS}, int ignore_index, bool check_labels, bool[] needs, bool metrics) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -63,7 +64,7 @@ def _run(
         # There is no row operation over ranks, and kernels that multiply themselves have nothing to gain from chunks of tokens.
         strategy = "vocab"
     done = run(CUTS[choose(strategy, size)](size), steps, inputs, target)
-    means = summary(done[0].metric_sums, step.count, step.sum_dtype) if step.metrics else done[0].losses.new_empty(0)
+    means = summary(done[0].metric_sums, step.counted, step.sum_dtype) if step.metrics else done[0].losses.new_empty(0)
     return done, means
 
 
@@ -87,6 +88,7 @@ class Given(SimpleNamespace):
         return Options(
             labels=self.labels,
             ignore_index=self.ignore_index,
+            check_labels=self.check_labels,
             vocab=self.vocab,
             dtypes=dtypes,
             needs=tuple(self.needs),
@@ -149,6 +151,7 @@ def logits_kd(given: Given) -> tuple[Tensor, ...]:
         given.t,
         given.terms,
         given.ignore_index,
+        given.check_labels,
         given.needs[0],
         given.metrics,
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from kdkernels.backends.dtypes import DTYPES
 from kdkernels.losses.checks import INTEGERS, constant, float_tensor, integer_tensor, of_tokens, scalar
 from kdkernels.losses.signatures import Reduction
-from kdkernels.scalars import one_of, positive, whole
+from kdkernels.scalars import flag, one_of, positive, whole
 
 REDUCTIONS = get_args(Reduction)
 
@@ -23,13 +23,15 @@ class Tokens:
     labels: Tensor | None
     weight: Tensor | None
     ignore_index: int
+    check_labels: bool
     reduction: str
     normalizer: float | Tensor | None
     shape: torch.Size
 
     def arguments(self) -> dict[str, Any]:
         """An operator's."""
-        return {"labels": self.labels, "token_weight": self.weight, "ignore_index": self.ignore_index}
+        of_tokens = {"labels": self.labels, "token_weight": self.weight}
+        return {**of_tokens, "ignore_index": self.ignore_index, "check_labels": self.check_labels}
 
     def factor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """What the sum of the losses is multiplied by."""
@@ -62,6 +64,7 @@ def tokens_of(
     ignore_index: Any,
     reduction: Any,
     normalizer: Any,
+    check_labels: Any,
     ce_weight: float,
 ) -> Tokens:
     """leading: the student's tensor, whose dimensions before the last are those of the tokens; name: its name."""
@@ -90,6 +93,7 @@ def tokens_of(
         labels=None if labels is None else labels.reshape(-1).to(torch.int64),
         weight=None if token_weight is None else token_weight.reshape(-1),
         ignore_index=ignore_index,
+        check_labels=flag("check_labels", check_labels),
         reduction=reduction,
         normalizer=normalizer,
         shape=leading.shape[:-1],

@@ -80,6 +80,7 @@ def linear_topk_kd_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
+    check_labels: bool = True,
     vocab_size: int | None = None,
     strategy: Strategy = "auto",
     memory_budget: int | None = None,
@@ -133,7 +134,7 @@ def linear_topk_kd_loss(
         "tail": _tail(tail, topk_rest, divergence),
     }
     tokens = tokens_of(
-        "student_hidden", student_hidden, labels, token_weight, ignore_index, reduction, normalizer, given["ce_scale"]
+        "student_hidden", student_hidden, labels, token_weight, ignore_index, reduction, normalizer, check_labels, ce_weight
     )
     return_metrics = flag("return_metrics", return_metrics)
     (value,), metrics = reduced("linear_topk_kd", given, tokens, dtype, return_metrics)
