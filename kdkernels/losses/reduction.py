@@ -23,7 +23,7 @@ def reduced(
     schema = SCHEMAS[name]
     learned = {one: given[one] for one in schema.learned}
     refuse_transforms(list(learned.values()))
-    factor = tokens.factor(dtype, given[schema.learned[0]].device)
+    factor = tokens.factor(given[schema.learned[0]], dtype)
     if not torch.is_grad_enabled():
         # Inside SummedLoss this can no longer be seen: it would make gradients that nobody can ask for.
         learned = {one: None if argument is None else argument.detach() for one, argument in learned.items()}

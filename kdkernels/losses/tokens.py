@@ -33,22 +33,23 @@ class Tokens:
         of_tokens = {"labels": self.labels, "token_weight": self.weight}
         return {**of_tokens, "ignore_index": self.ignore_index, "check_labels": self.check_labels}
 
-    def factor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """What the sum of the losses is multiplied by."""
+    def factor(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the sum of the losses is multiplied by. rows: the student's, one for each token."""
+        device = rows.device
         if self.reduction != "mean":
             return torch.ones((), dtype=dtype, device=device)
         if self.normalizer is None:
-            normalizer = self._kept_weight(dtype, device)
+            normalizer = self._kept_weight(rows, dtype)
         elif isinstance(self.normalizer, Tensor):
             normalizer = self.normalizer.detach().to(device=device, dtype=dtype)
         else:
             normalizer = torch.full((), self.normalizer, dtype=dtype, device=device)
         return torch.where(normalizer == 0, 0.0, 1.0 / normalizer)
 
-    def _kept_weight(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def _kept_weight(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Sum of the token weights over kept tokens."""
         if self.labels is None:
-            kept = torch.full((), self.shape.numel(), dtype=dtype, device=device)
+            kept = torch.full((), rows.shape[0], dtype=dtype, device=rows.device)
             return kept if self.weight is None else self.weight.sum(dtype=dtype)
         counted = self.labels != self.ignore_index
         if self.weight is None:
