@@ -27,7 +27,7 @@ from benchmarks.contenders import loss_of, products
 from benchmarks.measure import measured, planned, seconds, stepped
 from benchmarks.rows import Row, options, run
 from benchmarks.runner import Part, told
-from kdkernels.backends.products import product_dtype
+from kdkernels.backends.dtypes import product_dtype
 
 FILES = {"time": "linear.json", "memory": "linear.json"}
 FULL = (

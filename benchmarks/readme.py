@@ -1,4 +1,4 @@
-"""Writes the README's tables from benchmarks/results: ``python -m benchmarks.readme``."""
+"""Writes the tables of the README and of docs from benchmarks/results: ``python -m benchmarks.readme``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from typing import Any
 
 from benchmarks import gpu_report, gpu_times, limits, linear
 from benchmarks.cases import GIB, LOSSES, MIB, ONLINE, Case, key
+from benchmarks.contenders import BUDGETED
 from benchmarks.rows import RESULTS, Row
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 END = "<!-- end -->"
 PEERS = ("liger-kernel", "trl")
 ERRORS = {"value_error": "value", "hidden_grad_error": "dH", "head_grad_error": "dW"}
@@ -335,9 +337,40 @@ def gpu_table(path: Path) -> str:
     return f"{title}\n\n{_grid('', columns, rows, lambda row: (row['head'], row['loss']), _on_a_gpu)}\n"
 
 
-def _between(readme: str, mark: str, content: str) -> str:
-    before, rest = readme.split(f"<!-- {mark} -->\n")
-    return f"{before}<!-- {mark} -->\n{content}{END}{rest.split(END, 1)[1]}"
+def door_table(path: Path, grown: dict[str, Any]) -> str:
+    """What was timed beside others on a GPU, and the largest step on a CPU, of whoever took part in both. path: a result file of
+    benchmarks.gpu; grown: what growth.json holds."""
+    machines, found, _ = gpu_report.read(path)
+    timed = [row for row in gpu_report.latest(found) if row["stage"] in ("ours", "others") and "ratio" in row]
+    other = next(row for row in timed if row["stage"] == "others")
+    timed = [row for row in timed if row["head"] == other["head"]]
+    largest = max(row["tokens"] for row in grown["rows"] if row["part"] == "tokens")
+    on_cpu = [row for row in grown["rows"] if row["part"] == "tokens" and row["tokens"] == largest]
+    names = [*gpu_times.OURS, *(row["contender"] for row in timed)]
+    both = [name for name in dict.fromkeys(names) if name == BUDGETED or name in {row["contender"] for row in on_cpu}]
+    rows = sorted((row for row in [*timed, *on_cpu] if row["contender"] in both), key=lambda row: both.index(row["contender"]))
+
+    def column(row: Row) -> tuple[bool, str]:
+        return "median_ms" in row, row["loss"]
+
+    def cell(row: Row) -> str:
+        return _on_a_gpu(row) if "median_ms" in row else f"{row['ratio']:.2f}; {row['peak_bytes'] / GIB:.1f} GiB"
+
+    columns = {column(row): f"{machines[-1]['device']}, {row['loss']}" for row in timed}
+    columns[column(on_cpu[0])] = f"CPU, {on_cpu[0]['loss']}"
+    title = (
+        "Time, also over that of the bare products, and peak memory above the inputs. "
+        f"GPU: {other['student']} ← {other['teacher']}, {other['tokens']:,} tokens, {other['dtype']}; "
+        f"CPU: V = {on_cpu[0]['vocab']:,}, {largest:,} tokens, {on_cpu[0]['dtype']}. `tokens` and `vocab` are this library's "
+        "strategies, with the scratch that they take by default or 1 GiB; eager is PyTorch as one writes it."
+    )
+    return f"{title}\n\n{_grid('', columns, rows, column, cell)}\n"
+
+
+def _between(page: str, mark: str, content: str) -> str:
+    """The page with ``content`` between the marks of that name; as it is where it has none."""
+    before, found, rest = page.partition(f"<!-- {mark} -->\n")
+    return f"{before}{found}{content}{END}{rest.split(END, 1)[1]}" if found else page
 
 
 # What is between the marks of a name: the table of a result file.
@@ -350,12 +383,15 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 }
 
 
-def updated(readme: str) -> str:
-    """The README with the tables of the result files between their marks."""
+def updated(page: str) -> str:
+    """A page with the tables of the result files between their marks."""
     for mark, (file, make) in SECTIONS.items():
-        readme = _between(readme, mark, make(json.loads((RESULTS / file).read_text())))
-    return _between(readme, "gpu", gpu_table(RESULTS / "gpu-h100.jsonl"))
+        page = _between(page, mark, make(json.loads((RESULTS / file).read_text())))
+    on_gpu = RESULTS / "gpu-h100.jsonl"
+    page = _between(page, "door", door_table(on_gpu, json.loads((RESULTS / "growth.json").read_text())))
+    return _between(page, "gpu", gpu_table(on_gpu))
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text()))
+    for page in PAGES:
+        page.write_text(updated(page.read_text()))

@@ -20,7 +20,7 @@ from benchmarks.limits import Extent, cases
 from benchmarks.readme import crossing, limits_table
 from benchmarks.rows import RESULTS, options, run
 from benchmarks.runner import Part
-from kdkernels.backends import native
+from kdkernels.backends import dtypes, native
 
 SMALL = Case("largest", Head("small", "student", "teacher", 600, 600, 12, 20), 256, "fp32", "eager")
 linux = pytest.mark.skipif(
@@ -199,8 +199,7 @@ def test_auto_takes_what_was_measured_to_be_faster(dtype: str, divergence: str, 
     """At every budget of the committed break-even where one strategy was ahead by more than a fifth; planned as on the machine that
     was measured, with the native backend and products in bfloat16, whatever this one is."""
     monkeypatch.setattr(importlib.import_module("kdkernels.engine.cut"), "backend_of", lambda *_: native.BACKEND)
-    for module in ("planning.plan", "engine.cut", "backends.products"):
-        monkeypatch.setattr(importlib.import_module(f"kdkernels.{module}"), "product_dtype", lambda dtype, _: dtype)
+    monkeypatch.setattr(dtypes, "cpu_multiplies", lambda _: True)
     rows = json.loads((RESULTS / "limits.json").read_text())["rows"]
     points = [row for row in rows if (row["part"], row["dtype"], row["loss"]) == ("break-even", dtype, divergence)]
     clear = [point for point in points if abs(math.log(point["ratio"])) > math.log(1.2)]
