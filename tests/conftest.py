@@ -7,6 +7,8 @@ import os
 
 # Triton reads it when a kernel is defined; without it no kernel runs where there is no GPU.
 os.environ["TRITON_INTERPRET"] = "1"
+# Else each name of a model or of data that is not there is asked for on the network, several times.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Iterator
 from contextlib import ExitStack
