@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 
@@ -24,6 +25,11 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatabl
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-cases", type=int, default=10_000, help="random calls of tests/fuzz/test_fuzz.py (default 10000)")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays. The Trainer collects garbage after each run, and would go through all of it."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
