@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,23 @@ def full_for(monkeypatch: pytest.MonkeyPatch, what: str) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def whole(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of a run that nothing hindered, one for each choice of options."""
+
+    @functools.cache
+    def run(**options: Any) -> Path:
+        out = tmp_path_factory.mktemp("whole") / "run"
+        assert main(arguments(given, out, **options)) == 0
+        return out
+
+    return run
+
+
 @pytest.mark.parametrize("what", ["run.json", "loss.png", "results.json", "student"])
 def test_a_full_disk_is_one_line_and_resume_goes_on(
-    given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+    given: Path, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
-    assert main(arguments(given, tmp_path / "whole")) == 0
     out = tmp_path / "run"
     with full_for(monkeypatch, what):
         said = refusal(capsys, arguments(given, out))
@@ -74,18 +87,17 @@ def test_a_full_disk_is_one_line_and_resume_goes_on(
     assert not (out / "results.json").exists()
     assert not list(out.glob("*.tmp"))
     assert main(arguments(given, out, "--resume")) == 0
-    assert_same_student(tmp_path / "whole", out)
-    assert results_of(out)["after"] == results_of(tmp_path / "whole")["after"]
+    assert_same_student(whole(), out)
+    assert results_of(out)["after"] == results_of(whole())["after"]
 
 
 @pytest.mark.parametrize("size", [10_000, 30_000, 60_000])
 def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_the_one_before(
-    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int
+    given: Path, tmp_path: Path, whole: Any, capsys: pytest.CaptureFixture[str], size: int
 ) -> None:
     """Files of at most so many bytes: at each size another file of the checkpoint, by another library, is cut short."""
     resource = pytest.importorskip("resource")
     options = {"steps": 4, "save_steps": 2}
-    assert main(arguments(given, tmp_path / "whole", **options)) == 0
     out = tmp_path / "run"
     step = run_module.Watch.step
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -109,7 +121,7 @@ def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_the_one_before(
     assert (out / "checkpoint-4").exists()
     assert main(["distill", "--resume", f"--out={out}"]) == 0
     assert f"continuing from {out / 'checkpoint-2'}" in capsys.readouterr().out
-    assert_same_student(tmp_path / "whole", out)
+    assert_same_student(whole(**options), out)
 
 
 def test_a_checkpoint_whose_last_file_was_cut_short_is_passed_over(given: Path, tmp_path: Path) -> None:
