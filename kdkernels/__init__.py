@@ -12,7 +12,7 @@ from kdkernels.divergences import (
     total_variation,
 )
 from kdkernels.engine.scratch import free_scratch
-from kdkernels.losses.checks import LMHead
+from kdkernels.losses.head import LMHead
 from kdkernels.losses.linear import LinearKDLoss, linear_kd_loss
 from kdkernels.losses.logits import kd_loss
 from kdkernels.losses.okd import OKDLoss, linear_okd_loss

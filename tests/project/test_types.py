@@ -17,7 +17,7 @@ import kdkernels.transformers
 from kdkernels.divergences import DivergenceName
 from kdkernels.engine import outcomes
 from kdkernels.engine.cut import STRATEGIES
-from kdkernels.losses import checks, signatures
+from kdkernels.losses import signatures, tokens
 from tests.support import ROOT
 
 LOSSES = {
@@ -92,7 +92,7 @@ def test_the_keywords_for_type_checkers_are_those_of_the_signature(loss: Any) ->
 
 def test_the_names_for_type_checkers_are_those_that_are_accepted() -> None:
     assert get_args(DivergenceName) == kd.divergences()
-    assert get_args(signatures.Reduction) == checks.REDUCTIONS
+    assert get_args(signatures.Reduction) == tokens.REDUCTIONS
     assert get_args(signatures.Strategy) == STRATEGIES
     assert set(get_args(signatures.Tail)) == set(outcomes.TAILS)
 

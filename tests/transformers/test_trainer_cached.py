@@ -9,7 +9,6 @@ import torch
 
 pytest.importorskip("transformers")
 
-
 from kdkernels.transformers import TopKCache, write_cache
 from tests.support.caches import as_version_1
 from tests.support.tiny_models import VOCAB, build

@@ -19,7 +19,6 @@ pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
-
 from kdkernels.cli import main
 from kdkernels.console import files
 from kdkernels.errors import CommandError

@@ -14,7 +14,6 @@ pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
-
 from kdkernels.cli import main
 from tests.support.commands import refusal
 from tests.support.data import CHAT, put, tokenizer

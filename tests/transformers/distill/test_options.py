@@ -15,7 +15,6 @@ pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
-
 from kdkernels.cli import main
 from kdkernels.engine.outcomes import TAILS
 from kdkernels.errors import CommandError, to_install

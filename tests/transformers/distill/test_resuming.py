@@ -11,7 +11,6 @@ pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
-
 from kdkernels.cli import main
 from kdkernels.errors import CommandError
 from kdkernels.transformers.distill.configuration import merged
