@@ -24,8 +24,9 @@ setup: .venv/.built
 demo: setup
 	$(PY) -m kdkernels demo
 
+# A class or module of tests stays in one process, so that what it makes for all of them is made once.
 test: setup
-	$(PY) -m pytest -n auto --maxprocesses 4
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadscope
 
 # About two hours on 2 cores, which should have nothing else to do.
 bench: setup
