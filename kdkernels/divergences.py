@@ -135,10 +135,14 @@ def _linear(divergence: Divergence) -> tuple[tuple[float, float], tuple[float, f
 
 
 _factories: dict[str, Callable[..., Divergence]] = {}
+# What the package takes from here by ``*``, factories as they are listed. Not as an assignment, which type checkers would read and
+# find no factory in: they take every name without an underscore.
+_exported = globals()["__all__"] = ["Divergence", "divergences"]
 
 
 def _listed(factory: Callable[..., Divergence]) -> Callable[..., Divergence]:
     _factories[factory.__name__] = factory
+    _exported.append(factory.__name__)
     return factory
 
 

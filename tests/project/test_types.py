@@ -50,6 +50,8 @@ reveal_type(kd.LinearKDLoss(return_metrics=True)(x, z, x, z, t=0.5))  # tuple[Te
 reveal_type(kd.LinearKDLoss()(x, z, x, z, return_metrics=True))  # Tensor | tuple[Tensor, dict[str, Tensor]]
 reveal_type([kd.kd_loss(x, z, divergence=name) for name in kd.divergences()])  # list[Tensor]
 reveal_type(kd.plan(1, 2, 3, 4).seconds)  # float | None
+reveal_type([kd.total_variation(), kd.jsd(0.3)])  # list[kdkernels.divergences.Divergence]
+kd.hellinger()  # error: Module has no attribute "hellinger"
 kd.kd_loss(x, z, divergence="forwardkl")  # error: No overload variant
 kd.kd_loss(x, z, reduction="batchmean")  # error: No overload variant
 kd.kd_loss(x, z, temprature=2.0)  # error: No overload variant
@@ -95,6 +97,12 @@ def test_the_names_for_type_checkers_are_those_that_are_accepted() -> None:
     assert get_args(signatures.Reduction) == checks.REDUCTIONS
     assert get_args(signatures.Strategy) == STRATEGIES
     assert set(get_args(signatures.Tail)) == set(outcomes.TAILS)
+
+
+def test_the_package_exports_its_losses_and_every_divergence() -> None:
+    losses = {"kd_loss", "linear_kd_loss", "linear_topk_kd_loss", "linear_okd_loss", "LinearKDLoss", "OKDLoss", "LMHead"}
+    others = {"Divergence", "divergences", "Plan", "plan", "TAIDSchedule", "backend", "free_scratch"}
+    assert set(kd.__all__) == losses | others | set(kd.divergences())
 
 
 @pytest.mark.parametrize("module", [kd, kdkernels.transformers], ids=["kdkernels", "kdkernels.transformers"])
