@@ -24,8 +24,6 @@ from kdkernels.backends.head import apply_head, cap_slope
 from kdkernels.engine.keep import Known
 
 TAILS = ("renormalize", "bucket")
-# Divergences whose terms the student's own probabilities weigh: over the k tokens alone they fall below 0, as mass leaves these.
-WEIGHED_BY_STUDENT = ("reverse_kl", "skew_reverse_kl")
 # The least mass that the target's rest is taken to have where it is only what the k leave of 1. Rounded to float32 that is noise
 # below this, and often 0; an outcome without mass would be dropped from the divergence, which is then none.
 LEAST_REST = 2.0**-23

@@ -14,7 +14,7 @@ from torch import Tensor
 from kdkernels.backends.operators import accumulate_dtype
 from kdkernels.divergences import Divergence, DivergenceName
 from kdkernels.engine.cut import Strategy
-from kdkernels.engine.outcomes import TAILS, WEIGHED_BY_STUDENT
+from kdkernels.engine.outcomes import TAILS
 from kdkernels.losses.checks import LMHead, checked, compute_dtype, float_tensor, head_of, integer_tensor, rows_of, scratch_of
 from kdkernels.losses.reduction import reduced, terms_of
 from kdkernels.losses.signatures import Metrics, Reduction, Tail, TopKOptions
@@ -157,7 +157,7 @@ def linear_topk_kd_loss(
         return_metrics=return_metrics,
     )
     if tail is None:
-        tail = "bucket" if topk_rest is not None or loss.divergence.name in WEIGHED_BY_STUDENT else "renormalize"
+        tail = "bucket" if topk_rest is not None or loss.divergence.weighed_by_student else "renormalize"
     elif one_of("tail", tail, TAILS) == "renormalize" and topk_rest is not None:
         raise ValueError("topk_rest is given, and tail='renormalize' has no rest; accepted with it: tail='bucket' or None")
     sum_dtype = accumulate_dtype(dtype)
