@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.base import Step
+from kdkernels.backends.columns import Row
 from kdkernels.backends.head import apply_head, cap_slope
 from kdkernels.engine.keep import Known
 
@@ -185,17 +186,18 @@ class Outcomes:
         # A slope that compares (total variation) can hide a NaN that the value shows.
         self._set_gradient(piece, logits, rest, whole, lq, slope, torch.where(kd.isnan(), kd, slope.sum(1)))
         nothing = torch.zeros_like(kd)
-        columns = [kd, whole.log_sum_1 - self.label_logit[piece] if self.ce else nothing, *[nothing] * 4]
+        ce = whole.log_sum_1 - self.label_logit[piece] if self.ce else nothing
+        row = Row(kd=kd, ce=ce, target_entropy=nothing, student_entropy=nothing, agreement=nothing, overlap=nothing)
         if metrics:
             # The teacher's most likely token is one of the k, so the student's has to be too.
             agreement = (chosen.top >= rest.top) & (logits.argmax(1) == log_probs.argmax(1))
-            columns[2:] = [
-                torch.special.entr(lp.exp()).sum(1),
-                whole.entropy,
-                agreement.double(),
-                torch.minimum(lq[:, : logits.shape[1]].exp(), log_probs.exp()).sum(1),
-            ]
-        return torch.stack(columns, 1)
+            row = row._replace(
+                target_entropy=torch.special.entr(lp.exp()).sum(1),
+                student_entropy=whole.entropy,
+                agreement=agreement.double(),
+                overlap=torch.minimum(lq[:, : logits.shape[1]].exp(), log_probs.exp()).sum(1),
+            )
+        return torch.stack(row, 1)
 
     def _target(self, own: Tensor, given: Tensor) -> Tensor:
         """(1 - t) own + t given, at both ends one alone; what is NaN or +inf of the teacher's comes through there too."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdkernels import backends
 from kdkernels.backends.base import DTYPES, Model, Step, Terms
+from kdkernels.backends.columns import ROW_COLUMNS, Row
 from kdkernels.backends.operators import accumulate_dtype
 from kdkernels.backends.products import logits_dtype, product_dtype
 from kdkernels.divergences import divergences
@@ -17,7 +18,7 @@ from kdkernels.engine.cut import STRATEGIES, Size
 from kdkernels.engine.keep import Known, check_labels, checksum, keep_of, kept_rows, places
 from kdkernels.parallel.ranks import ALONE, LOSSES, Fact, Ranks, agree, one_of, whether
 
-METRICS = ("kd", "ce", "target_entropy", "student_entropy", "agreement", "overlap", "tokens")
+METRICS = (*ROW_COLUMNS, "tokens")
 
 
 # Hidden states, weight and bias of a model as they came.
@@ -309,11 +310,11 @@ def _weights(token_weight: Tensor | None, tokens: int, dtype: torch.dtype, devic
 
 def weighted(columns: Tensor, terms: Terms) -> Tensor:
     """Both terms of the loss of each row; a term of factor 0 is left out, whatever it came to."""
-    loss = columns.new_zeros(columns.shape[0])
+    row, loss = Row(*columns.unbind(1)), columns.new_zeros(columns.shape[0])
     if terms.kd_scale != 0.0:
-        loss += terms.kd_scale * columns[:, 0]
+        loss += terms.kd_scale * row.kd
     if terms.ce_scale != 0.0:
-        loss += terms.ce_scale * columns[:, 1]
+        loss += terms.ce_scale * row.ce
     return loss
 
 
@@ -324,4 +325,4 @@ def summary(sums: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 def empty_sums(device: torch.device) -> Any:
     """ROW_COLUMNS of no rows, for adding up."""
-    return torch.zeros(len(METRICS) - 1, dtype=torch.float64, device=device)
+    return torch.zeros(len(ROW_COLUMNS), dtype=torch.float64, device=device)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.backends.base import Model, Step
-from kdkernels.backends.columns import STATS_COLUMNS, SUMS_COLUMNS, WEIGH
+from kdkernels.backends.columns import STATS_COLUMNS, SUMS_COLUMNS, WEIGH, Sums
 from kdkernels.backends.merge import merged
 from kdkernels.backends.products import HeadProducts
 from kdkernels.backends.triton import arch, autotune, blocks, device, launch
@@ -318,13 +318,14 @@ class LearnerSweeps:
         parts = self._over_splits(sums_kernel, self.matrix("sums"), len(SUMS_COLUMNS), arguments, **constants)
         sums = parts.sum(0, dtype=torch.float64)
         # A slope that compares (total variation) can hide a NaN that the value shows.
-        sums[:, 1] = torch.where(sums[:, 0].isnan(), sums[:, 0], sums[:, 1])
+        value, slope = Sums(*sums.unbind(1))[:2]
+        slope.copy_(torch.where(value.isnan(), value, slope))
         return sums
 
     def gradients(self, stats: Tensor, sums: Tensor) -> Iterator[tuple[slice, HeadProducts, Tensor]]:
         student: Model = self.step.student
         count, vocab, width = self.step.count, self.step.vocab, self.tile.shape[1]
-        rows = torch.stack([sums[:, 1].float(), self.weights.float()])
+        rows = torch.stack([Sums(*sums.unbind(1)).slope.float(), self.weights.float()])
         labels = None if self.terms[3] is None else self.labels
         for begin in range(0, vocab, width):
             block = slice(begin, min(begin + width, vocab))
