@@ -192,8 +192,7 @@ def gradient_kernel(
     teacher_weight,
     models,
     dx,  # its pointer, [tokens, at least end - begin], and from one row to the next
-    of_rows,  # pointers: statistics [tokens, STATS_COLUMNS]; slope sum, weight [2, tokens]; labels [tokens] or None
-    t_ptr,
+    of_rows,  # pointers: statistics [tokens, STATS_COLUMNS]; slope sum, weight [2, tokens]; labels [tokens] or None; t, one for all
     terms,
     tokens,
     vocab,
@@ -212,7 +211,7 @@ def gradient_kernel(
     rows = n0 + tl.arange(0, BLOCK_N)
     columns = (v0 + tl.arange(0, BLOCK_V))[None, :]
     dx_ptr, dx_stride = dx
-    stats_ptr, rows_ptr, labels_ptr = of_rows
+    stats_ptr, rows_ptr, labels_ptr, t_ptr = of_rows
     t = tl.load(t_ptr)
     x, y, _ = _tile(
         student_hidden, student_weight, teacher_hidden, teacher_weight, models,
@@ -338,7 +337,7 @@ class LearnerSweeps:
                 gradient_kernel,
                 self.matrix("gradient"),
                 grid,
-                ((tile, tile.stride(0)), (stats.float(), rows, labels), self.t, self.terms, count, vocab, block.start, block.stop),
+                ((tile, tile.stride(0)), (stats.float(), rows, labels, self.t), self.terms, count, vocab, block.start, block.stop),
                 PAIR=self.pair,
                 REACH=1 if tile.stride(0) % arch.ENTRIES or block.start % arch.ENTRIES else arch.ENTRIES,
             )
