@@ -183,22 +183,27 @@ def plan(
         learners=2 if online_teacher else 1,
         train_teacher_head=train_teacher_head,
     )
-    chosen = choose(strategy, size, named)
-    cut = CUTS[chosen](size)
+    return _planned(choose(strategy, size, named), size, on)
 
-    inputs = (tokens + vocab) * (student_dim * dtype.itemsize + teacher_dim * size.teacher_dtype.itemsize)
-    gradients = (tokens + (vocab if train_head else 0)) * student_dim * dtype.itemsize
+
+def _planned(strategy: str, size: Size, on: devices.Device | None) -> Plan:
+    """on: whose rates the times are predicted from, if they are known."""
+    tokens, vocab, student_dim, teacher_dim = size.tokens, size.vocab, size.student_dim, size.teacher_dim
+    student_bytes, teacher_bytes = size.dtype.itemsize, size.teacher_dtype.itemsize
+    cut = CUTS[strategy](size)
+    inputs = (tokens + vocab) * (student_dim * student_bytes + teacher_dim * teacher_bytes)
+    gradients = (tokens + (vocab if size.train_head else 0)) * student_dim * student_bytes
     student_product, teacher_product = 2 * tokens * vocab * student_dim, 2 * tokens * vocab * teacher_dim
-    gradient_products = (2 if train_head else 1) * student_product
-    if online_teacher:
-        gradients += (tokens + (vocab if train_teacher_head else 0)) * teacher_dim * size.teacher_dtype.itemsize
-        gradient_products += (2 if train_teacher_head else 1) * teacher_product
+    gradient_products = (2 if size.train_head else 1) * student_product
+    if size.learners == 2:
+        gradients += (tokens + (vocab if size.train_teacher_head else 0)) * teacher_dim * teacher_bytes
+        gradient_products += (2 if size.train_teacher_head else 1) * teacher_product
     both = student_product + teacher_product
-    copy = tokens * vocab * max(4, dtype.itemsize)
+    copy = tokens * vocab * max(4, student_bytes)
     eager = max(EAGER_COPIES[size.learners] * copy, EAGER_COPIES_WITH_GRADIENTS * copy + gradients)
     predict = functools.partial(_predicted, size=size, on=on)
     return Plan(
-        strategy=chosen,
+        strategy=strategy,
         chunk_rows=cut.rows,
         chunks=cut.chunks,
         block_columns=cut.columns,
@@ -208,7 +213,7 @@ def plan(
         scratch_bytes=cut.scratch_bytes,
         peak_bytes=cut.scratch_bytes + inputs + gradients,
         flops=cut.products * both + gradient_products,
-        seconds=predict(chosen),
+        seconds=predict(strategy),
         products_seconds=predict("products"),
         eager_scratch_bytes=eager - gradients,
         eager_peak_bytes=eager + inputs,
