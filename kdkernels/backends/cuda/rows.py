@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kdkernels.backends import functors
+from kdkernels.backends import functors, polynomials
 from kdkernels.backends.columns import ROW_COLUMNS, WEIGH
 from kdkernels.backends.cuda import compile
 from kdkernels.divergences import Divergence, flat, resolve
@@ -121,7 +121,7 @@ def source(divergence: str, macros: Macros, shape: Shape) -> str:
     pair = functors.functor(importlib.import_module("kdkernels.divergences"), divergence)
     sizes = {"CLUSTER": shape.cluster, "SLICE": shape.slice, "WARPS": shape.warps, "CHUNK": shape.chunk, "BLOCKS": shape.blocks}
     places = {"ROW_COLUMNS": len(ROW_COLUMNS), **{f"ROW_{name.upper()}": at for at, name in enumerate(ROW_COLUMNS)}}
-    defined = [*macros, *((f"KD_{name}", value) for name, value in (sizes | places).items())]
+    defined = [*macros, *polynomials.macros(), *((f"KD_{name}", value) for name, value in (sizes | places).items())]
     return "\n".join([*(f"#define {name} {value}" for name, value in defined), math, pair, rows])
 
 
