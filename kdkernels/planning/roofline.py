@@ -129,15 +129,15 @@ def total_bytes(passes: Sequence[Pass]) -> float:
     return sum(step.times * step.bytes for step in passes)
 
 
-def _parts(total: int, size: int | None) -> list[tuple[int, int]]:
+def parts(total: int, size: int | None) -> list[tuple[int, int]]:
     """Sizes of the parts of ``size`` (None: one part), and how many there are of each: the last one may be smaller."""
     size = min(size or total, total)
     count, rest = divmod(total, size)
     return [(size, count), *([(rest, 1)] if rest else [])]
 
 
-def _times(count: int, passes: Sequence[Pass]) -> list[Pass]:
-    return [replace(step, times=count) for step in passes]
+def repeated(count: int, passes: Sequence[Pass]) -> list[Pass]:
+    return [replace(step, times=count * step.times) for step in passes]
 
 
 def product(rows: int, inner: int, columns: int, dtype: torch.dtype, out_bytes: float | None = None) -> Pass:
@@ -260,13 +260,13 @@ def tokens_passes(
     learners = _learners(student_dim, teacher_dim, divergence, train_head, online_teacher, train_teacher_head)
     summed = chunk_rows is not None and chunk_rows < tokens
     passes: list[Pass] = []
-    for rows, count in _parts(tokens, chunk_rows):
+    for rows, count in parts(tokens, chunk_rows):
         one = [product(rows, dim, vocab, dtype, logit * rows * vocab) for dim in (student_dim, teacher_dim)]
         for dim, learned, head in learners:
             moved = traffic.row_loss(rows, vocab, (logit, logit), dtype.itemsize, sweeps=traffic.sweeps(learned)).total
             one += [Pass(0.0, moved, instructions=rows * vocab * sum(row_instructions(learned)))]
             one += _gradients(rows, vocab, dim, dtype, head, head_bytes=8 * vocab * dim if summed else None)
-        passes += _times(count, one)
+        passes += repeated(count, one)
     if summed and dtype.itemsize < 4:
         passes += [Pass(0.0, vocab * dim * (4 + dtype.itemsize)) for dim, _, head in learners if head]
     return tuple(passes)
@@ -327,13 +327,13 @@ def vocab_passes(
     for at, (_, learned, _) in enumerate(learners):
         kernels = [traffic.statistics(of, whole), traffic.sums(of, whole)][: traffic.sweeps(learned)]
         passes += [multiplying(at, vocab, kernel) for kernel in kernels]
-    for columns, count in _parts(vocab, block_columns):
+    for columns, count in parts(vocab, block_columns):
         kernel = traffic.gradient(of, traffic.Cut.whole(tokens, columns), 0, columns, dtype.itemsize)
         one: list[Pass] = []
         for at, (dim, _, head) in enumerate(learners):
             one += [multiplying(at, columns, kernel)]
             one += _gradients(tokens, columns, dim, dtype, head, out_bytes=8 * tokens * dim)
-        passes += _times(count, one)
+        passes += repeated(count, one)
     if dtype.itemsize < 4:
         passes += [Pass(0.0, tokens * dim * (4 + dtype.itemsize)) for dim, _, _ in learners]
     return tuple(passes)
@@ -357,10 +357,10 @@ def products_passes(
     """
     learners = _learners(student_dim, teacher_dim, "forward_kl", train_head, online_teacher, train_teacher_head)
     passes: list[Pass] = []
-    for rows, count in _parts(tokens, PRODUCTS_BLOCK):
+    for rows, count in parts(tokens, PRODUCTS_BLOCK):
         one = [product(rows, dim, vocab, dtype) for dim in (student_dim, teacher_dim)]
         for dim, _, head in learners:
             added = 2 * vocab * dim * dtype.itemsize if tokens > PRODUCTS_BLOCK else None
             one += _gradients(rows, vocab, dim, dtype, head, head_bytes=added)
-        passes += _times(count, one)
+        passes += repeated(count, one)
     return tuple(passes)
