@@ -61,7 +61,7 @@ SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-f
 sanitize: setup
 	mkdir -p $(SANITIZED)
 	rm -rf $(addprefix $(SANITIZED)/,kdkernels tests benchmarks)
-	cp -rp kdkernels tests benchmarks csrc setup.py pyproject.toml README.md $(SANITIZED)
+	cp -rp kdkernels tests benchmarks csrc setup.py pyproject.toml README.md LICENSE $(SANITIZED)
 	rm -f $(SANITIZED)/kdkernels/*.so
 	cd $(SANITIZED) && KDKERNELS_SANITIZE=1 $(CURDIR)/$(PY) setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && KDKERNELS_SANITIZE=1 LD_PRELOAD="$(SANITIZERS)" \

@@ -2,7 +2,7 @@
 
 Every contender is a function of one ``Problem`` that returns the mean loss over its kept tokens as a 0-dim tensor with a gradient
 to the student's hidden states and head. Nothing of another library is imported before its contender is asked for; whatever is
-raised then is the reason in the result file, ``NotOfferedError`` where it has no such loss.
+raised then is the reason in the result file, ``NotOfferedError`` where it has no such loss. The yardstick of all is ``products``.
 
 Conventions of the others, read from their source: Liger's and TRL's beta is 0 for KL(teacher ‖ student) and 1 for
 KL(student ‖ teacher), and at 1/2 their divergence is the symmetric Jensen-Shannon one, as here. The teacher's rows past the
@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,11 +26,15 @@ from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint
 
 import kdkernels as kd
+from benchmarks.cases import GIB, IGNORED, ONLINE, Case, Problem
+from benchmarks.gpu_device import cluster_rows
+from kdkernels.backends.dtypes import product_dtype
 from kdkernels.backends.products import block_rows, cut_for_logits
 
-LOSSES = ("forward_kl", "reverse_kl", "jsd", "taid")
+STRATEGIES = ("tokens", "vocab", "auto")
+CLUSTERED = "tokens, cluster rows"
 TAID_T = 0.4  # the teacher's share in the target at the start of one of the published runs
-IGNORED = -100
+BLOCK = 512  # tokens per block of the bare products, on a CPU
 CHECKPOINTED_TOKENS = 256  # per chunk
 _BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 
@@ -39,78 +43,7 @@ class NotOfferedError(Exception):
     """Says which loss a contender does not have."""
 
 
-@dataclass(frozen=True)
-class Head:
-    """A student's output head and its teacher's: rows V and widths D."""
-
-    student: str
-    teacher: str
-    vocab: int
-    teacher_vocab: int
-    student_dim: int
-    teacher_dim: int
-
-
-HEADS = {
-    "qwen2.5": Head("Qwen2.5-0.5B", "Qwen2.5-7B", 151_936, 152_064, 896, 3584),
-    "llama3": Head("Llama-3.2-1B", "Llama-3.1-8B", 128_256, 128_256, 2048, 4096),
-    "gemma3": Head("Gemma-3-1B", "Gemma-3-12B", 262_144, 262_144, 1152, 3840),
-}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """hidden: [N, D_s] and head: [V, D_s], both leaves; teacher_hidden: [N, D_t]; teacher_head: [at least V, D_t].
-
-    labels: [N] int64, ``IGNORED`` where a token does not count; None counts all of them.
-    """
-
-    hidden: Tensor
-    head: Tensor
-    teacher_hidden: Tensor
-    teacher_head: Tensor
-    labels: Tensor | None = None
-
-    @property
-    def vocab(self) -> int:
-        return self.head.shape[0]
-
-    @property
-    def cut_teacher_head(self) -> Tensor:
-        return self.teacher_head[: self.vocab]
-
-    @property
-    def kept(self) -> tuple[Tensor, Tensor]:
-        """The hidden states of student and teacher, [K, D_s] and [K, D_t], without the tokens that do not count."""
-        if self.labels is None:
-            return self.hidden, self.teacher_hidden
-        keep = self.labels != IGNORED
-        return self.hidden[keep], self.teacher_hidden[keep]
-
-
 Loss = Callable[[Problem], Tensor]
-
-
-def problem(head: Head, tokens: int, dtype: torch.dtype, device: str, spread: float = 1.0) -> Problem:
-    """Random hidden states and heads whose logits have standard deviation ``spread``, the same ones at every call."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(rows: int, dim: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(rows, dim, generator=generator, device=device, dtype=dtype).mul_(scale)
-
-    return Problem(
-        normal(tokens, head.student_dim).requires_grad_(),
-        normal(head.vocab, head.student_dim, spread * head.student_dim**-0.5).requires_grad_(),
-        normal(tokens, head.teacher_dim),
-        normal(head.teacher_vocab, head.teacher_dim, spread * head.teacher_dim**-0.5),
-    )
-
-
-def half_masked(tokens: int, device: str = "cpu") -> Tensor:
-    """Labels [N], int64. The first half of every 64 is ignored (of all N where they are fewer), like a prompt before its answer."""
-    span = min(64, tokens)
-    position = torch.arange(tokens, device=device)
-    return torch.where(position % span < span // 2, IGNORED, 0)
 
 
 def bare_logits(hidden: Tensor, head: Tensor, out: Tensor) -> None:
@@ -121,15 +54,19 @@ def bare_logits(hidden: Tensor, head: Tensor, out: Tensor) -> None:
         torch.mm(hidden, head[begin : begin + width].t(), out=out[: len(hidden), begin : begin + width])
 
 
-def products(given: Problem, block: int, dtype: torch.dtype | None = None) -> Callable[[], None]:
-    """The four bare products x, z, dH and dW (3 Us + Ut operations) of the kept tokens, in blocks of ``block`` of them.
+def products(given: Problem, block: int = BLOCK, dtype: torch.dtype | None = None) -> Callable[[], None]:
+    """The four bare products x, z, dH and dW (3 Us + Ut operations) of the kept tokens, in blocks of ``block`` of them; and a fifth
+    for the dH of a teacher that learns too.
 
-    They are what no loss with both gradients can do without. x stands in for its gradient: the values are as random. dH and dW are
-    new tensors, as a gradient is. The logits of a block are new ones too on a GPU, whose allocator hands out the same memory again;
-    on a CPU, where the first touch of memory costs time, they are made here. dtype: what to multiply in, if not as given.
+    They are what no loss with these gradients can do without. Logits stand in for their gradients: the values are as random. dH and
+    dW are new tensors, as a gradient is. The logits of a block are new ones too on a GPU, whose allocator hands out the same memory
+    again; on a CPU, where the first touch of memory costs time, they are made here. dtype: what to multiply in, if not in what is
+    fastest here.
     """
-    hidden, teacher_hidden = (part.detach().to(dtype or part.dtype).contiguous() for part in given.kept)
-    head, teacher_head = (part.detach().to(dtype or part.dtype) for part in (given.head, given.cut_teacher_head))
+    dtype = dtype or product_dtype(given.head.dtype, given.head.device)
+    hidden, teacher_hidden = (part.detach().to(dtype).contiguous() for part in given.kept)
+    head, teacher_head = (part.detach().to(dtype) for part in (given.head, given.cut_teacher_head))
+    online = given.teacher_hidden.requires_grad
 
     def logits() -> tuple[Tensor, Tensor]:
         shape = min(block, len(hidden)), given.vocab
@@ -139,6 +76,7 @@ def products(given: Problem, block: int, dtype: torch.dtype | None = None) -> Ca
 
     def run() -> None:
         hidden_grad, head_grad = torch.empty_like(hidden), torch.empty_like(head)
+        teacher_grad = torch.empty_like(teacher_hidden) if online else None
         x, z = made or logits()
         for begin in range(0, len(hidden), block):
             rows = hidden[begin : begin + block]
@@ -147,30 +85,41 @@ def products(given: Problem, block: int, dtype: torch.dtype | None = None) -> Ca
             bare_logits(teacher_hidden[here], teacher_head, z)
             torch.mm(x[: len(rows)], head, out=hidden_grad[here])
             torch.addmm(head_grad, x[: len(rows)].t(), rows, beta=float(begin > 0), out=head_grad)
+            if teacher_grad is not None:
+                torch.mm(z[: len(rows)], teacher_head, out=teacher_grad[here])
 
     return run
 
 
-def ours(loss: str, strategy: Any, memory_budget: int | None = None, softcap: float | None = None, **options: Any) -> Loss:
+def ours(loss: str, strategy: Any = "auto", memory_budget: int | None = None, softcap: float | None = None, **options: Any) -> Loss:
     """softcap: of both heads. options: more of ``kd.linear_kd_loss``."""
-    divergence: Any = "forward_kl" if loss == "taid" else loss
-    t = TAID_T if loss == "taid" else 1.0
+    options |= {"strategy": strategy, "memory_budget": memory_budget, "ignore_index": IGNORED}
+    options["divergence"] = "forward_kl" if loss in ("taid", ONLINE) else loss
+
+    def arguments(given: Problem) -> tuple[Any, ...]:
+        head, teacher_head = kd.LMHead(given.head, softcap=softcap), kd.LMHead(given.teacher_head, softcap=softcap)
+        return given.hidden, head, given.teacher_hidden, teacher_head, given.labels
 
     def run(given: Problem) -> Tensor:
-        value: Tensor = kd.linear_kd_loss(
-            given.hidden,
-            kd.LMHead(given.head, softcap=softcap),
-            given.teacher_hidden,
-            kd.LMHead(given.teacher_head, softcap=softcap),
-            given.labels,
-            divergence=divergence,
-            t=t,
-            ignore_index=IGNORED,
-            vocab_size=given.vocab,
-            strategy=strategy,
-            memory_budget=memory_budget,
-            **options,
-        )
+        t = TAID_T if loss == "taid" else 1.0
+        value: Tensor = kd.linear_kd_loss(*arguments(given), t=t, vocab_size=given.vocab, **options)
+        return value
+
+    def both(given: Problem) -> Tensor:
+        losses = kd.linear_okd_loss(*arguments(given), vocab_size=given.vocab, **options)
+        return losses.student + losses.teacher
+
+    return both if loss == ONLINE else run
+
+
+def _with_cluster_rows(loss: Loss) -> Loss:
+    """Raises LookupError where the cluster kernel took no row."""
+
+    def run(given: Problem) -> Tensor:
+        with cluster_rows() as started:
+            value = loss(given)
+        if not started:
+            raise LookupError("the cluster kernel takes no rows here")
         return value
 
     return run
@@ -315,9 +264,10 @@ def _trl(loss: str) -> Loss:
     return run
 
 
-CONTENDERS: dict[str, Callable[[str], Loss]] = {
-    "tokens": lambda loss: ours(loss, "tokens"),
-    "vocab": lambda loss: ours(loss, "vocab"),
+CONTENDERS: dict[str, Callable[..., Loss]] = {
+    **{strategy: partial(ours, strategy=strategy) for strategy in STRATEGIES},
+    "tokens 1 GiB": partial(ours, strategy="tokens", memory_budget=GIB),
+    CLUSTERED: lambda loss: _with_cluster_rows(ours(loss, "tokens")),
     "eager": _eager,
     "compiled": _compiled,
     "checkpointed": _checkpointed,
@@ -325,7 +275,12 @@ CONTENDERS: dict[str, Callable[[str], Loss]] = {
     "liger compiled": lambda loss: _liger(loss, compiled=True),
     "liger triton": _liger_triton,
     "trl": _trl,
+    "taid published": _published_taid,
 }
-# Not among them, because its value is another one: the cross-entropy, which has the same gradient.
-PUBLISHED: dict[str, Callable[[str], Loss]] = {"taid published": _published_taid}
+CROSS_ENTROPY = ("taid published",)  # whose value is not the KL, but has the same gradient
 COMPILED = ("compiled", "liger compiled")  # their first step is the compiler's
+
+
+def loss_of(case: Case) -> Loss:
+    make = CONTENDERS[case.contender]
+    return make(case.loss, memory_budget=case.budget) if case.contender in STRATEGIES else make(case.loss)

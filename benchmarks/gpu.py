@@ -50,9 +50,11 @@ import torch
 
 import kdkernels as kd
 from benchmarks import gpu_checks, gpu_kernels, gpu_report, gpu_smoke, gpu_times
-from benchmarks.gpu_parts import Part, Result, results
+from benchmarks.cases import DTYPES
+from benchmarks.gpu_device import interpreted
 from benchmarks.gpu_report import line
 from benchmarks.measure import version
+from benchmarks.runner import Part, Result, results
 from kdkernels.console import info
 from kdkernels.divergences import resolve
 
@@ -78,14 +80,14 @@ def _shards(size: str, part: Part) -> list[Part]:
 def _losses(size: str, divergences: Any, dtypes: tuple[str, ...]) -> list[Part]:
     """Small losses, which also compile the kernels that the times take."""
     items = tuple(itertools.product(sorted(divergences, key=_cost), dtypes))
-    parts = [Part(f"loss {strategy}", gpu_smoke.opened_losses, (strategy,), items, 40) for strategy in STRATEGIES]
+    parts = [Part(f"loss {strategy}", gpu_smoke.opened_losses, (size, strategy), items, 40) for strategy in STRATEGIES]
     return [shard for part in parts for shard in _shards(size, part)]
 
 
 def _checks(size: str) -> list[Part]:
     """One for each strategy, divergence and dtype, then those of each dtype; at toy size one for each strategy."""
     divergences = gpu_checks.TOY_DIVERGENCES if size == "toy" else sorted(kd.divergences(), key=_cost)
-    dtypes = gpu_checks.DTYPES
+    dtypes = DTYPES
     strategies = (*STRATEGIES, gpu_checks.CLUSTER)
     shards = [
         *(
@@ -97,7 +99,8 @@ def _checks(size: str) -> list[Part]:
     if size == "toy":
         shards = [(strategy, [item for of, items in shards if of == strategy for item in items]) for strategy in strategies]
     return [
-        Part(f"check {strategy}", gpu_checks.opened, (strategy,), tuple(items), 75, together=True) for strategy, items in shards
+        Part(f"check {strategy}", gpu_checks.opened, (size, strategy), tuple(items), 75, together=True)
+        for strategy, items in shards
     ]
 
 
@@ -123,20 +126,20 @@ def parts(size: str) -> dict[str, list[Part]]:
         name: str, opened: Callable[..., Any], first: tuple[Any, ...], all_of_them: tuple[Any, ...]
     ) -> list[Part]:
         return [
-            *_shards(size, Part(f"compile {name}", opened, (True,), first, 60)),
-            Part(f"time {name}", opened, (False,), all_of_them, 30),
+            *_shards(size, Part(f"compile {name}", opened, (size, True), first, 60)),
+            Part(f"time {name}", opened, (size, False), all_of_them, 30),
         ]
 
     found = {
         "smoke": [
-            Part("device", gpu_smoke.opened, (), (("backend",), ("kept_product",), ("added_product",), ("rates",)), 25),
+            Part("device", gpu_smoke.opened, (size,), (("backend",), ("kept_product",), ("added_product",), ("rates",)), 25),
             *_losses(size, divergences, ("bf16", "fp32")),
         ],
         "checks": _checks(size),
-        "ours": [*compiled, *(Part(f"time {head}", gpu_times.opened, (head,), ours, 40) for head in extent.heads)],
+        "ours": [*compiled, *(Part(f"time {head}", gpu_times.opened, (size, head), ours, 40) for head in extent.heads)],
         "profile": [
             *compiled,
-            *(Part(f"profile {head}", gpu_kernels.opened_profile, (head,), profiled, 20) for head in profiled_heads),
+            *(Part(f"profile {head}", gpu_kernels.opened_profile, (size, head), profiled, 20) for head in profiled_heads),
         ],
         "rows": compiled_then_timed(
             *("rows", gpu_kernels.opened_rows),
@@ -144,10 +147,12 @@ def parts(size: str) -> dict[str, list[Part]]:
             tuple(itertools.product(timed, vocabularies, labels)),
         ),
         "blocks": compiled_then_timed("blocks", gpu_kernels.opened_blocks, blocks, blocks),
-        "others": [Part(f"time {head}", gpu_times.opened, (head,), others, 75) for head in extent.other_heads],
+        "others": [Part(f"time {head}", gpu_times.opened, (size, head), others, 75) for head in extent.other_heads],
     }
+    if not toy:
+        return found
     # times of the interpreter mean nothing, so nothing has to be alone
-    return {stage: [replace(part, together=True) for part in some] for stage, some in found.items()} if toy else found
+    return {stage: [replace(part, together=True, around=interpreted) for part in some] for stage, some in found.items()}
 
 
 def chosen(size: str, stages: list[str], only: str) -> dict[str, list[Part]]:
@@ -239,7 +244,7 @@ def measured(path: Path, size: str, stages: dict[str, list[Part]]) -> Iterator[R
     done: set[Part] = set()
     slower, slower_items = SLOWER[size]
     for stage, some in stages.items():
-        for result in results(size, some, LIMITS[stage] * slower, done, slower_items):
+        for result in results(some, LIMITS[stage] * slower, done, slower_items):
             record = {"stage": stage, **result, "at_s": round(time.monotonic() - begin, 1)}
             append(path, record)
             yield record

@@ -22,15 +22,14 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from benchmarks.gpu_parts import Result, cluster_rows, device_of, why
+from benchmarks.cases import DTYPES, MIB
+from benchmarks.gpu_device import cluster_rows, device_of
 from benchmarks.gpu_times import peak_bytes
+from benchmarks.runner import Result, why
 from kdkernels.divergences import resolve
 from kdkernels.engine.scratch import ROW_ELEMENTS
 from tests.support.cases import Case, assert_as_good_as_eager, draw, dressed, ratios
 from tests.support.oracle import Options
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MIB = 2**20
 
 
 class SkippedError(Exception):

@@ -21,10 +21,12 @@ from unittest import mock
 
 import torch
 
-from benchmarks import contenders
-from benchmarks.contenders import Head, Problem, problem
-from benchmarks.gpu_parts import Result, cluster_rows, device_of, told
-from benchmarks.gpu_times import CLUSTERED, EXTENTS, OURS, milliseconds, spread, stepped
+from benchmarks.cases import Case, problem
+from benchmarks.contenders import CLUSTERED, CONTENDERS, ours
+from benchmarks.gpu_device import cluster_rows, device_of
+from benchmarks.gpu_times import EXTENTS, SPREAD, milliseconds, spread
+from benchmarks.measure import stepped
+from benchmarks.runner import Result, told
 from kdkernels.divergences import resolve
 from kdkernels.planning import traffic
 
@@ -83,10 +85,10 @@ def profiled(step: Callable[[], object], device: str) -> list[Result]:
 def opened_profile(size: str, head_name: str) -> Callable[[str, str], Iterator[Result]]:
     extent, device = EXTENTS[size], device_of(size)
     tokens = 8192 if size != "toy" else extent.tokens[0]
-    given = problem(extent.heads[head_name], tokens, extent.dtype, device)
+    given = problem(Case("profile", extent.heads[head_name], tokens, extent.dtype), device, SPREAD)
 
     def measure(loss: str, contender: str) -> Result:
-        step = stepped(OURS[contender](loss), given)
+        step = stepped(CONTENDERS[contender](loss), given)
         step()
         step_ms = statistics.median(milliseconds(step, device) for _ in range(3))
         kernels = profiled(step, device)
@@ -97,7 +99,7 @@ def opened_profile(size: str, head_name: str) -> Callable[[str, str], Iterator[R
 
     def run(loss: str, contender: str) -> Iterator[Result]:
         yield told({"head": head_name, "loss": loss, "tokens": tokens, "contender": contender}, lambda: measure(loss, contender))
-        given.hidden.grad = given.head.grad = None
+        given.forget()
 
     return run
 
@@ -169,8 +171,8 @@ def opened_blocks(size: str, compile_only: bool) -> Callable[..., Iterator[Resul
     name, tokens = (BLOCK_HEAD, 8192) if size != "toy" else ("toy", extent.tokens[0])
     head, table = extent.heads[name], blocks.entry
     if compile_only and size != "toy":
-        head, tokens = Head("", "", COMPILED_VOCAB, COMPILED_VOCAB, head.student_dim, head.teacher_dim), COMPILED_TOKENS
-    given: Problem = problem(head, tokens, extent.dtype, device)
+        head, tokens = head.cut(COMPILED_VOCAB), COMPILED_TOKENS
+    given = problem(Case("blocks", head, tokens, extent.dtype), device, SPREAD)
     labelled = replace(given, labels=torch.arange(tokens, device=device) % given.vocab)
 
     def measure(loss: str, dress: str, candidate: tuple[int, ...]) -> Result:
@@ -180,7 +182,7 @@ def opened_blocks(size: str, compile_only: bool) -> Callable[..., Iterator[Resul
             return replace(table(*of), statistics=matrix, sums=matrix, gradient=matrix, roomy=None, measured=None)
 
         with mock.patch.object(blocks, "entry", entry):
-            step = stepped(contenders.ours(loss, "vocab", **DRESSES[dress]), labelled if DRESSES[dress] else given)
+            step = stepped(ours(loss, "vocab", **DRESSES[dress]), labelled if DRESSES[dress] else given)
             begin = time.perf_counter()
             step().item()
             found: Result = {"first_s": time.perf_counter() - begin}
@@ -199,6 +201,6 @@ def opened_blocks(size: str, compile_only: bool) -> Callable[..., Iterator[Resul
             "candidate": "{} x {} x {}, {} warps, {} stages, group {}".format(*candidate),
         }
         yield told(facts, lambda: measure(loss, dress, candidate))
-        given.hidden.grad = given.head.grad = None
+        given.forget()
 
     return run

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_parts import Result
+from benchmarks.runner import Result
 
 _SAME_LOSS = 0.01  # relative; rounded logits of one contender differ by less
 
@@ -113,7 +113,7 @@ def _checks(results: list[Result]) -> list[str]:
 def _times(results: list[Result]) -> list[str]:
     lines = []
     for (head, loss, tokens), rows in _by(results, "head", "loss", "tokens").items():
-        ran = [row for row in rows if "failed" not in row]
+        ran = [row for row in rows if not {"failed", "skipped"} & row.keys()]
         bare = f": the bare products take {min(row['products_ms'] for row in ran):.2f} ms" if ran else ""
         lines += [f"{head}, {loss}, {tokens} tokens{bare}"]
         cells = [
@@ -129,7 +129,7 @@ def _times(results: list[Result]) -> list[str]:
         ]
         if cells:
             lines += table(("ms", "x products", "peak GiB", "product rate", "first step s", "contender"), cells)
-        lines += [f"  {row['contender']}: {row['failed']}" for row in rows if "failed" in row]
+        lines += [f"  {row['contender']}: {row.get('failed') or row['skipped']}" for row in rows if row not in ran]
         values = [row["loss_value"] for row in ran]
         if values and max(values) - min(values) > _SAME_LOSS * abs(min(values)):
             lines += ["  THE VALUES OF THE LOSS DIFFER: " + ", ".join(f"{row['contender']} {row['loss_value']:.5g}" for row in ran)]

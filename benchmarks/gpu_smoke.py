@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from benchmarks.gpu_checks import DTYPES, SkippedError, checked
-from benchmarks.gpu_parts import BACKEND, Result, device_of, told
+from benchmarks.cases import DTYPES
+from benchmarks.gpu_checks import SkippedError, checked
+from benchmarks.gpu_device import BACKEND, device_of
 from benchmarks.gpu_times import milliseconds, spread
+from benchmarks.runner import Result, told
 from kdkernels import backends
 from kdkernels.backends import products
 from kdkernels.divergences import DivergenceName

@@ -17,36 +17,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from benchmarks import contenders
-from benchmarks.contenders import CONTENDERS, HEADS, Head, Loss, Problem, problem, products
-from benchmarks.gpu_parts import Result, cluster_rows, device_of, freed, told
+from benchmarks.cases import DTYPES, HEADS, LOSSES, Case, Head, Problem, problem
+from benchmarks.contenders import CLUSTERED, Loss, loss_of, products
+from benchmarks.gpu_device import device_of
+from benchmarks.measure import interleaved, stepped
+from benchmarks.runner import Result, freed, told
 
-GIB = 2**30
-CLUSTERED = "tokens, cluster rows"
-
-
-def _with_cluster_rows(loss: Loss) -> Loss:
-    """Raises LookupError where the cluster kernel took no row."""
-
-    def run(given: Problem) -> Tensor:
-        with cluster_rows() as started:
-            value = loss(given)
-        if not started:
-            raise LookupError("the cluster kernel takes no rows here")
-        return value
-
-    return run
-
-
-OURS: dict[str, Callable[[str], Loss]] = {
-    "tokens": CONTENDERS["tokens"],
-    "tokens 1 GiB": lambda loss: contenders.ours(loss, "tokens", GIB),
-    CLUSTERED: lambda loss: _with_cluster_rows(CONTENDERS["tokens"](loss)),
-    "vocab": CONTENDERS["vocab"],
-    "eager": CONTENDERS["eager"],
-}
+SPREAD = 1.0  # of the logits: where they are rounded to 16 bits, the contenders' losses then agree to about two digits
+OURS = ("tokens", "tokens 1 GiB", CLUSTERED, "vocab", "eager")
 PEERS = ("liger", "liger triton", "trl")
 # What a machine that has PyTorch and transformers lacks for a contender.
 WHEELS = {
@@ -71,17 +50,17 @@ class Extent:
     other_heads: tuple[str, ...]
     repeats: int
     warmups: int
-    dtype: torch.dtype = torch.bfloat16
+    dtype: str = "bf16"
     block: int = 4096
 
 
 _ALL = (*PEERS, "checkpointed", "liger compiled", "compiled")
 EXTENTS = {
     "short": Extent(HEADS, (8192,), ("forward_kl", "jsd"), (*PEERS, "compiled"), ("qwen2.5",), repeats=5, warmups=1),
-    "full": Extent(HEADS, (2048, 4096, 8192, 16_384, 32_768), contenders.LOSSES, _ALL, tuple(HEADS), repeats=20, warmups=3),
+    "full": Extent(HEADS, (2048, 4096, 8192, 16_384, 32_768), LOSSES, _ALL, tuple(HEADS), repeats=20, warmups=3),
     # float32, so that the losses of all contenders agree to more than two digits
     "toy": Extent(
-        {"toy": Head("toy", "toy", 150, 160, 16, 24)}, (6,), ("forward_kl", "jsd"), _ALL, ("toy",), 2, 0, torch.float32, block=8
+        {"toy": Head("toy", "toy", "toy", 150, 160, 16, 24)}, (6,), ("forward_kl", "jsd"), _ALL, ("toy",), 2, 0, "fp32", block=8
     ),
 }
 
@@ -114,18 +93,6 @@ def spread(times: list[float]) -> dict[str, float]:
     return {"median_ms": statistics.median(times), "p20_ms": cuts[0], "p80_ms": cuts[-1]}
 
 
-def stepped(loss: Loss, given: Problem) -> Callable[[], Tensor]:
-    """The step: its gradients are the leaves', its value is returned."""
-
-    def step() -> Tensor:
-        given.hidden.grad = given.head.grad = None
-        result = loss(given)
-        result.backward()
-        return result.detach()
-
-    return step
-
-
 def measured(loss: Loss, given: Problem, extent: Extent, device: str) -> Result:
     """What a row says about one contender that runs."""
     step, yardstick = stepped(loss, given), products(given, extent.block)
@@ -142,26 +109,22 @@ def measured(loss: Loss, given: Problem, extent: Extent, device: str) -> Result:
         step()
         yardstick()
     if device == "cuda":
-        given.hidden.grad = given.head.grad = None
+        given.forget()
         result["peak_bytes"] = peak_bytes(step)
         result["scratch_bytes"] = result["peak_bytes"] - returned
-    times, bare, ratios = [], [milliseconds(yardstick, device)], []
-    for _ in range(extent.repeats):
-        times.append(milliseconds(step, device))
-        bare.append(milliseconds(yardstick, device))
-        ratios.append(2 * times[-1] / (bare[-2] + bare[-1]))
+    timed = interleaved(step, yardstick, extent.repeats, clock=lambda run: milliseconds(run, device))
+    bare = statistics.median(timed.yardsticks)
     tokens, student_dim = given.hidden.shape
     operations = 2 * tokens * given.vocab * (3 * student_dim + given.teacher_hidden.shape[1])
-    rate = operations / statistics.median(bare) * 1e3
     return {
         **result,
-        **spread(times),
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
-        "products_ms": statistics.median(bare),
-        "products_per_second": rate,
+        **spread(timed.steps),
+        "ratio": statistics.median(timed.ratios),
+        "ratios": timed.ratios,
+        "products_ms": bare,
+        "products_per_second": operations / bare * 1e3,
         # the operations that the loss needs, over the time that it takes, as a share of the rate of the bare products
-        "share_of_product_rate": operations / statistics.median(times) * 1e3 / rate,
+        "share_of_product_rate": bare / statistics.median(timed.steps),
     }
 
 
@@ -172,26 +135,27 @@ def opened(size: str, head_name: str) -> Callable[[int, str, str], Iterator[Resu
     made: dict[int, Problem] = {}
 
     def run(tokens: int, loss: str, contender: str) -> Iterator[Result]:
+        case = Case("times", head, tokens, extent.dtype, contender, loss)
         if tokens not in made:
             made.clear()
-            freed(device)
+            freed()
 
         def measure() -> Result:
-            loss_of = (OURS | CONTENDERS)[contender](loss)
+            of_case = loss_of(case)
             if tokens not in made:
-                made[tokens] = problem(head, tokens, extent.dtype, device)
-            return measured(loss_of, made[tokens], extent, device)
+                made[tokens] = problem(case, device, SPREAD)
+            return measured(of_case, made[tokens], extent, device)
 
         facts: Result = {
             **{"head": head_name, "student": head.student, "teacher": head.teacher, "loss": loss, "tokens": tokens},
             **{"vocab": head.vocab, "student_dim": head.student_dim, "teacher_dim": head.teacher_dim},
-            **{"dtype": str(extent.dtype).removeprefix("torch."), "contender": contender},
+            **{"dtype": str(DTYPES[extent.dtype]).removeprefix("torch."), "contender": contender},
         }
         row = told(facts, measure)
         if row.get("failed", "").startswith("ModuleNotFoundError") and contender in WHEELS:
             row["failed"] += f"; the wheels that bring it: {WHEELS[contender]}"
         for given in made.values():
-            given.hidden.grad = given.head.grad = None
+            given.forget()
         yield row
 
     return run

@@ -40,8 +40,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from benchmarks import gpu_checks, static
-from benchmarks.contenders import HEADS, Head
-from benchmarks.gpu_checks import DTYPES, MIB
+from benchmarks.cases import DTYPES, HEADS, MIB, Head
 from benchmarks.static import KERNELS
 from kdkernels import backends
 from tests.support.cases import Case, InsideOperators

@@ -1,88 +1,145 @@
-"""How the benchmarks measure: time against a yardstick beside it, peak memory above a start, each case in a process of its own."""
+"""How the benchmarks measure: time against a yardstick beside it, peak memory above a start, and the machine that it was on.
+
+Time. A step is the loss and the gradients of hidden states and head. Before and after each step its yardstick runs, the bare
+products unless another is named, so that a machine whose speed drifts moves both; a ratio is step / mean of the two around it, and
+what is reported is the median, beside every ratio.
+
+Memory (Linux). The high-water mark of the resident memory, reset before the first whole step, less what was resident then: above
+inputs and libraries, the returned gradients included, and with whatever a library keeps for its next step. What the libraries keep
+for good is paid by a small step before; compiled contenders are measured in their second step. ``process_bytes``: the mark itself.
+
+Error. Value and gradients of that step against float64 (exact.py).
+"""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import platform
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+import kdkernels as kd
+from benchmarks.cases import Case, Problem
+from benchmarks.contenders import COMPILED, CROSS_ENTROPY, STRATEGIES, Loss, loss_of, products
+from benchmarks.exact import Exact, errors
 from kdkernels.backends import native
 from kdkernels.console import info
+from tests.support.memory import peak_above, status
 
-MIB = 2**20
 LIBRARIES = ("triton", "transformers", "liger-kernel", "trl")
+Step = Callable[[], object]
 
 
-def seconds(run: Callable[[], object]) -> float:
+def seconds(run: Step) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def interleaved(
-    step: Callable[[], object], yardstick: Callable[[], object], repeats: int, patience: float = float("inf")
-) -> dict[str, Any]:
-    """Ratios of each step to the mean of the yardsticks before and after it, their median, and median seconds of both.
+class Timed(NamedTuple):
+    """What the clock gave for the steps, and for the yardsticks around them: one more."""
 
-    patience: seconds after which no further repeat is begun.
-    """
-    ratios, steps, yardsticks = [], [], []
+    steps: list[float]
+    yardsticks: list[float]
+
+    @property
+    def ratios(self) -> list[float]:
+        pairs = zip(self.yardsticks, self.yardsticks[1:], strict=False)
+        return [2 * step / (before + after) for step, (before, after) in zip(self.steps, pairs, strict=True)]
+
+
+def interleaved(
+    step: Step, yardstick: Step, repeats: int, patience: float = float("inf"), clock: Callable[[Step], float] = seconds
+) -> Timed:
+    """patience: seconds after which no further repeat is begun."""
+    timed = Timed([], [clock(yardstick)])
     begin = time.perf_counter()
-    before = seconds(yardstick)
     for _ in range(repeats):
-        steps.append(seconds(step))
-        yardsticks.append(seconds(yardstick))
-        ratios.append(2 * steps[-1] / (before + yardsticks[-1]))
-        before = yardsticks[-1]
+        timed.steps.append(clock(step))
+        timed.yardsticks.append(clock(yardstick))
         if time.perf_counter() - begin > patience:
             break
-    return {
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
-        "seconds": statistics.median(steps),
-        "yardstick_seconds": statistics.median(yardsticks),
-    }
+    return timed
+
+
+def stepped(loss: Loss, given: Problem) -> Callable[[], Tensor]:
+    """The step: its gradients are the leaves', its value is returned."""
+
+    def step() -> Tensor:
+        given.forget()
+        value = loss(given)
+        value.backward()
+        return value.detach()
+
+    return step
+
+
+def planned(case: Case) -> dict[str, Any]:
+    """What ``kd.plan`` says of a step: peak above the inputs, and seconds. Nothing for those that it does not plan."""
+    ours = case.contender in STRATEGIES
+    if not ours and case.contender != "eager":
+        return {}
+    plan = case.plan(case.contender if ours else "auto")
+    scratch, took = (plan.scratch_bytes, plan.seconds) if ours else (plan.eager_scratch_bytes, plan.eager_seconds)
+    return {"planned_peak_bytes": scratch + case.returned_bytes, "planned_seconds": took}
+
+
+def measured(
+    case: Case,
+    given: Problem,
+    *,
+    exact: Callable[[], Exact] | None = None,
+    repeats: int = 0,
+    yardstick: Step | None = None,
+    slow: float = float("inf"),
+    patience: float = float("inf"),
+) -> dict[str, Any]:
+    """What a row says about a contender that runs: its first step, and with ``repeats`` its time over the yardstick.
+
+    exact: makes the float64 results to compare with. slow: seconds; a step that takes longer is timed once, the first time.
+    yardstick: the bare products, if no other.
+    """
+    loss = loss_of(case)
+    step = stepped(loss, given)
+    if case.contender in COMPILED:
+        step()
+    else:
+        stepped(loss, given.first(64, 1024))()
+    given.forget()
+    before = 0.0
+    if repeats:
+        yardstick = yardstick or products(given)
+        before = seconds(yardstick)
+        given.forget()  # it may be a step
+    kd.free_scratch()
+    values: list[Tensor] = []
+    took: list[float] = []
+    peak = peak_above(lambda: took.append(seconds(lambda: values.append(step()))))
+    found = {"peak_bytes": peak, "process_bytes": status("VmHWM"), "returned_bytes": case.returned_bytes, "seconds": took[0]}
+    if exact is not None:
+        found |= errors(values[0], given, exact(), case.contender in CROSS_ENTROPY)
+    if yardstick is None or not repeats:
+        return found
+    quick = took[0] <= slow
+    timed = interleaved(step, yardstick, repeats, patience) if quick else Timed(took, [before, seconds(yardstick)])
+    medians = {"seconds": statistics.median(timed.steps), "yardstick_seconds": statistics.median(timed.yardsticks)}
+    return found | {"ratio": statistics.median(timed.ratios), "ratios": timed.ratios, **medians}
 
 
 def limit_memory(limit: int) -> None:
-    """Let allocations fail once this process holds ``limit`` bytes of data, so that it cannot take the machine down (Linux)."""
+    """Let allocations fail once this process holds ``limit`` bytes of data, so that it cannot take the machine down (Linux).
+
+    RLIMIT_DATA: heap, stacks and anonymous mappings, touched or not; code and files do not count.
+    """
     import resource  # Unix only
 
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-
-
-def why(error: BaseException) -> str:
-    """One line of an error for a result file."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:400]}" if lines else type(error).__name__
-
-
-def in_own_process(module: str, case: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
-    """What ``python -m module --case JSON`` prints as JSON in its last line; {"failed": why} if it did not end well.
-
-    timeout: seconds after which it is ended.
-    """
-    child = [sys.executable, "-m", module, "--case", json.dumps(case)]
-    try:
-        done = subprocess.run(child, capture_output=True, text=True, check=False, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {timeout:.0f} s"}
-    if done.returncode < 0:
-        return {"failed": f"ended by signal {signal.Signals(-done.returncode).name}"}
-    if done.returncode != 0:
-        return {"failed": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 def version(library: str) -> str | None:

@@ -29,8 +29,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-RESULTS = Path(__file__).parent / "results"
-KIB, MIB, GIB = 2**10, 2**20, 2**30
+from benchmarks.cases import GIB, MIB
+from benchmarks.limits import planned_ratio
+from benchmarks.rows import RESULTS
+
+KIB = 2**10
 BLUE, ORANGE, GREEN, SKY, VERMILION, PURPLE, BLACK = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#CC79A7", "#000000"
 GREY = "#6E6E6E"
 # Colour and marker of each contender; one that is not listed is grey.
@@ -213,7 +216,7 @@ def _compared(axes: Axes, row: dict[str, Any], place: int) -> None:
 
 def _series(rows: Sequence[dict[str, Any]], contender: str, sweep: str) -> list[dict[str, Any]]:
     """A contender's rows of a sweep, from small to large."""
-    return sorted((row for row in rows if row["sweep"] == sweep and row["contender"] == contender), key=lambda row: row[sweep])
+    return sorted((row for row in rows if row["part"] == sweep and row["contender"] == contender), key=lambda row: row[sweep])
 
 
 _SWEEPS = {"tokens": ("vocab", "tokens N", "V"), "vocab": ("tokens", "vocabulary V", "N")}
@@ -226,7 +229,7 @@ def growth(results: dict[str, Any]) -> Figure:
     figure, panels = plt.subplots(2, 2, figsize=(10.5, 7.6), sharex="col", sharey="row", layout="constrained")
     measured, failed = [row for row in rows if _has_figures(row)], any("failed" in row for row in rows)
     for column, (sweep, (fixed, label, letter)) in enumerate(_SWEEPS.items()):
-        of_sweep = [row for row in rows if row["sweep"] == sweep]
+        of_sweep = [row for row in rows if row["part"] == sweep]
         if not of_sweep:
             continue
         time, memory = panels[0][column], panels[1][column]
@@ -274,12 +277,12 @@ def _crosses(panels: Sequence[Axes], rows: Sequence[dict[str, Any]], contenders:
 
 def limits(results: dict[str, Any]) -> Figure:
     """Memory against N and against V under the limit, failures on its line, and time of "tokens" over "vocab" by budget."""
-    rows, cases = results["growth"], [case for case in results["break_even"].values() if "points" in case]
+    rows = [row for row in results["rows"] if row["part"] in _SWEEPS]
     contenders = _in_order(row["contender"] for row in rows)
     figure, panels = plt.subplots(1, 3, figsize=(14, 4.7), layout="constrained")
     sizes = [row[key] for row in rows for key in ("peak_bytes", "limit") if key in row]
     for axes, (sweep, (fixed, label, letter)) in zip(panels, _SWEEPS.items(), strict=False):
-        of_sweep = [row for row in rows if row["sweep"] == sweep]
+        of_sweep = [row for row in rows if row["part"] == sweep]
         if not of_sweep:
             axes.set_axis_off()
             continue
@@ -299,7 +302,7 @@ def limits(results: dict[str, Any]) -> Figure:
         _bytes_axis(axes, "y", sizes)
         axes.grid(alpha=0.25, linewidth=0.6)
     panels[0].set_ylabel("peak memory above the inputs")
-    _break_even(panels[2], cases)
+    _break_even(panels[2], [row for row in results["rows"] if row["part"] == "break-even" and _has_figures(row)])
     handles = _contender_handles(contenders)
     handles += [Line2D([], [], color=GREY, linestyle=":", label="planned"), _cross()]
     if rows:
@@ -310,15 +313,15 @@ def limits(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def _break_even(axes: Axes, cases: Sequence[dict[str, Any]]) -> None:
-    if not cases:
+def _break_even(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    if not rows:
         axes.set_axis_off()
         return
     styles = itertools.cycle(((BLACK, "o"), (PURPLE, "^"), (SKY, "s")))  # the other panels' contenders have the other colours
-    for case, (colour, marker) in zip(cases, styles, strict=False):
-        points = case["points"]
-        budgets, ratios = ([point[key] for point in points] for key in ("memory_budget", "ratio"))
-        name = f"{LOSS_NAMES.get(case['divergence'], case['divergence'])}, {case['dtype']}"
+    for (loss, dtype), (colour, marker) in zip(_in_order((row["loss"], row["dtype"]) for row in rows), styles, strict=False):
+        points = [row for row in rows if (row["loss"], row["dtype"]) == (loss, dtype)]
+        budgets, ratios = ([point[key] for point in points] for key in ("budget", "ratio"))
+        name = f"{LOSS_NAMES.get(loss, loss)}, {dtype}"
         axes.plot(budgets, ratios, color=colour, linewidth=1.4, label=name, marker=marker, markersize=5.5)
         spread = [
             [point["ratio"] - min(point["ratios"]) for point in points],
@@ -326,16 +329,12 @@ def _break_even(axes: Axes, cases: Sequence[dict[str, Any]]) -> None:
         ]
         axes.errorbar(budgets, ratios, spread, color=colour, linestyle="none", linewidth=1)
         hollow = [point for point in points if point["auto"] == "vocab"]
-        at = [point["memory_budget"] for point in hollow], [point["ratio"] for point in hollow]
+        at = [point["budget"] for point in hollow], [point["ratio"] for point in hollow]
         axes.plot(*at, marker, color=colour, markerfacecolor="white", markersize=5.5, zorder=3)
-        axes.plot(
-            budgets, [point["planned_tokens_seconds"] / point["planned_vocab_seconds"] for point in points], ":", color=colour
-        )
-    points = [point for case in cases for point in case["points"]]
-    plans = [point["planned_tokens_seconds"] / point["planned_vocab_seconds"] for point in points]
-    _ratio_axis(axes, "y", [ratio for point in points for ratio in point["ratios"]] + plans)
-    _bytes_axis(axes, "x", [point["memory_budget"] for point in points])
-    row = cases[0]
+        axes.plot(budgets, list(map(planned_ratio, points)), ":", color=colour)
+    _ratio_axis(axes, "y", [ratio for row in rows for ratio in row["ratios"]] + list(map(planned_ratio, rows)))
+    _bytes_axis(axes, "x", [row["budget"] for row in rows])
+    row = rows[0]
     axes.set_title(
         f"N = {row['tokens']:,}, V = {row['vocab']:,}, D = {row['student_dim']:,} and {row['teacher_dim']:,}", loc="left"
     )

@@ -1,90 +1,176 @@
-"""Writes the README's tables from benchmarks/results: ``python -m benchmarks.readme``."""
+"""Writes the tables of the README and of docs from benchmarks/results: ``python -m benchmarks.readme``."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import operator
+import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import contenders, gpu_report, gpu_times
-from benchmarks.limits import limits_table
-from benchmarks.linear import DTYPES, LOSSES, RESULTS, SHAPES, Case, name
-from benchmarks.measure import MIB
+from benchmarks import gpu_report, gpu_times, limits, linear
+from benchmarks.cases import GIB, LOSSES, MIB, ONLINE, Case, key
+from benchmarks.rows import RESULTS, Row
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 END = "<!-- end -->"
-# Rows of the table of memory: what they are called, the loss, tokens and budget.
-MEMORY = (
-    ("forward KL", "forward_kl", 1024, None),
-    ("forward KL", "forward_kl", 8192, None),
-    ("forward KL", "forward_kl", 1024, 128 * MIB),
-    ("OKD", "okd", 1024, None),
-)
+# Of a GPU alone: the strategy with a smaller scratch than it takes by default.
+BUDGETED = "tokens 1 GiB"
+ERRORS = {"value_error": "value", "hidden_grad_error": "dH", "head_grad_error": "dW"}
 
 
-def _ratio(cases: dict[str, Any], case: Case) -> str:
-    result = cases.get(name(case), {"failed": "not run"})
-    return result["failed"] if "failed" in result else f"{result['ratio']:.3f}"
+def _cell(found: dict[Any, Row], case: Case, say: Callable[[Row], str]) -> str:
+    row = found.get(key(case.facts), {"failed": "not run"})
+    return str(row["failed"]) if "failed" in row else say(row)
 
 
-def table(results: dict[str, Any]) -> str:
-    """The section's Markdown, with the losses that were timed."""
-    machine, cases = results["machine"], results["cases"]
-    threads = machine["threads"]
-    losses = [
-        loss for loss in LOSSES if any(name(Case("time", shape, dtype, loss)) in cases for shape in SHAPES for dtype in DTYPES)
-    ]
+def _scratch(row: Row, peak: str = "peak_bytes") -> float:
+    """MiB above inputs and returned gradients."""
+    return float(row[peak] - row["returned_bytes"]) / MIB
+
+
+def linear_table(results: dict[str, Any]) -> str:
+    """The library alone, with the losses that were timed. results: what linear.json holds."""
+    machine, found = results["machine"], {key(row): row for row in results["rows"]}
+    timed = {row["loss"] for row in results["rows"] if row["part"] == "time"}
+    losses = [loss for loss in linear.LOSSES if loss in timed]
     lines = [
-        f"{machine['processor']}, {threads} threads, {machine['instruction_sets'][0]}, torch {machine['torch']}, "
+        f"{machine['processor']}, {machine['threads']} threads, {machine['instruction_sets'][0]}, torch {machine['torch']}, "
         f"{machine['date']}; N = 1024, medians.",
         "",
         "| V, D_s, D_t | dtype | " + " | ".join(losses) + " | 128 MiB budget | eager forward KL | half masked / unmasked |",
         "|---|---|" + "---|" * (len(losses) + 3),
     ]
-    for shape, sizes in SHAPES.items():
-        for dtype in DTYPES:
-            row = [_ratio(cases, Case("time", shape, dtype, loss)) for loss in losses]
-            extra = [Case("time", shape, budget=128 * MIB), Case("eager", shape), Case("time", shape, masked=True)]
-            row += [_ratio(cases, case) if dtype == "fp32" else "" for case in extra]
-            lines.append(f"| {', '.join(f'{size:,}' for size in sizes)} | {dtype} | " + " | ".join(row) + " |")
-    if "okd" in losses:
+
+    def ratio(row: Row) -> str:
+        return f"{row['ratio']:.3f}"
+
+    def both(row: Row) -> str:
+        return f"{_scratch(row):.0f} | {_scratch(row, 'planned_peak_bytes'):.0f}"
+
+    cases = linear.cases()
+    for head, dtype in itertools.product(linear.FULL, linear.TIMED):
+        here = [case for case in cases if (case.part, case.head, case.dtype) == ("time", head, dtype) and case.loss in losses]
+        row = [_cell(found, case, ratio) for case in here]
+        row += [""] * (len(losses) + 3 - len(row))
+        sizes = ", ".join(f"{size:,}" for size in (head.vocab, head.student_dim, head.teacher_dim))
+        lines.append(f"| {sizes} | {dtype} | {' | '.join(row)} |")
+    if ONLINE in losses:
         lines += ["", "okd is `linear_okd_loss` with a frozen teacher head, over five products: the fifth makes dH of the teacher."]
     lines += [
         "",
         "| peak memory above inputs and returned gradients, V = 151,936 | measured, MiB | planned, MiB |",
         "|---|---|---|",
     ]
-    for dtype in DTYPES:
-        for title, loss, tokens, budget in MEMORY:
-            if loss not in losses:
-                continue
-            result = cases.get(name(Case("memory", "152k", dtype, loss, tokens=tokens, budget=budget)), {"failed": "not run"})
-            if "failed" in result:
-                measured, planned = result["failed"], ""
-            else:
-                measured, planned = (f"{result[key] / MIB:.0f}" for key in ("scratch_bytes", "planned_scratch_bytes"))
-            limit = f", budget {budget // MIB} MiB" if budget else ""
-            lines.append(f"| {title}, {dtype}, N = {tokens}{limit} | {measured} | {planned} |")
-    eager = cases.get(name(Case("eager", "152k")), {})
-    if "scratch_bytes" in eager:
-        lines.append(f"| eager PyTorch, fp32, N = 1024 (grows with N) | {eager['scratch_bytes'] / MIB:.0f} | |")
-    own = [
-        (cases[name(case)]["seconds"], cases[name(case)]["own_dtype_products_seconds"])
-        for case in (Case("time", shape, "bf16") for shape in SHAPES)
-        if "own_dtype_products_seconds" in cases.get(name(case), {})
-    ]
+    for case in cases:
+        if case.part == "memory" and case.loss in losses:
+            title = "OKD" if case.loss == ONLINE else "forward KL"
+            limit = f", budget {case.budget // MIB} MiB" if case.budget else ""
+            cells = _cell(found, case, both)
+            lines.append(f"| {title}, {case.dtype}, N = {case.tokens}{limit} | {cells}{'' if '|' in cells else ' | '} |")
+    eager = _cell(found, Case("time", linear.FULL[0], 1024, "fp32", "eager"), lambda row: f"{_scratch(row):.0f}")
+    lines.append(f"| eager PyTorch, fp32, N = 1024 (grows with N) | {eager} | |")
+    own = [row for row in results["rows"] if "own_dtype_products_seconds" in row]
     if own:
         lines += [
             "",
             "This processor has no bfloat16 matrix path, so bf16 rows are over float32 products. "
             "torch's own bfloat16 products take "
-            + " and ".join(f"{products:.0f} s where the whole loss step takes {step:.1f} s" for step, products in own)
+            + " and ".join(
+                f"{row['own_dtype_products_seconds']:.0f} s where the whole loss step takes {row['seconds']:.1f} s" for row in own
+            )
             + ".",
         ]
     return "\n".join(lines) + "\n"
+
+
+def limits_table(results: dict[str, Any]) -> str:
+    """The largest step, and the break-even. results: what limits.json holds."""
+    known, rows = results["machine"], results["rows"]
+    where = f"{known['processor']}, {known['threads']} threads, {known['instruction_sets'][0]}"
+    lines = [f"{where}, torch {known['torch']}, {known['date']}."]
+    if largest := [row for row in rows if row["part"] == "largest"]:
+        lines += ["", *_largest_table(largest)]
+    if even := [row for row in rows if row["part"] == "break-even"]:
+        lines += ["", *_break_even_table(even)]
+    return "\n".join(lines) + "\n"
+
+
+def _largest_table(rows: list[Row]) -> list[str]:
+    row = rows[0]
+    lines = [
+        f"Forward KL, {row['dtype']}, N = {row['tokens']:,}, V = {row['vocab']:,}, D_s = {row['student_dim']:,}, "
+        f"D_t = {row['teacher_dim']:,}; the whole process may hold {row['limit'] / GIB:g} GiB. Planned values in parentheses.",
+        "",
+        "| | seconds | GiB above inputs, gradients included | GiB of the process | error of the loss | of dH | of dW |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if "seconds" not in row:
+            wanted = f"({row['planned_peak_bytes'] / GIB:.1f})" if "planned_peak_bytes" in row else ""
+            lines.append(f"| {row['contender']} | {_reason(row)} | {wanted} | | | | |")
+            continue
+        cells = [
+            row["contender"],
+            f"{row['seconds']:.0f} ({row['planned_seconds']:.0f})" if "planned_seconds" in row else f"{row['seconds']:.0f}",
+            f"{row['peak_bytes'] / GIB:.2f}" + (f" ({row['planned_peak_bytes'] / GIB:.2f})" if "planned_peak_bytes" in row else ""),
+            f"{row['process_bytes'] / GIB:.2f}",
+            *(f"{row[error]:.1e}" for error in ERRORS),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _reason(row: Row) -> str:
+    """Why a row has no figures, without the place in the allocator's source that its message starts with."""
+    text = re.sub(r"\[enforce fail at [^\]]*\]\s*(err == 0\.)?\s*", "", row["failed"])
+    text = re.sub(r"\d{7,}", lambda size: f"{int(size[0]):,}", text)
+    return f"failed: {text if len(text) <= 160 else text[:157] + '...'}"
+
+
+def _break_even_table(rows: list[Row]) -> list[str]:
+    row, budgets = rows[0], list(dict.fromkeys(row["budget"] for row in rows))
+    lines = [
+        f"Time of `tokens` over `vocab` by `memory_budget`, N = {row['tokens']:,}, V = {row['vocab']:,}, "
+        f"D_s = {row['student_dim']:,}, D_t = {row['teacher_dim']:,}: measured (planned); bold where `auto` takes `vocab`.",
+        "",
+        "| | " + " | ".join(f"{budget / MIB:g} MiB" for budget in budgets) + " | even at (planned) |",
+        "|---|" + "---|" * (len(budgets) + 1),
+    ]
+    for (loss, dtype), some in itertools.groupby(rows, key=operator.itemgetter("loss", "dtype")):
+        cells, points = [f"{loss}, {dtype}"], {row["budget"]: row for row in some}
+        for budget in budgets:
+            row = points.get(budget, {"failed": "not run"})
+            if "failed" in row:
+                cells.append(_reason(row))
+                continue
+            mark = "**" if row["auto"] == "vocab" else ""
+            cells.append(f"{mark}{row['ratio']:.2f} ({limits.planned_ratio(row):.2f}){mark}")
+        ran = [row for row in points.values() if "ratio" in row]
+        at = [row["budget"] for row in ran]
+        even = (_budget(crossing(at, ratios)) for ratios in ([row["ratio"] for row in ran], list(map(limits.planned_ratio, ran))))
+        lines.append("| {} | {} ({}) |".format(" | ".join(cells), *even))
+    return lines
+
+
+def _budget(size: float | None) -> str:
+    return "none of them" if size is None else f"{size / MIB:.1f} MiB"
+
+
+def crossing(budgets: Sequence[int], ratios: Sequence[float]) -> float | None:
+    """Where the ratios first pass 1, between two budgets on straight lines of both logarithms; None where they do not."""
+    steps = list(zip(budgets, map(math.log, ratios), strict=True))
+    for (left, above), (right, below) in itertools.pairwise(steps):
+        if above == 0:
+            return float(left)
+        if above * below <= 0:
+            return float(left * (right / left) ** (above / (above - below)))
+    return None
 
 
 def methods_table(results: dict[str, Any]) -> str:
@@ -109,10 +195,6 @@ def methods_table(results: dict[str, Any]) -> str:
     teacher = results["teacher"]
     lines.append(f"| the teacher itself | {teacher['loss']:.3f} | {teacher['accuracy']:.1%} | |")
     return "\n".join(lines).replace("%", " %") + "\n"
-
-
-Row = dict[str, Any]
-ERRORS = {"value_error": "value", "hidden_grad_error": "dH", "head_grad_error": "dW"}
 
 
 def _grid(corner: str, columns: dict[Any, str], rows: list[Row], column: Callable[[Row], Any], cell: Callable[[Row], str]) -> str:
@@ -140,12 +222,8 @@ def _time(row: Row) -> str:
     return f"{row['ratio']:.2f} ({low} to {high})" if low != high else f"{row['ratio']:.2f}"
 
 
-def _own_memory(row: Row) -> str:
-    return f"{round((row['peak_bytes'] - row['returned_bytes']) / MIB):,} MiB"
-
-
 def _both(row: Row) -> str:
-    return f"{_time(row)}, {_own_memory(row)}"
+    return f"{_time(row)}, {_scratch(row):,.0f} MiB"
 
 
 def _missing(rows: list[Row]) -> str:
@@ -207,7 +285,7 @@ def compare_table(results: dict[str, Any]) -> str:
     ]
     for one, title in heads.items():
         here = [row for row in rows if setting(row) == one]
-        of = [(loss, masked) for loss in contenders.LOSSES for masked in (False, True) if (loss, masked) in set(map(kind, here))]
+        of = [(loss, masked) for loss in LOSSES for masked in (False, True) if (loss, masked) in set(map(kind, here))]
         if len(of) > 1:
             columns = {(loss, masked): loss + (", masked" if masked else "") for loss, masked in of}
             table = _grid(title, columns, here, kind, _time)
@@ -228,7 +306,7 @@ def growth_table(results: dict[str, Any]) -> str:
         "returned gradients."
     ]
     for sweep, fixed in (("tokens", "vocab"), ("vocab", "tokens")):
-        here = [row for row in rows if row["sweep"] == sweep]
+        here = [row for row in rows if row["part"] == sweep]
         if here:
             symbols = {"tokens": "N", "vocab": "V"}
             one = here[0]
@@ -240,7 +318,7 @@ def growth_table(results: dict[str, Any]) -> str:
 
 
 def _on_a_gpu(row: Row) -> str:
-    return f"{row['median_ms']:.1f} ms, {row['ratio']:.2f}; {row['peak_bytes'] / gpu_times.GIB:.1f} GiB"
+    return f"{row['median_ms']:.1f} ms, {row['ratio']:.2f}; {row['peak_bytes'] / GIB:.1f} GiB"
 
 
 def gpu_table(path: Path) -> str:
@@ -262,9 +340,40 @@ def gpu_table(path: Path) -> str:
     return f"{title}\n\n{_grid('', columns, rows, lambda row: (row['head'], row['loss']), _on_a_gpu)}\n"
 
 
-def _between(readme: str, mark: str, content: str) -> str:
-    before, rest = readme.split(f"<!-- {mark} -->\n")
-    return f"{before}<!-- {mark} -->\n{content}{END}{rest.split(END, 1)[1]}"
+def door_table(path: Path, grown: dict[str, Any]) -> str:
+    """What was timed beside others on a GPU, and the largest step on a CPU, of whoever took part in both. path: a result file of
+    benchmarks.gpu; grown: what growth.json holds."""
+    machines, found, _ = gpu_report.read(path)
+    timed = [row for row in gpu_report.latest(found) if row["stage"] in ("ours", "others") and "ratio" in row]
+    other = next(row for row in timed if row["stage"] == "others")
+    timed = [row for row in timed if row["head"] == other["head"]]
+    largest = max(row["tokens"] for row in grown["rows"] if row["part"] == "tokens")
+    on_cpu = [row for row in grown["rows"] if row["part"] == "tokens" and row["tokens"] == largest]
+    names = [*gpu_times.OURS, *(row["contender"] for row in timed)]
+    both = [name for name in dict.fromkeys(names) if name == BUDGETED or name in {row["contender"] for row in on_cpu}]
+    rows = sorted((row for row in [*timed, *on_cpu] if row["contender"] in both), key=lambda row: both.index(row["contender"]))
+
+    def column(row: Row) -> tuple[bool, str]:
+        return "median_ms" in row, row["loss"]
+
+    def cell(row: Row) -> str:
+        return _on_a_gpu(row) if "median_ms" in row else f"{row['ratio']:.2f}; {row['peak_bytes'] / GIB:.1f} GiB"
+
+    columns = {column(row): f"{machines[-1]['device']}, {row['loss']}" for row in timed}
+    columns[column(on_cpu[0])] = f"CPU, {on_cpu[0]['loss']}"
+    title = (
+        "Time, also over that of the bare products, and peak memory above the inputs. "
+        f"GPU: {other['student']} ← {other['teacher']}, {other['tokens']:,} tokens, {other['dtype']}; "
+        f"CPU: V = {on_cpu[0]['vocab']:,}, {largest:,} tokens, {on_cpu[0]['dtype']}. `tokens` and `vocab` are this library's "
+        "strategies, with the scratch that they take by default or 1 GiB; eager is PyTorch as one writes it."
+    )
+    return f"{title}\n\n{_grid('', columns, rows, column, cell)}\n"
+
+
+def _between(page: str, mark: str, content: str) -> str:
+    """The page with ``content`` between the marks of that name; as it is where it has none."""
+    before, found, rest = page.partition(f"<!-- {mark} -->\n")
+    return f"{before}{found}{content}{END}{rest.split(END, 1)[1]}" if found else page
 
 
 # What is between the marks of a name: the table of a result file.
@@ -272,17 +381,20 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "compare": ("compare.json", compare_table),
     "growth": ("growth.json", growth_table),
     "limits": ("limits.json", limits_table),
-    "measured": ("linear.json", table),
+    "measured": ("linear.json", linear_table),
     "methods": ("methods.json", methods_table),
 }
 
 
-def updated(readme: str) -> str:
-    """The README with the tables of the result files between their marks."""
+def updated(page: str) -> str:
+    """A page with the tables of the result files between their marks."""
     for mark, (file, make) in SECTIONS.items():
-        readme = _between(readme, mark, make(json.loads(RESULTS.with_name(file).read_text())))
-    return _between(readme, "gpu", gpu_table(RESULTS.with_name("gpu-h100.jsonl")))
+        page = _between(page, mark, make(json.loads((RESULTS / file).read_text())))
+    on_gpu = RESULTS / "gpu-h100.jsonl"
+    page = _between(page, "door", door_table(on_gpu, json.loads((RESULTS / "growth.json").read_text())))
+    return _between(page, "gpu", gpu_table(on_gpu))
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text()))
+    for page in PAGES:
+        page.write_text(updated(page.read_text()))

@@ -3,7 +3,7 @@
 from kdkernels.backends import backend as backend
 from kdkernels.divergences import *  # noqa: F403  (Divergence, divergences and every factory that is listed there)
 from kdkernels.engine.scratch import free_scratch as free_scratch
-from kdkernels.losses.checks import LMHead as LMHead
+from kdkernels.losses.head import LMHead as LMHead
 from kdkernels.losses.linear import LinearKDLoss as LinearKDLoss
 from kdkernels.losses.linear import linear_kd_loss as linear_kd_loss
 from kdkernels.losses.logits import kd_loss as kd_loss

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 
 # Triton reads it when a kernel is defined; without it no kernel runs where there is no GPU.
@@ -14,6 +13,8 @@ from contextlib import ExitStack
 import hypothesis
 import pytest
 import torch
+
+from kdkernels.backends import dtypes
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, max_examples=30, deadline=None, database=None)
 hypothesis.settings.register_profile("explore", max_examples=500, deadline=None)
@@ -44,15 +45,11 @@ def fresh_compiler() -> Iterator[None]:
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A CPU that widens 16-bit products to float32, one that does them itself, and a GPU, which keeps their results in float32."""
 
-    def product_dtype(dtype: torch.dtype, _: torch.device) -> torch.dtype:
-        return dtype if request.param == "fast" or dtype not in (torch.bfloat16, torch.float16) else torch.float32
-
     with ExitStack() as stack:
         if request.param == "gpu":
             from tests.support.interpreter import as_on_a_gpu  # Triton may not be installed
 
             stack.enter_context(as_on_a_gpu("reference"))
         else:
-            for module in ("losses.operators", "planning.plan", "backends.products", "engine.cut", "engine.step"):
-                monkeypatch.setattr(importlib.import_module(f"kdkernels.{module}"), "product_dtype", product_dtype)
+            monkeypatch.setattr(dtypes, "cpu_multiplies", lambda _: request.param == "fast")
         yield str(request.param)

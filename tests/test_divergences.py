@@ -157,6 +157,7 @@ def test_a_parameter_that_is_no_number_is_refused(wrong: object) -> None:
 
 
 def test_names_and_factories_are_the_same_divergences() -> None:
+    assert set(kd.divergences()) <= set(kd.__all__)
     for name in kd.divergences():
         assert resolve(name) == getattr(kd, name)()
         assert resolve(name).name == name

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from kdkernels.backends import native, reference, triton
-from kdkernels.backends.base import DTYPES, Backend
+from kdkernels.backends.base import Backend
+from kdkernels.backends.dtypes import DTYPES
 
 # The first that serves the logits and can run here does; the last serves all, everywhere.
 BACKENDS = (native.BACKEND, triton.BACKEND, reference.BACKEND)

@@ -13,9 +13,6 @@ from kdkernels.backends.products import HeadProducts
 from kdkernels.divergences import Divergence, resolve
 from kdkernels.parallel.ranks import ALONE, Ranks
 
-FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DTYPES = (*FAST_DTYPES, torch.float64)
-
 
 class Sweeps(Protocol):
     """The sweeps over the vocabulary of one step's counted rows, for each learner; statistics and sums in float64."""
@@ -102,13 +99,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Step:
-    """A step after its checks. Rows of ``hidden`` that do not count are never touched.
+    """A step after its checks. Of rows that do not count the values in ``hidden`` are never looked at.
 
-    labels: [N] or None, counted from this rank's first column; -1 where another rank holds it. rows: indices of those that count,
-    None for all; count: how many. weights: [N], token weights; scale: 0-dim, on top of them for gradients. needs: which of hidden,
-    weight and bias take one. alone: the loss does not look at the teacher, so its logits are not computed, and ``teacher`` is the
-    student. ranks: over which the vocabulary is split. teacher_needs: as needs, of a teacher that learns in a step of its own; else
-    None.
+    labels: [N] or None, counted from this rank's first column; -1 where another rank holds it. rows: indices of those that are
+    worked on, None for all; count: how many. counts: [N], which of them count; None where all do. weights: [N], token weights;
+    scale: 0-dim, on top of them for gradients. needs: which of hidden, weight and bias take one. alone: the loss does not look at
+    the teacher, so its logits are not computed, and ``teacher`` is the student. ranks: over which the vocabulary is split.
+    teacher_needs: as needs, of a teacher that learns in a step of its own; else None.
     """
 
     student: Model
@@ -128,6 +125,7 @@ class Step:
     budget: int
     ranks: Ranks = ALONE
     teacher_needs: tuple[bool, bool, bool] | None = None
+    counts: Tensor | None = None
 
     @property
     def vocab(self) -> int:
@@ -155,6 +153,15 @@ class Step:
         """The same of the counted rows ``begin`` to ``end`` alone."""
         rows = torch.arange(begin, end, device=self.device) if self.rows is None else self.rows[begin:end]
         return replace(self, rows=rows, count=end - begin)
+
+    @property
+    def counted(self) -> int | Tensor:
+        """How many rows count."""
+        return self.count if self.counts is None else self.counts.sum()
+
+    def uncounted_at(self, index: slice | Tensor) -> Tensor | None:
+        """[C, 1], which of the rows ``index`` do not count; None for none of them."""
+        return None if self.counts is None else ~self.counts[index][:, None]
 
     def labels_at(self, index: slice | Tensor) -> Tensor | None:
         return None if self.labels is None else self.labels[index].contiguous()

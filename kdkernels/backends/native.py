@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from kdkernels.backends import operators  # the schemas must exist before the extension registers for them
-from kdkernels.backends.base import FAST_DTYPES, Backend
+from kdkernels.backends.base import Backend
+from kdkernels.backends.dtypes import FAST_DTYPES
 
 NOT_BUILT = "the C++ extension is not built"
 

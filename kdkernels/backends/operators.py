@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from kdkernels.backends.columns import ROW_COLUMNS, STATS_COLUMNS, SUMS_COLUMNS, Row, Stats, Sums
+from kdkernels.backends.dtypes import accumulate_dtype
 
 library = torch.library.Library("kdkernels", "DEF")
 
@@ -38,11 +39,6 @@ library.define(
     "bool metrics) -> Tensor"
 )
 library.define(f"block_grad(Tensor(a!) x, {_LOGITS}, Tensor? labels, {_LOSS}, Tensor stats, Tensor sums) -> ()")
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What statistics, losses and head gradients are kept in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def row_columns(stats: torch.Tensor, sums: torch.Tensor, ce: bool, metrics: bool) -> torch.Tensor:

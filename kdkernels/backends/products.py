@@ -1,6 +1,6 @@
 """The matrix products between hidden states, head and logits: x = H Wᵀ, dH = dx W, dW = dxᵀ H.
 
-They are library calls. What is decided here is the dtype they run in, and that nothing is copied whole to get there.
+They are library calls, in the dtypes that dtypes.py says. What is decided here is that nothing is copied whole to get there.
 """
 
 from __future__ import annotations
@@ -10,38 +10,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kdkernels.backends.dtypes import keeps_sums
+
 # On a CPU a head is read in blocks of about this size where that pays: a block then stays in the cache between being widened, or
 # packed by the matrix library, and being multiplied. On a GPU a block holds a widened head, and where products cannot be added up
 # as they are made (ROCm) one on its way into a float32 sum.
 BLOCK_BYTES = {"cpu": 8 * 2**20}
 OTHER_BLOCK_BYTES = 128 * 2**20
-
-
-def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What products of ``dtype`` operands run in.
-
-    That is ``dtype`` itself, except for 16-bit types on a CPU whose matrix library has no fast path for them: there float32 is both
-    several times faster and more accurate, and heads are widened block by block.
-    """
-    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
-        return dtype
-    fast = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }[dtype]()
-    return dtype if fast else torch.float32
-
-
-def keeps_sums(device: torch.device) -> bool:
-    """Whether 16-bit products can come out in float32, as the matrix units add them up (torch.mm's out_dtype: CUDA, not ROCm)."""
-    return device.type == "cuda" and torch.version.hip is None
-
-
-def logits_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What the logits of ``dtype`` operands are kept in: float32 where the device can, so that the difference of two
-    log-probabilities is not taken between rounded logits; elsewhere what the products run in."""
-    made = product_dtype(dtype, device)
-    return torch.float32 if made.itemsize == 2 and keeps_sums(device) else made
 
 
 def multiply(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kdkernels.backends.base import DTYPES, Backend
+from kdkernels.backends.base import Backend
 from kdkernels.backends.columns import Stats, Sums
+from kdkernels.backends.dtypes import DTYPES, accumulate_dtype
 from kdkernels.backends.head import apply_head, cap_slope
-from kdkernels.backends.operators import accumulate_dtype, library, row_columns
+from kdkernels.backends.operators import library, row_columns
 from kdkernels.divergences import Divergence, resolve
 
 # temporaries: live at the peak of row_loss with metrics.
@@ -62,7 +63,7 @@ def _mix(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
 def _load(
     x: Tensor, z: Tensor, x_bias: Tensor | None, z_bias: Tensor | None, t: Tensor, temperature: float, head: list[float]
 ) -> _Rows:
-    dtype = torch.promote_types(accumulate_dtype(x.dtype), accumulate_dtype(z.dtype))
+    dtype = accumulate_dtype(x.dtype, z.dtype)
     student = _over_temperature(x, x_bias, head[0], head[1], temperature).to(dtype)
     teacher = _over_temperature(z, z_bias, head[2], head[3], temperature).to(dtype)
     return _Rows(student, _mix(student, teacher, t), teacher, temperature, head[1])

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels.compat.conventions import divergence_of_beta
-from kdkernels.losses.checks import LMHead, float_tensor, integer_tensor
+from kdkernels.losses.checks import float_tensor, integer_tensor
+from kdkernels.losses.head import LMHead, fitting
 from kdkernels.losses.linear import linear_kd_loss
 from kdkernels.scalars import number, whole
 
@@ -106,8 +107,12 @@ class LigerFusedLinearJSDLoss(nn.Module):
         Raises ValueError or TypeError that names the argument.
         """
         options = self._options()
-        _check("student", student_input, student_weight, student_bias)
-        _check("teacher", teacher_input, teacher_weight, teacher_bias)
+        for name, hidden, weight, bias in (
+            ("student", student_input, student_weight, student_bias),
+            ("teacher", teacher_input, teacher_weight, teacher_bias),
+        ):
+            float_tensor(f"{name}_input", hidden)
+            fitting(hidden, weight, bias, f"{name}_input", f"{name}_weight", f"{name}_bias")
         integer_tensor("true_labels", true_labels)
         leading = student_input.shape[:-1]
         if teacher_input.shape[:-1] != leading or true_labels.shape != leading:
@@ -142,19 +147,3 @@ class LigerFusedLinearJSDLoss(nn.Module):
     def extra_repr(self) -> str:
         names = ("weight_hard_loss", "weight_soft_loss", "beta", "ignore_index", "temperature", "return_soft_hard_loss")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-
-
-def _check(model: str, hidden: Any, weight: Any, bias: Any) -> None:
-    """The shapes of one model, under the names that Liger gives them."""
-    float_tensor(f"{model}_input", hidden)
-    float_tensor(f"{model}_weight", weight)
-    if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(f"{model}_weight is (V, D) with at least one row and column, got shape {tuple(weight.shape)}")
-    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"{model}_input is (..., {weight.shape[1]}) for a {model}_weight {tuple(weight.shape)}, got {tuple(hidden.shape)}"
-        )
-    if bias is not None:
-        float_tensor(f"{model}_bias", bias)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{model}_bias is ({weight.shape[0]},) like the rows of its weight, got {tuple(bias.shape)}")

@@ -12,8 +12,8 @@ import torch
 from kdkernels import backends
 from kdkernels.backends.base import Backend
 from kdkernels.backends.columns import STATS_COLUMNS, SUMS_COLUMNS
-from kdkernels.backends.operators import accumulate_dtype
-from kdkernels.backends.products import block_size, logits_dtype, product_dtype
+from kdkernels.backends.dtypes import accumulate_dtype, logits_dtype, product_dtype
+from kdkernels.backends.products import block_size
 from kdkernels.divergences import resolve
 from kdkernels.engine.scratch import ROW_ELEMENTS, row_stride
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -12,36 +14,57 @@ SLOTS = 2**22
 Known = tuple[Tensor, Tensor, Tensor | None]
 
 
-def kept_rows(
-    labels: Tensor | None, weight: Tensor | None, ignore_index: int, vocab: int, known: Known | None = None
-) -> Tensor | None:
-    """Indices of the rows that count, None for all of them; raises ValueError if a label of theirs, or a token that the teacher
-    kept for them, is out of range, or if it kept one twice.
+@dataclass(frozen=True)
+class Kept:
+    """Which rows of a step are worked on.
 
-    On a GPU this is the call's one host sync.
+    rows: their indices, None for all. counts: [N], which of them count; None where all that are worked on do. right: 0-dim, whether
+    their labels and tokens are in range; None where they are.
+    """
+
+    rows: Tensor | None = None
+    counts: Tensor | None = None
+    right: Tensor | None = None
+
+    def weights(self, token_weight: Tensor | None, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Token weights [N]: 0 for rows that do not count, NaN for the others where they are not right."""
+        found = torch.ones(tokens, dtype=dtype, device=device) if token_weight is None else token_weight.to(dtype)
+        if self.right is not None:
+            found = found.where(self.right, torch.nan)
+        return found if self.counts is None else found.where(self.counts, 0.0)
+
+
+def kept_rows(
+    labels: Tensor | None, weight: Tensor | None, ignore_index: int, vocab: int, known: Known | None = None, check: bool = True
+) -> Kept:
+    """The rows that count. Raises ValueError if a label of theirs, or a token that the teacher kept for them, is out of range, or
+    if it kept one twice.
+
+    On a GPU this is the call's one host sync. Without ``check`` there is none, and all rows are worked on.
     """
     if labels is None and weight is None and known is None:
-        return None
+        return Kept()
     keep, labelled = keep_of(labels, weight, ignore_index)
     if keep is None:
         assert known is not None
         keep = torch.ones_like(known[0][:, 0], dtype=torch.bool)
     if keep.numel() == 0:
-        return None
-    facts = [keep.sum()]
-    if labels is not None and labelled is not None:
-        counted = labels.where(labelled, 0)
-        facts += [counted.max(), counted.min()]
+        return Kept()
+    # (fact, what it has to be below)
+    facts = [] if labels is None or labelled is None else _facts_of_labels(labels.where(labelled, 0), vocab)
     if known is not None:
-        facts += _facts_of_slots(keep, *known[:2])
-    count, *found = torch.stack(facts).tolist()
+        facts += _facts_of_slots(keep, *known[:2], vocab)
+    if not check:
+        right = [fact < bound for fact, bound in facts]
+        return Kept(counts=keep, right=torch.stack(right).all() if right else None)
+    count, *found = torch.stack([keep.sum(), *(fact for fact, _ in facts)]).tolist()
     if labels is not None:
-        largest, least, *found = found
-        check_labels(largest, least, vocab, ignore_index)
+        largest, below, *found = found
+        check_labels(largest, -below, vocab, ignore_index)
     if known is not None:
-        largest, least, twice = found
-        if largest >= vocab or least < 0:
-            wrong = largest if largest >= vocab else least
+        largest, below, twice = found
+        if largest >= vocab or below > 0:
+            wrong = largest if largest >= vocab else -below
             raise ValueError(
                 f"topk_ids holds {wrong}; accepted: 0 to {vocab - 1}, or anything where topk_logprobs is -inf (an unused slot)"
             )
@@ -50,7 +73,7 @@ def kept_rows(
                 f"topk_ids holds {twice} twice in one row; accepted: distinct tokens in each row, and topk_logprobs of -inf for "
                 "slots that are not used"
             )
-    return places(keep, count)
+    return Kept(places(keep, count))
 
 
 def keep_of(labels: Tensor | None, weight: Tensor | None, ignore_index: int) -> tuple[Tensor | None, Tensor | None]:
@@ -72,8 +95,13 @@ def places(keep: Tensor, count: int) -> Tensor | None:
     return None if count == keep.numel() else torch.nonzero_static(keep, size=count)[:, 0]
 
 
-def _facts_of_slots(keep: Tensor, ids: Tensor, log_probs: Tensor) -> list[Tensor]:
-    """The largest and the least token of the used slots of kept rows, and one that a row holds twice (-1 if none)."""
+def _facts_of_labels(counted: Tensor, vocab: int) -> list[tuple[Tensor, int]]:
+    """The largest, and the negative of the least."""
+    return [(counted.max(), vocab), (-counted.min(), 1)]
+
+
+def _facts_of_slots(keep: Tensor, ids: Tensor, log_probs: Tensor, vocab: int) -> list[tuple[Tensor, int]]:
+    """The largest token of the used slots of kept rows, the negative of the least, and one that a row holds twice (-1 if none)."""
     # Slots that are not used get numbers of their own, which no token has.
     alone = -2 - torch.arange(ids.shape[1], device=ids.device)
     found = []
@@ -82,8 +110,7 @@ def _facts_of_slots(keep: Tensor, ids: Tensor, log_probs: Tensor) -> list[Tensor
         counted, ordered = rows[1].where(used, 0), rows[1].where(used, alone).sort(1).values
         twice = ordered[:, :-1].where(ordered[:, 1:] == ordered[:, :-1], -1).amax() if len(alone) > 1 else counted.new_full((), -1)
         found.append(torch.stack([counted.amax(), -counted.amin(), twice]))
-    largest, least, twice = torch.stack(found).amax(0).unbind()
-    return [largest, -least, twice]
+    return list(zip(torch.stack(found).amax(0).unbind(), (vocab, 1, 0), strict=True))
 
 
 def checksum(counted: Tensor, labelled: Tensor) -> Tensor:

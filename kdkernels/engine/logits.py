@@ -8,7 +8,7 @@ from torch import Tensor
 from kdkernels import backends
 from kdkernels.backends.base import Terms
 from kdkernels.backends.columns import ROW_COLUMNS
-from kdkernels.backends.operators import accumulate_dtype
+from kdkernels.backends.dtypes import accumulate_dtype
 from kdkernels.engine.keep import kept_rows
 from kdkernels.engine.step import summary, weighted
 
@@ -23,17 +23,20 @@ def run(
     t: Tensor,
     terms: Terms,
     ignore_index: int,
+    check_labels: bool,
     need: bool,
     metrics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of each row (0 where dropped), gradient of the student's logits (empty if not needed), metrics."""
     tokens, vocab = student_logits.shape
     device, sum_dtype = student_logits.device, accumulate_dtype(student_logits.dtype)
-    rows = kept_rows(labels, token_weight, ignore_index, vocab)
-    count = tokens if rows is None else rows.shape[0]
-    weights = torch.ones(tokens, dtype=sum_dtype, device=device) if token_weight is None else token_weight.to(sum_dtype)
-    if rows is not None:
-        weights = torch.zeros_like(weights).index_copy_(0, rows, weights[rows])
+    kept = kept_rows(labels, token_weight, ignore_index, vocab, check=check_labels)
+    weights = kept.weights(token_weight, tokens, sum_dtype, device)
+    if kept.rows is not None:
+        weights = torch.zeros_like(weights).index_copy_(0, kept.rows, weights[kept.rows])
+    counted: int | Tensor = tokens if kept.rows is None else kept.rows.shape[0]
+    if kept.counts is not None:
+        counted = kept.counts.sum()
     scale = grad_scale if lift is None else grad_scale * lift
     dtypes = student_logits.dtype, teacher_logits.dtype
     backend = backends.select(device, *dtypes)
@@ -61,5 +64,5 @@ def run(
         )
     columns = torch.cat(parts)
     losses = (weights * weighted(columns, terms)).masked_fill_(weights == 0, 0.0).to(sum_dtype)
-    means = summary(columns.sum(0, dtype=torch.float64), count, sum_dtype) if metrics else losses.new_empty(0)
+    means = summary(columns.sum(0, dtype=torch.float64), counted, sum_dtype) if metrics else losses.new_empty(0)
     return losses, losses.new_empty(0) if out is None else out, means

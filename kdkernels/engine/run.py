@@ -31,6 +31,9 @@ class _Learner:
 
     def add(self, columns: Tensor, weights: Tensor, index: slice | Tensor) -> None:
         """columns: ROW_COLUMNS of the rows ``index`` of all, whose token weights are ``weights``."""
+        uncounted = self.step.uncounted_at(index)
+        if uncounted is not None:
+            columns = columns.masked_fill(uncounted, 0.0)
         self.losses[index] = (weights * weighted(columns, self.step.terms)).to(self.losses.dtype)
         if self.step.metrics:
             self.metric_sums += columns.sum(0, dtype=torch.float64)

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from kdkernels import backends
-from kdkernels.backends.base import DTYPES, Model, Step, Terms
+from kdkernels.backends.base import Model, Step, Terms
 from kdkernels.backends.columns import ROW_COLUMNS, Row
-from kdkernels.backends.operators import accumulate_dtype
-from kdkernels.backends.products import logits_dtype, product_dtype
+from kdkernels.backends.dtypes import DTYPES, accumulate_dtype, logits_dtype, product_dtype
 from kdkernels.divergences import divergences
 from kdkernels.engine.cut import STRATEGIES, Size
-from kdkernels.engine.keep import Known, check_labels, checksum, keep_of, kept_rows, places
+from kdkernels.engine.keep import Kept, Known, check_labels, checksum, keep_of, kept_rows, places
 from kdkernels.parallel.ranks import ALONE, LOSSES, Fact, Ranks, agree, one_of, whether
 
 METRICS = (*ROW_COLUMNS, "tokens")
@@ -80,7 +79,7 @@ class _Shares:
     """Which rows count, and what of the vocabulary is worked on here."""
 
     ranks: Ranks
-    rows: Tensor | None
+    kept: Kept
     labels: Tensor | None
     vocab: int
     budget: int
@@ -88,8 +87,8 @@ class _Shares:
 
 def _alone(weight: Tensor | None, options: Options, known: Known | None = None) -> _Shares:
     assert options.vocab is not None
-    rows = kept_rows(options.labels, weight, options.ignore_index, options.vocab, known)
-    return _Shares(ALONE, rows, options.labels, options.vocab, options.budget)
+    kept = kept_rows(options.labels, weight, options.ignore_index, options.vocab, known, options.check_labels)
+    return _Shares(ALONE, kept, options.labels, options.vocab, options.budget)
 
 
 def _shares(
@@ -135,7 +134,7 @@ def _shares(
         here = labels - agreed.ranks.begin
         labels = here.where((here >= 0) & (here < agreed.held), -1)
     rows = None if keep is None else places(keep, of[read[0].name])
-    return _Shares(agreed.ranks, rows, labels, agreed.held, agreed.budget)
+    return _Shares(agreed.ranks, Kept(rows), labels, agreed.held, agreed.budget)
 
 
 def _facts_of(terms: Terms, models: tuple[Inputs, Inputs], dtypes: tuple[torch.dtype, torch.dtype], metrics: bool) -> list[Fact]:
@@ -168,7 +167,8 @@ class Options:
 
     vocab: None for all rows, with a ``Split`` only. dtypes: of both models' products. needs: which of a learner's hidden states,
     weight and bias take a gradient, then the next learner's. budget: bytes of logits scratch. grad_scale: 0-dim, on top of the
-    token weights for gradients; lift: a factor on top of that which only the gradient of the hidden states keeps.
+    token weights for gradients; lift: a factor on top of that which only the gradient of the hidden states keeps. check_labels:
+    whether the host may read how many rows count.
     """
 
     labels: Tensor | None
@@ -180,6 +180,7 @@ class Options:
     budget: int
     grad_scale: Tensor
     lift: Tensor | None
+    check_labels: bool = True
 
     @property
     def scale(self) -> Tensor:
@@ -203,7 +204,7 @@ def prepare(
     """teacher: None where it is not a model; ``known`` is then what it left."""
     dtypes, needs = options.dtypes, options.needs_of(0)
     tokens, device = student[0].shape[0], student[0].device
-    sum_dtype = accumulate_dtype(product_dtype(dtypes[0], device))
+    sum_dtype = accumulate_dtype(dtypes[0])
     if known is None:
         models = student, student if teacher is None else teacher
         same = [] if split is None else [
@@ -216,6 +217,7 @@ def prepare(
         shares = _shares(split, models, token_weight, options, same)
     else:
         shares = _alone(token_weight, options, known)
+    kept = shares.kept
     # Where the loss does not look at the teacher, the student stands in for it.
     alone = teacher is None or (terms.kd_scale == 0.0 and not options.metrics)
     learner = _model(student, dtypes[0], shares.vocab, sum_dtype)
@@ -226,12 +228,13 @@ def prepare(
         student=learner,
         teacher=constant,
         labels=shares.labels,
-        weights=_weights(token_weight, tokens, sum_dtype, device),
+        weights=kept.weights(token_weight, tokens, sum_dtype, device),
         scale=options.scale,
         t=t,
         terms=terms,
-        rows=shares.rows,
-        count=tokens if shares.rows is None else shares.rows.shape[0],
+        rows=kept.rows,
+        count=tokens if kept.rows is None else kept.rows.shape[0],
+        counts=kept.counts,
         needs=needs,
         metrics=options.metrics,
         alone=alone,
@@ -255,8 +258,7 @@ def prepare_both(
     """
     (student, teacher), dtypes, needs = models, options.dtypes, options.needs
     device = student[0].device
-    sum_dtype = accumulate_dtype(torch.promote_types(*dtypes))
-    weights = [_weights(weight, student[0].shape[0], sum_dtype, device) for weight in token_weights]
+    sum_dtype = accumulate_dtype(*dtypes)
     given = [weight for weight in token_weights if weight is not None]
     # A token counts if it does for either.
     either = given[0].abs() + given[1].abs() if len(given) == 2 else None
@@ -271,6 +273,8 @@ def prepare_both(
         Fact(_DIVISOR, options.grad_scale),
     ]  # fmt: skip
     shares = _shares(split, models, either, options, same)
+    kept, tokens = shares.kept, student[0].shape[0]
+    weights = [kept.weights(weight, tokens, sum_dtype, device) for weight in token_weights]
     learners = [_model(inputs, dtype, shares.vocab, sum_dtype) for inputs, dtype in zip((student, teacher), dtypes, strict=True)]
     one = Step(
         student=learners[0],
@@ -280,8 +284,9 @@ def prepare_both(
         scale=options.scale,
         t=torch.ones((), dtype=sum_dtype, device=device),
         terms=terms[0],
-        rows=shares.rows,
-        count=student[0].shape[0] if shares.rows is None else shares.rows.shape[0],
+        rows=kept.rows,
+        count=tokens if kept.rows is None else kept.rows.shape[0],
+        counts=kept.counts,
         needs=options.needs_of(0),
         metrics=options.metrics,
         alone=False,
@@ -304,10 +309,6 @@ def prepare_both(
     return one, other
 
 
-def _weights(token_weight: Tensor | None, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.ones(tokens, dtype=dtype, device=device) if token_weight is None else token_weight.to(dtype)
-
-
 def weighted(columns: Tensor, terms: Terms) -> Tensor:
     """Both terms of the loss of each row; a term of factor 0 is left out, whatever it came to."""
     row, loss = Row(*columns.unbind(1)), columns.new_zeros(columns.shape[0])
@@ -318,9 +319,10 @@ def weighted(columns: Tensor, terms: Terms) -> Tensor:
     return loss
 
 
-def summary(sums: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+def summary(sums: Tensor, counted: int | Tensor, dtype: torch.dtype) -> Tensor:
     """The metrics of METRICS from ROW_COLUMNS summed: means over the kept tokens, and their number."""
-    return torch.cat([sums / max(count, 1), sums.new_full((1,), count)]).to(dtype)
+    number = counted.to(sums.dtype)[None] if isinstance(counted, Tensor) else sums.new_full((1,), counted)
+    return torch.cat([sums / number.clamp(min=1.0), number]).to(dtype)
 
 
 def empty_sums(device: torch.device) -> Any:

@@ -38,13 +38,16 @@ class Tiles:
         step = steps[0]
         self.cut, self.buffer = cut, buffer
         self.scratch = {tile.name: found for tile, found in zip(cut.tiles, scratch, strict=True)}
-        self.models = (step.student,) if step.alone else (step.student, step.teacher)
+        self.step, self.models = step, (step.student,) if step.alone else (step.student, step.teacher)
         self.hidden: list[Tensor] = []
         self.multiplied: slice | None = None
 
     def take(self, index: slice | Tensor) -> None:
         """The rows ``index`` of all are what is multiplied from now on."""
         self.hidden = [model.rows(index) for model in self.models]
+        uncounted = self.step.uncounted_at(index)
+        if uncounted is not None:  # as zeros: a factor of 0 would not keep a NaN of theirs out of the sums
+            self.hidden = [hidden.masked_fill(uncounted, 0.0) for hidden in self.hidden]
         self.multiplied = None
 
     def tile(self, name: str, columns: slice) -> Tensor | None:

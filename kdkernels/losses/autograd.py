@@ -2,8 +2,7 @@
 
 An operator takes its differentiable arguments first, then a token_weight for each of its losses, grad_scale and lift, and ends
 with ``needs`` (which of the differentiable ones need a gradient) and ``metrics``; it returns its losses, a gradient for each
-differentiable argument, and metrics. ``OWNERS`` says which loss each differentiable argument belongs to; the first of each is a
-hidden state.
+differentiable argument, and metrics. ``Schema`` reads off an operator which argument is which.
 
 A summed loss has its gradients made in the forward, and the backward only scales them: ``SummedLoss``, which takes one token_weight
 for all losses, as torch.compile traces no function that takes a tensor twice. A loss per token learns its upstream gradient in the
@@ -14,16 +13,42 @@ which an exported program takes too.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-OWNERS = {"linear_kd": (0, 0, 0), "linear_okd": (0, 0, 0, 1, 1, 1), "linear_topk_kd": (0, 0, 0), "logits_kd": (0,)}
-# Arguments of ``apply`` before the operator's own.
-_OWN = 6
+
+class Schema:
+    """An operator, and what its arguments are, by their names.
+
+    names: all of them. weights: the token weights, of each loss. learned: those that gradients go to. owner: the place of the loss
+    whose gradient each of these takes. given: what is known before autograd has a part in it.
+    """
+
+    def __init__(self, operator: Any) -> None:
+        self.operator = operator
+        self.names = tuple(argument.name for argument in operator.default._schema.arguments)
+        self.weights = tuple(name for name in self.names if name.endswith("token_weight"))
+        self.learned = self.names[: self.names.index("token_weight")]
+        self.owner = {name: int(name.startswith("teacher")) for name in self.learned}
+        of_autograd = (*self.weights[1:], "grad_scale", "lift", "needs", "metrics")
+        self.given = tuple(name for name in self.names if name not in of_autograd)
+
+    def call(self, given: dict[str, Any], needs: dict[str, bool]) -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
+        """Losses, gradients (empty where not needed) and metrics."""
+        given = {**given, "needs": [needs[name] for name in self.learned]}
+        made = list(self.operator(*(given[name] for name in self.names)))
+        losses = [made.pop(0) for _ in self.weights]
+        return losses, {name: made.pop(0) for name in self.learned}, made.pop()
+
+
+# Of every operator by its name; operators.py enters them.
+SCHEMAS: dict[str, Schema] = {}
+# Arguments of ``SummedLoss`` before the operator's own.
+_OWN = 5
 
 
 def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
@@ -43,15 +68,11 @@ def _batched(upstream: Tensor) -> bool:
     return torch._C._dispatch_keys(upstream).has("Batched")
 
 
-def losses_of(owners: tuple[int, ...]) -> int:
-    return owners[-1] + 1
-
-
 def total(losses: Tensor, factor: Tensor) -> Tensor:
     return (losses.sum(dtype=torch.float64) * factor).to(losses.dtype)
 
 
-def refuse_transforms(differentiable: tuple[Tensor | None, ...]) -> None:
+def refuse_transforms(differentiable: Sequence[Tensor | None]) -> None:
     """Raises RuntimeError under torch.func's transforms and forward-mode derivatives: a gradient made early has no part in them."""
     if torch.compiler.is_compiling():
         return
@@ -68,10 +89,6 @@ def refuse_transforms(differentiable: tuple[Tensor | None, ...]) -> None:
         )
 
 
-def _is_hidden(owners: tuple[int, ...], at: int) -> bool:
-    return at == 0 or owners[at] != owners[at - 1]
-
-
 class Anchor(torch.autograd.Function):
     """An empty tensor that hangs on what a loss was made of, where keeping that itself would cost memory."""
 
@@ -84,7 +101,7 @@ class Anchor(torch.autograd.Function):
         raise AssertionError("nothing is made from it that gradients go through")
 
 
-def anchors_of(differentiable: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+def anchors_of(differentiable: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """None in a compiled graph, which has no second backward anyway."""
     learned = [argument for argument in differentiable if argument is not None and argument.requires_grad]
     return () if torch.compiler.is_compiling() or not learned else (Anchor.apply(*learned),)  # type: ignore[no-untyped-call]
@@ -122,44 +139,40 @@ def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class SummedLoss(torch.autograd.Function):
-    """(each sum of losses times ``factor``, metrics); gradients of hidden states, which are of single tokens, are made ``lift``
-    times as large. anchors: see ``Anchor``; in a tuple, lest they be inputs."""
+    """(each sum of losses times ``factor``, metrics) of the operator of that name, whose ``Schema.given`` the arguments are.
+
+    Gradients of single tokens, which are those of hidden states and logits, are made ``lift`` times as large. anchors: see
+    ``Anchor``; in a tuple, lest they be inputs.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        operator: Any,
-        owners: tuple[int, ...],
-        metrics: bool,
-        factor: Tensor,
-        lift: Tensor | None,
-        anchors: tuple[Tensor, ...],
-        *arguments: Any,
+        ctx: Any, name: str, metrics: bool, factor: Tensor, lift: Tensor | None, anchors: tuple[Tensor, ...], *arguments: Any
     ) -> Any:
-        count, inputs = losses_of(owners), len(owners)
-        ctx.anchors = anchors
-        ctx.owners, ctx.needs = owners, [bool(need) for need in ctx.needs_input_grad[_OWN : _OWN + inputs]]
-        weights = [arguments[inputs]] * count
-        made = operator(*arguments[:inputs], *weights, factor, lift, *arguments[inputs + 1 :], ctx.needs, metrics)
-        losses, grads, summary = made[:count], made[count:-1], made[-1]
+        schema = SCHEMAS[name]
+        given = dict(zip(schema.given, arguments, strict=True))
+        asked = dict(zip(schema.given, ctx.needs_input_grad[_OWN:], strict=True))
+        needs = {learned: bool(asked[learned]) for learned in schema.learned}
+        weights = dict.fromkeys(schema.weights, given["token_weight"])
+        losses, grads, summary = schema.call({**given, **weights, "grad_scale": factor, "lift": lift, "metrics": metrics}, needs)
+        ctx.anchors, ctx.name, ctx.needs = anchors, name, needs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(lift, *grads)
+        ctx.save_for_backward(lift, *grads.values())
         ctx.mark_non_differentiable(summary)
         return *(total(loss, factor) for loss in losses), summary
 
     @staticmethod
     @_once_differentiable
     def backward(ctx: Any, *upstream: Any) -> Any:
+        schema = SCHEMAS[ctx.name]
         lift, *grads = ctx.saved_tensors
-        scaled: list[Tensor | None] = []
-        for at, (grad, need, owner) in enumerate(zip(grads, ctx.needs, ctx.owners, strict=True)):
-            scale = upstream[owner]
-            if not need or scale is None:
-                scaled.append(None)
-            else:
-                lifted = lift is not None and _is_hidden(ctx.owners, at)
-                scaled.append(_scaled(grad, scale / lift if lifted else scale))
-        return (*[None] * _OWN, *scaled, *[None] * (len(ctx.needs_input_grad) - _OWN - len(scaled)))
+        scaled: dict[str, Tensor] = {}
+        for learned, grad in zip(schema.learned, grads, strict=True):
+            scale = upstream[schema.owner[learned]]
+            if ctx.needs[learned] and scale is not None:
+                lifted = lift is not None and not learned.endswith(("weight", "bias"))
+                scaled[learned] = _scaled(grad, scale / lift if lifted else scale)
+        return (*[None] * _OWN, *(scaled.get(argument) for argument in schema.given))
 
 
 def _may_be_saved(argument: Any) -> bool:
@@ -167,35 +180,32 @@ def _may_be_saved(argument: Any) -> bool:
     return isinstance(argument, Tensor) and (torch.compiler.is_compiling() or not argument.is_inference())
 
 
-def of_operator(operator: Any, owners: tuple[int, ...]) -> tuple[Callable[..., None], Callable[..., Any]]:
+def of_operator(schema: Schema) -> tuple[Callable[..., None], Callable[..., Any]]:
     """setup_context and backward of an operator, as torch.library.register_autograd takes them."""
-    count, inputs = losses_of(owners), len(owners)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.saved = [_may_be_saved(argument) for argument in inputs]
+        given = dict(zip(schema.names, inputs, strict=True))
+        saved = {name: value for name, value in given.items() if _may_be_saved(value)}
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*[argument for argument, saved in zip(inputs, ctx.saved, strict=True) if saved])
-        ctx.others = [argument for argument, saved in zip(inputs, ctx.saved, strict=True) if not saved]
-        ctx.mark_non_differentiable(*output[count:])
+        ctx.save_for_backward(*saved.values())
+        ctx.saved = tuple(saved)
+        ctx.others = {name: value for name, value in given.items() if name not in saved}
+        ctx.mark_non_differentiable(*output[len(schema.weights) :])
 
     @_once_differentiable
     def backward(ctx: Any, *upstream: Any) -> Any:
-        saved, others = list(ctx.saved_tensors), list(ctx.others)
-        arguments = [saved.pop(0) if was_saved else others.pop(0) for was_saved in ctx.saved]
-        ctx.anchors = arguments[:inputs]
-        present = next((one for one in upstream[:count] if one is not None), None)
+        given = {**ctx.others, **dict(zip(ctx.saved, ctx.saved_tensors, strict=True))}
+        ctx.anchors = [given[name] for name in schema.learned]
+        of_loss = dict(zip(schema.weights, upstream, strict=False))
+        present = next((one for one in of_loss.values() if one is not None), None)
         if present is None:
-            return (None,) * len(arguments)
-        needs = [
-            bool(need) and upstream[owner] is not None for need, owner in zip(ctx.needs_input_grad[:inputs], owners, strict=True)
-        ]
-        weights = [
-            torch.zeros_like(present) if one is None else one if weight is None else weight * one
-            for weight, one in zip(arguments[inputs : inputs + count], upstream[:count], strict=True)
-        ]
-        factor, _, *rest = arguments[inputs + count : -2]
-        made = operator(*arguments[:inputs], *weights, factor, None, *rest, needs, False)
-        grads = [grad if need else None for grad, need in zip(made[count:-1], needs, strict=True)]
-        return (*grads, *[None] * (len(arguments) - inputs))
+            return (None,) * len(schema.names)
+        asked = dict(zip(schema.names, ctx.needs_input_grad, strict=True))
+        needs = {name: bool(asked[name]) and upstream[owner] is not None for name, owner in schema.owner.items()}
+        for name, one in of_loss.items():
+            weight = given[name]
+            given[name] = torch.zeros_like(present) if one is None else one if weight is None else weight * one
+        _, grads, _ = schema.call({**given, "lift": None, "metrics": False}, needs)
+        return tuple(grads[name] if needs.get(name) else None for name in schema.names)
 
     return setup_context, backward

@@ -10,45 +10,22 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 from torch import Tensor, nn
 
-from kdkernels.backends.operators import accumulate_dtype
+from kdkernels.backends.dtypes import accumulate_dtype
 from kdkernels.divergences import Divergence, DivergenceName, resolve
 from kdkernels.engine.cut import Strategy
-from kdkernels.losses.checks import Linear, LMHead, checked, linear_of, rows_of
-from kdkernels.losses.reduction import reduced, terms_of
+from kdkernels.losses.head import LMHead
+from kdkernels.losses.models import models_of, sizing_of
+from kdkernels.losses.reduction import reduced
 from kdkernels.losses.signatures import LinearOptions, Metrics, Reduction
+from kdkernels.losses.terms import share_of_teacher, terms_of
+from kdkernels.losses.tokens import tokens_of
 from kdkernels.parallel.ranks import group_name, told
-from kdkernels.scalars import whole
+from kdkernels.scalars import flag
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Returned = TypeVar("Returned")
-
-
-def models_of(
-    student_hidden: Any,
-    student_head: Any,
-    teacher_hidden: Any,
-    teacher_head: Any,
-    vocab_size: int | None,
-    strategy: Any,
-    memory_budget: Any,
-    constant_target: str | None,
-    group: str,
-) -> tuple[Linear, int | None]:
-    """``linear_of``, and what to cut both heads to. Ranks of a ``group`` know the height of a whole head later: there that is
-    vocab_size as it came."""
-    if not group:
-        models = linear_of(
-            student_hidden, student_head, teacher_hidden, teacher_head, vocab_size, strategy, memory_budget, constant_target
-        )
-        return models, models.vocab
-    if vocab_size is not None and abs(whole("vocab_size", vocab_size, "an integer")) >= 2**63:  # no operator takes it
-        raise ValueError(f"vocab_size={vocab_size}; accepted: 1 to the rows that both heads have on all ranks")
-    # every rank has a first row of both heads
-    return linear_of(
-        student_hidden, student_head, teacher_hidden, teacher_head, 1, strategy, memory_budget, constant_target
-    ), vocab_size
 
 
 @overload
@@ -101,6 +78,7 @@ def linear_kd_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
+    check_labels: bool = True,
     vocab_size: int | None = None,
     strategy: Strategy = "auto",
     memory_budget: int | None = None,
@@ -123,6 +101,9 @@ def linear_kd_loss(
     reduction: "mean" = sum(token_weight loss) / sum(token_weight) over kept tokens, or / ``normalizer`` (a positive number or 0-dim
         tensor, e.g. the token count of an accumulated step), and 0 where that is 0; "sum"; "none", shaped like labels, with the
         token weights in and 0 at dropped tokens.
+    check_labels: False where the host must not wait for a GPU, as while a CUDA graph is captured. How many tokens count is then not
+        read, so dropped ones are multiplied with the others, as zeros; a label out of range makes the loss NaN, and raises nothing.
+        With a process_group it makes no difference: what ranks agree on is read all the same.
     vocab_size: cut both heads to their first rows (padded vocabularies); the rest gets zero gradient.
     strategy: "tokens" cuts the tokens and takes the fewest products; "vocab" cuts the vocabulary, multiplies twice or three times
         for the logits and takes the least memory; "auto" is the one that ``kd.plan`` predicts to be faster.
@@ -142,52 +123,22 @@ def linear_kd_loss(
     """
     group = group_name(process_group)
     with told(group, student_hidden, teacher_hidden):
-        models, vocab = models_of(
-            student_hidden,
-            student_head,
-            teacher_hidden,
-            teacher_head,
-            vocab_size,
-            strategy,
-            memory_budget,
-            "linear_kd_loss",
-            group,
+        models = models_of(
+            student_hidden, student_head, teacher_hidden, teacher_head, vocab_size, group, constant_in="linear_kd_loss"
         )
-        loss = checked(
-            student_hidden,
-            "student_hidden",
-            labels,
-            divergence=divergence,
-            t=t,
-            temperature=temperature,
-            square_temperature=square_temperature,
-            kd_weight=kd_weight,
-            ce_weight=ce_weight,
-            token_weight=token_weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            normalizer=normalizer,
-            return_metrics=return_metrics,
+        dtype = accumulate_dtype(models.student.dtype)
+        given = {
+            **models.arguments(),
+            **sizing_of(strategy, memory_budget),
+            **terms_of(divergence, temperature, square_temperature, kd_weight, ce_weight),
+            "t": share_of_teacher(t, dtype, student_hidden.device),
+        }
+        tokens = tokens_of(
+            "student_hidden", student_hidden, labels, token_weight, ignore_index, reduction, normalizer, check_labels, ce_weight
         )
-    sum_dtype = accumulate_dtype(models.dtypes[0])
-    student, teacher = models.student, models.teacher
-    others = (
-        rows_of(teacher_hidden.detach()),
-        teacher.weight.detach(),
-        None if teacher.bias is None else teacher.bias.detach(),
-        loss.labels,
-        loss.t.to(device=models.device, dtype=sum_dtype),
-        *terms_of(loss, models.head),
-        loss.ignore_index,
-        vocab,
-        *models.dtypes,
-        models.strategy,
-        models.budget,
-        group,
-    )
-    differentiable = (rows_of(student_hidden), student.weight, student.bias)
-    (value,), metrics = reduced(loss, "linear_kd", differentiable, sum_dtype, others)
-    return (value, metrics) if loss.return_metrics else value
+        return_metrics = flag("return_metrics", return_metrics)
+    (value,), metrics = reduced("linear_kd", given, tokens, dtype, return_metrics)
+    return (value, metrics) if return_metrics else value
 
 
 class LinearKDLoss(nn.Module, Generic[Returned]):

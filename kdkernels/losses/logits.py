@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import torch
 from torch import Tensor
 
-from kdkernels.backends.operators import accumulate_dtype
+from kdkernels.backends.dtypes import accumulate_dtype
 from kdkernels.divergences import Divergence, DivergenceName
-from kdkernels.losses.checks import checked, float_tensor
-from kdkernels.losses.reduction import reduced, terms_of
+from kdkernels.losses.checks import constant_target, float_tensor
+from kdkernels.losses.reduction import reduced
 from kdkernels.losses.signatures import LogitsOptions, Metrics, Reduction
+from kdkernels.losses.terms import share_of_teacher, terms_of
+from kdkernels.losses.tokens import tokens_of
+from kdkernels.scalars import flag
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -59,6 +61,7 @@ def kd_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
+    check_labels: bool = True,
     return_metrics: bool = False,
 ) -> Any:
     """The loss of ``linear_kd_loss`` from logits that exist already: student_logits and teacher_logits, both (..., V).
@@ -72,38 +75,21 @@ def kd_loss(
             f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} must have one "
             "shape, (..., V) with V at least 1"
         )
-    if teacher_logits.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "teacher_logits requires grad, but the target of kd_loss is constant: run the teacher under torch.no_grad(), or "
-            "train it along with linear_okd_loss"
-        )
-    loss = checked(
-        student_logits,
-        "student_logits",
-        labels,
-        divergence=divergence,
-        t=t,
-        temperature=temperature,
-        square_temperature=square_temperature,
-        kd_weight=kd_weight,
-        ce_weight=ce_weight,
-        token_weight=token_weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        normalizer=normalizer,
-        return_metrics=return_metrics,
+    constant_target("teacher_logits", teacher_logits, "kd_loss")
+    both = accumulate_dtype(student_logits.dtype, teacher_logits.dtype)
+    given = {
+        "student_logits": _rows(student_logits),
+        "teacher_logits": _rows(teacher_logits.detach()),
+        **terms_of(divergence, temperature, square_temperature, kd_weight, ce_weight),
+        "head": [1.0, 0.0, 1.0, 0.0],
+        "t": share_of_teacher(t, both, student_logits.device),
+    }
+    tokens = tokens_of(
+        "student_logits", student_logits, labels, token_weight, ignore_index, reduction, normalizer, check_labels, ce_weight
     )
-    sum_dtype = accumulate_dtype(torch.promote_types(student_logits.dtype, teacher_logits.dtype))
-    others = (
-        _rows(teacher_logits.detach()),
-        loss.labels,
-        loss.t.to(device=student_logits.device, dtype=sum_dtype),
-        *terms_of(loss, [1.0, 0.0, 1.0, 0.0]),
-        loss.ignore_index,
-    )
-    dtype = accumulate_dtype(student_logits.dtype)
-    (value,), metrics = reduced(loss, "logits_kd", (_rows(student_logits),), dtype, others)
-    return (value, metrics) if loss.return_metrics else value
+    return_metrics = flag("return_metrics", return_metrics)
+    (value,), metrics = reduced("logits_kd", given, tokens, accumulate_dtype(student_logits.dtype), return_metrics)
+    return (value, metrics) if return_metrics else value
 
 
 def _rows(logits: Tensor) -> Tensor:

@@ -6,21 +6,21 @@ constant, so the teacher's is the student's with the roles swapped: there is no 
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
-import torch
 from torch import Tensor
 
-from kdkernels.backends.operators import accumulate_dtype
+from kdkernels.backends.dtypes import accumulate_dtype
 from kdkernels.divergences import Divergence, DivergenceName
 from kdkernels.engine.cut import Strategy
-from kdkernels.losses.checks import LMHead, checked, rows_of
-from kdkernels.losses.linear import models_of
-from kdkernels.losses.reduction import reduced, terms_of
+from kdkernels.losses.head import LMHead
+from kdkernels.losses.models import models_of, sizing_of
+from kdkernels.losses.reduction import reduced
 from kdkernels.losses.signatures import Metrics, OKDOptions, Reduction
+from kdkernels.losses.terms import square_of, terms_of
+from kdkernels.losses.tokens import tokens_of
 from kdkernels.parallel.ranks import group_name, told
-from kdkernels.scalars import share
+from kdkernels.scalars import flag, share
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -105,6 +105,7 @@ def linear_okd_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
+    check_labels: bool = True,
     vocab_size: int | None = None,
     strategy: Strategy = "auto",
     memory_budget: int | None = None,
@@ -129,54 +130,22 @@ def linear_okd_loss(
     """
     group = group_name(process_group)
     with told(group, student_hidden, teacher_hidden):
-        models, vocab = models_of(
-            student_hidden,
-            student_head,
-            teacher_hidden,
-            teacher_head,
-            vocab_size,
-            strategy,
-            memory_budget,
-            None,
-            group,
-        )
+        models = models_of(student_hidden, student_head, teacher_hidden, teacher_head, vocab_size, group)
         teacher_alpha = share("teacher_alpha", teacher_alpha)
         if labels is None and teacher_alpha < 1.0:
             raise ValueError(f"labels is None, but teacher_alpha={teacher_alpha} asks for the teacher's cross-entropy on them")
-        loss = checked(
-            student_hidden,
-            "student_hidden",
-            labels,
-            divergence=divergence,
-            t=1.0,
-            temperature=temperature,
-            square_temperature=square_temperature,
-            kd_weight=kd_weight,
-            ce_weight=ce_weight,
-            token_weight=token_weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            normalizer=normalizer,
-            return_metrics=return_metrics,
+        terms = terms_of(divergence, temperature, square_temperature, kd_weight, ce_weight)
+        given = {
+            **models.arguments(),
+            **sizing_of(strategy, memory_budget),
+            **terms,
+            "teacher_kd_scale": teacher_alpha * square_of(terms["temperature"], square_temperature),
+            "teacher_ce_scale": 1.0 - teacher_alpha,
+        }
+        tokens = tokens_of(
+            "student_hidden", student_hidden, labels, token_weight, ignore_index, reduction, normalizer, check_labels, ce_weight
         )
-    square = math.pow(loss.temperature, 2) if square_temperature else 1.0
-    others = (
-        loss.labels,
-        *terms_of(loss, models.head),
-        teacher_alpha * square,
-        1.0 - teacher_alpha,
-        loss.ignore_index,
-        vocab,
-        *models.dtypes,
-        models.strategy,
-        models.budget,
-        group,
-    )
-    differentiable = tuple(
-        part
-        for hidden, head in ((student_hidden, models.student), (teacher_hidden, models.teacher))
-        for part in (rows_of(hidden), head.weight, head.bias)
-    )
-    sum_dtype = accumulate_dtype(torch.promote_types(*models.dtypes))
-    (student, teacher), metrics = reduced(loss, "linear_okd", differentiable, sum_dtype, others)
-    return OKDLoss(student, teacher, metrics if loss.return_metrics else None)
+        return_metrics = flag("return_metrics", return_metrics)
+    dtype = accumulate_dtype(models.student.dtype, models.teacher.dtype)
+    (student, teacher), metrics = reduced("linear_okd", given, tokens, dtype, return_metrics)
+    return OKDLoss(student, teacher, metrics if return_metrics else None)

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.base import Step, Terms
-from kdkernels.backends.operators import accumulate_dtype, library
-from kdkernels.backends.products import product_dtype
+from kdkernels.backends.dtypes import accumulate_dtype
+from kdkernels.backends.operators import library
 from kdkernels.engine import logits
 from kdkernels.engine.cut import CUTS, Size
 from kdkernels.engine.run import run
 from kdkernels.engine.step import METRICS, Inputs, Options, Outcome, Split, prepare, prepare_both, size_of, summary
 from kdkernels.engine.target import Target, of_known, of_teacher
-from kdkernels.losses.autograd import OWNERS, of_operator
+from kdkernels.losses.autograd import SCHEMAS, Schema, of_operator
 from kdkernels.planning.plan import choose, default_budget
 
 _HEADS = (
@@ -33,24 +33,25 @@ _TERMS = "str divergence, float a, float temperature, float kd_scale, float ce_s
 
 library.define(
     f"linear_kd({_HEADS[0]}Tensor? token_weight, Tensor grad_scale, Tensor? lift, {_HEADS[1]}Tensor? labels, "
-    f"Tensor t, {_TERMS}, int ignore_index, int? vocab, ScalarType student_dtype, ScalarType teacher_dtype, "
+    f"Tensor t, {_TERMS}, int ignore_index, bool check_labels, int? vocab, ScalarType student_dtype, ScalarType teacher_dtype, "
     "str strategy, int memory_budget, str group, bool[] needs, bool metrics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
     f"linear_okd({_HEADS[0]}{_HEADS[1]}Tensor? token_weight, Tensor? teacher_token_weight, Tensor grad_scale, Tensor? lift, "
-    f"Tensor? labels, {_TERMS}, float teacher_kd_scale, float teacher_ce_scale, int ignore_index, int? vocab, "
+    f"Tensor? labels, {_TERMS}, float teacher_kd_scale, float teacher_ce_scale, int ignore_index, bool check_labels, int? vocab, "
     "ScalarType student_dtype, ScalarType teacher_dtype, str strategy, int memory_budget, str group, bool[] needs, bool metrics) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
     f"linear_topk_kd({_HEADS[0]}Tensor? token_weight, Tensor grad_scale, Tensor? lift, Tensor topk_ids, Tensor topk_logprobs, "
-    f"Tensor? topk_rest, Tensor? labels, Tensor t, {_TERMS}, int ignore_index, int vocab, ScalarType student_dtype, str tail, "
-    "str strategy, int memory_budget, bool[] needs, bool metrics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"Tensor? topk_rest, Tensor? labels, Tensor t, {_TERMS}, int ignore_index, bool check_labels, int vocab, "
+    "ScalarType student_dtype, str tail, str strategy, int memory_budget, bool[] needs, bool metrics) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
     "logits_kd(Tensor student_logits, Tensor? token_weight, Tensor grad_scale, Tensor? lift, "
     "Tensor teacher_logits, Tensor? labels, "
-    f"Tensor t, {_TERMS}, int ignore_index, bool[] needs, bool metrics) -> (Tensor, Tensor, Tensor)"
+    f"Tensor t, {_TERMS}, int ignore_index, bool check_labels, bool[] needs, bool metrics) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -63,7 +64,7 @@ def _run(
         # There is no row operation over ranks, and kernels that multiply themselves have nothing to gain from chunks of tokens.
         strategy = "vocab"
     done = run(CUTS[choose(strategy, size)](size), steps, inputs, target)
-    means = summary(done[0].metric_sums, step.count, step.sum_dtype) if step.metrics else done[0].losses.new_empty(0)
+    means = summary(done[0].metric_sums, step.counted, step.sum_dtype) if step.metrics else done[0].losses.new_empty(0)
     return done, means
 
 
@@ -87,6 +88,7 @@ class Given(SimpleNamespace):
         return Options(
             labels=self.labels,
             ignore_index=self.ignore_index,
+            check_labels=self.check_labels,
             vocab=self.vocab,
             dtypes=dtypes,
             needs=tuple(self.needs),
@@ -149,6 +151,7 @@ def logits_kd(given: Given) -> tuple[Tensor, ...]:
         given.t,
         given.terms,
         given.ignore_index,
+        given.check_labels,
         given.needs[0],
         given.metrics,
     )
@@ -167,12 +170,12 @@ def _made(given: Given, dtype: torch.dtype, sources: tuple[Tensor | None, ...], 
 
 
 def _fake_linear_kd(given: Given) -> tuple[Tensor, ...]:
-    dtype = accumulate_dtype(product_dtype(given.student_dtype, given.student_hidden.device))
+    dtype = accumulate_dtype(given.student_dtype)
     return _made(given, dtype, given.student)
 
 
 def _fake_linear_okd(given: Given) -> tuple[Tensor, ...]:
-    dtype = accumulate_dtype(torch.promote_types(given.student_dtype, given.teacher_dtype))
+    dtype = accumulate_dtype(given.student_dtype, given.teacher_dtype)
     return _made(given, dtype, (*given.student, *given.teacher), learners=2)
 
 
@@ -210,10 +213,9 @@ for _operator, _fake in {
     logits_kd: _fake_logits_kd,
 }.items():
     _name = _operator.__name__
-    _of = getattr(torch.ops.kdkernels, _name)
-    _names = tuple(argument.name for argument in _of.default._schema.arguments)
-    IMPLEMENTATIONS[_name] = _with_own_dtypes(_by_name(_names, _operator))
+    _schema = SCHEMAS[_name] = Schema(getattr(torch.ops.kdkernels, _name))
+    IMPLEMENTATIONS[_name] = _with_own_dtypes(_by_name(_schema.names, _operator))
     library.impl(_name, IMPLEMENTATIONS[_name], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"kdkernels::{_name}", _by_name(_names, _fake), lib=library)
-    _setup, _backward = of_operator(_of, OWNERS[_name])
+    torch.library.register_fake(f"kdkernels::{_name}", _by_name(_schema.names, _fake), lib=library)
+    _setup, _backward = of_operator(_schema)
     torch.library.register_autograd(f"kdkernels::{_name}", _backward, setup_context=_setup, lib=library)

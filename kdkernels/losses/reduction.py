@@ -9,57 +9,45 @@ from torch import Tensor
 
 from kdkernels.engine.step import METRICS
 from kdkernels.losses import operators as ops  # noqa: F401  (registers the operators)
-from kdkernels.losses.autograd import OWNERS, SummedLoss, anchors_of, losses_of, refuse_transforms, total
-from kdkernels.losses.checks import Loss, kept_weight
+from kdkernels.losses.autograd import SCHEMAS, SummedLoss, anchors_of, refuse_transforms, total
+from kdkernels.losses.tokens import Tokens
 
 
 def reduced(
-    loss: Loss, name: str, differentiable: tuple[Tensor | None, ...], dtype: torch.dtype, others: tuple[Any, ...]
+    name: str, given: dict[str, Any], tokens: Tokens, dtype: torch.dtype, metrics: bool
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Losses and metrics of the operator of that name, with the backward that fits the reduction. dtype: of the losses."""
-    refuse_transforms(differentiable)
-    rows = differentiable[0]
-    assert rows is not None
-    operator, owners, metrics = getattr(torch.ops.kdkernels, name), OWNERS[name], loss.return_metrics
-    factor = _factor(loss, rows, dtype)
+    """Losses and metrics of the operator of that name, with the backward that fits the reduction.
+
+    given: its arguments by their names in the schema, but for what autograd puts in. dtype: of the losses.
+    """
+    schema = SCHEMAS[name]
+    learned = {one: given[one] for one in schema.learned}
+    refuse_transforms(list(learned.values()))
+    factor = tokens.factor(given[schema.learned[0]], dtype)
     if not torch.is_grad_enabled():
         # Inside SummedLoss this can no longer be seen: it would make gradients that nobody can ask for.
-        differentiable = tuple(None if argument is None else argument.detach() for argument in differentiable)
+        learned = {one: None if argument is None else argument.detach() for one, argument in learned.items()}
+    given = {**given, **tokens.arguments(), **learned}
     # An exported program holds no SummedLoss: there the operator's own backward makes the gradients.
-    if loss.reduction == "none" or torch.compiler.is_exporting():
-        weights, one, needs = [loss.token_weight] * losses_of(owners), torch.ones_like(factor), [False] * len(owners)
-        *values, summary = operator(*differentiable, *weights, one, None, *others, needs, metrics)
-        values = values[: len(weights)]
+    if tokens.reduction == "none" or torch.compiler.is_exporting():
+        weights = dict.fromkeys(schema.weights, tokens.weight)
+        values, _, summary = schema.call(
+            {**given, **weights, "grad_scale": torch.ones_like(factor), "lift": None, "metrics": metrics},
+            dict.fromkeys(schema.learned, False),
+        )
     else:
         # Divided by the token count, float16 gradients of single tokens would underflow before a gradient scaler sees them. Until
         # the backward they are kept larger, by that count at most.
-        small = any(argument is not None and argument.dtype == torch.float16 for argument in differentiable)
-        lift = (1.0 / factor).clamp(1.0, 1024.0) if small and loss.reduction == "mean" else None
+        small = any(argument is not None and argument.dtype == torch.float16 for argument in learned.values())
+        lift = (1.0 / factor).clamp(1.0, 1024.0) if small and tokens.reduction == "mean" else None
         *values, summary = SummedLoss.apply(  # type: ignore[no-untyped-call]
-            operator, owners, metrics, factor, lift, anchors_of(differentiable), *differentiable, loss.token_weight, *others
+            name, metrics, factor, lift, anchors_of(list(learned.values())), *(given[one] for one in schema.given)
         )
-    if loss.reduction == "none":
-        values = [value.reshape(loss.shape) for value in values]
+    if tokens.reduction == "none":
+        values = [value.reshape(tokens.shape) for value in values]
     elif torch.compiler.is_exporting():
         values = [total(value, factor) for value in values]
     of = dict(zip(METRICS, summary.unbind(), strict=True)) if metrics else {}
-    if loss.labels is None:
+    if tokens.labels is None:
         of.pop("ce", None)
     return values, of
-
-
-def _factor(loss: Loss, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the sum of the losses is multiplied by."""
-    if loss.reduction != "mean":
-        return torch.ones((), dtype=dtype, device=rows.device)
-    if loss.normalizer is None:
-        normalizer = kept_weight(loss, rows.shape[0], dtype, rows.device)
-    elif isinstance(loss.normalizer, Tensor):
-        normalizer = loss.normalizer.detach().to(device=rows.device, dtype=dtype)
-    else:
-        normalizer = torch.full((), loss.normalizer, dtype=dtype, device=rows.device)
-    return torch.where(normalizer == 0, 0.0, 1.0 / normalizer)
-
-
-def terms_of(loss: Loss, head: list[float]) -> tuple[Any, ...]:
-    return (loss.divergence.name, float(loss.divergence.a), loss.temperature, loss.kd_scale, loss.ce_weight, head)

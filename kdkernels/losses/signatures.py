@@ -29,6 +29,7 @@ class Options(TypedDict, total=False):
     ignore_index: int
     reduction: Reduction
     normalizer: float | Tensor | None
+    check_labels: bool
 
 
 class _Cut(TypedDict, total=False):

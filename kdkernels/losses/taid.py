@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kdkernels.backends.dtypes import DTYPES
 from kdkernels.divergences import is_number
-from kdkernels.losses.checks import FLOATS, INTEGERS, scalar
+from kdkernels.losses.checks import INTEGERS, scalar
 from kdkernels.scalars import flag, number
 
 
@@ -84,7 +85,7 @@ class TAIDSchedule(nn.Module):
         accepted = "a number or a 0-dim tensor"
         given: Any = loss
         if isinstance(given, Tensor):
-            given = scalar("loss", given, accepted, self.t.device, (*FLOATS, *INTEGERS))
+            given = scalar("loss", given, accepted, self.t.device, (*DTYPES, *INTEGERS))
         else:
             if isinstance(given, int) or not is_number(given) or math.isfinite(given):  # others are passed over below
                 given = number("loss", given, accepted)

@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from kdkernels.backends.operators import accumulate_dtype
-from kdkernels.divergences import Divergence, DivergenceName
+from kdkernels.backends.dtypes import accumulate_dtype
+from kdkernels.divergences import Divergence, DivergenceName, resolve
 from kdkernels.engine.cut import Strategy
 from kdkernels.engine.outcomes import TAILS
-from kdkernels.losses.checks import LMHead, checked, compute_dtype, float_tensor, head_of, integer_tensor, rows_of, scratch_of
-from kdkernels.losses.reduction import reduced, terms_of
+from kdkernels.losses.checks import constant, float_tensor, integer_tensor, of_tokens
+from kdkernels.losses.head import LMHead
+from kdkernels.losses.models import rows_of, side_of, sizing_of
+from kdkernels.losses.reduction import reduced
 from kdkernels.losses.signatures import Metrics, Reduction, Tail, TopKOptions
-from kdkernels.scalars import cut_vocabulary, one_of
+from kdkernels.losses.terms import share_of_teacher, terms_of
+from kdkernels.losses.tokens import tokens_of
+from kdkernels.scalars import cut_vocabulary, flag, one_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -76,6 +80,7 @@ def linear_topk_kd_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
+    check_labels: bool = True,
     vocab_size: int | None = None,
     strategy: Strategy = "auto",
     memory_budget: int | None = None,
@@ -115,12 +120,30 @@ def linear_topk_kd_loss(
     The work on logits is plain torch on every device. Raises ValueError or TypeError for bad input before any work; tokens out of
     range and tokens that are twice in a position are found with the labels, in the call's one host sync, where the position counts.
     """
-    float_tensor("student_hidden", student_hidden)
+    student = side_of("student", student_hidden, student_head)
+    known = _known(student_hidden, topk_ids, topk_logprobs, topk_rest)
+    dtype = accumulate_dtype(student.dtype)
+    given = {
+        **student.arguments("student"),
+        **known,
+        **sizing_of(strategy, memory_budget),
+        **terms_of(divergence, temperature, square_temperature, kd_weight, ce_weight),
+        "head": student.transform,
+        "vocab": cut_vocabulary(student.head.weight.shape[0], vocab_size, "the rows of student_head"),
+        "t": share_of_teacher(t, dtype, student_hidden.device),
+        "tail": _tail(tail, topk_rest, divergence),
+    }
+    tokens = tokens_of(
+        "student_hidden", student_hidden, labels, token_weight, ignore_index, reduction, normalizer, check_labels, ce_weight
+    )
+    return_metrics = flag("return_metrics", return_metrics)
+    (value,), metrics = reduced("linear_topk_kd", given, tokens, dtype, return_metrics)
+    return (value, metrics) if return_metrics else value
+
+
+def _known(student_hidden: Tensor, topk_ids: Any, topk_logprobs: Any, topk_rest: Any) -> dict[str, Any]:
+    """The operator's arguments of what is known of the teacher, checked."""
     device = student_hidden.device
-    head = head_of("student_head", student_head, student_hidden, "student_hidden")
-    vocab = cut_vocabulary(head.weight.shape[0], vocab_size, "the rows of student_head")
-    budget = scratch_of(strategy, memory_budget)
-    dtype = compute_dtype(student_hidden, head.weight, "student_hidden and student_head")
     integer_tensor("topk_ids", topk_ids, device)
     float_tensor("topk_logprobs", topk_logprobs, device)
     lead = student_hidden.shape[:-1]
@@ -131,50 +154,21 @@ def linear_topk_kd_loss(
         )
     if topk_logprobs.shape != topk_ids.shape:
         raise ValueError(f"topk_logprobs {tuple(topk_logprobs.shape)} and topk_ids {tuple(topk_ids.shape)} must have one shape")
+    constant("topk_logprobs", topk_logprobs)
     if topk_rest is not None:
-        float_tensor("topk_rest", topk_rest, device)
-        if topk_rest.shape != lead:
-            raise ValueError(
-                f"topk_rest has shape {tuple(topk_rest.shape)}; student_hidden {tuple(student_hidden.shape)} needs {tuple(lead)}"
-            )
-    for name, given in (("topk_logprobs", topk_logprobs), ("topk_rest", topk_rest)):
-        if given is not None and given.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} requires grad, but the target is constant; pass {name}.detach()")
-    loss = checked(
-        student_hidden,
-        "student_hidden",
-        labels,
-        divergence=divergence,
-        t=t,
-        temperature=temperature,
-        square_temperature=square_temperature,
-        kd_weight=kd_weight,
-        ce_weight=ce_weight,
-        token_weight=token_weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        normalizer=normalizer,
-        return_metrics=return_metrics,
-    )
+        of_tokens("topk_rest", float_tensor("topk_rest", topk_rest, device), student_hidden, "student_hidden")
+        constant("topk_rest", topk_rest)
+    return {
+        "topk_ids": rows_of(topk_ids).to(torch.int64),
+        "topk_logprobs": rows_of(topk_logprobs.detach()),
+        "topk_rest": None if topk_rest is None else topk_rest.detach().reshape(-1),
+    }
+
+
+def _tail(tail: Any, topk_rest: Tensor | None, divergence: Divergence | str) -> str:
+    """What the rest of the teacher's vocabulary is taken to be."""
     if tail is None:
-        tail = "bucket" if topk_rest is not None or loss.divergence.weighed_by_student else "renormalize"
-    elif one_of("tail", tail, TAILS) == "renormalize" and topk_rest is not None:
+        return "bucket" if topk_rest is not None or resolve(divergence).weighed_by_student else "renormalize"
+    if one_of("tail", tail, TAILS) == "renormalize" and topk_rest is not None:
         raise ValueError("topk_rest is given, and tail='renormalize' has no rest; accepted with it: tail='bucket' or None")
-    sum_dtype = accumulate_dtype(dtype)
-    others = (
-        rows_of(topk_ids).to(torch.int64),
-        rows_of(topk_logprobs.detach()),
-        None if topk_rest is None else topk_rest.detach().reshape(-1),
-        loss.labels,
-        loss.t.to(device=device, dtype=sum_dtype),
-        *terms_of(loss, [head.logit_scale, head.softcap or 0.0]),
-        loss.ignore_index,
-        vocab,
-        dtype,
-        tail,
-        strategy,
-        budget,
-    )
-    differentiable = (rows_of(student_hidden), head.weight, head.bias)
-    (value,), metrics = reduced(loss, "linear_topk_kd", differentiable, sum_dtype, others)
-    return (value, metrics) if loss.return_metrics else value
+    return str(tail)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kdkernels.backends.products import HeadProducts, add_head_grad, block_size, product_dtype
+from kdkernels.backends.dtypes import product_dtype
+from kdkernels.backends.products import HeadProducts, add_head_grad, block_size
 
 # Kernels that follow each other in a stream: the gap between two, not the time the host takes to launch one.
 LAUNCH_SECONDS = 3e-6

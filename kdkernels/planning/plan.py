@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kdkernels import backends
-from kdkernels.backends.products import product_dtype
+from kdkernels.backends.dtypes import product_dtype
 from kdkernels.divergences import Divergence, DivergenceName, resolve
 from kdkernels.engine.cut import CUTS, STRATEGIES, Size, Strategy, by_tokens
 from kdkernels.planning import devices, roofline

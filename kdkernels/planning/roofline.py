@@ -315,7 +315,7 @@ def vocab_passes(
     over the vocabulary by itself, 2·Us + 2·Ut; its own gradients are Ut, or 2·Ut with its head.
     """
     of = traffic.Products(tokens, vocab, ((student_dim, dtype.itemsize), (teacher_dim, dtype.itemsize)))
-    whole = traffic.Cut.whole(tokens, vocab)
+    whole = traffic.Tiling.whole(tokens, vocab)
     learners = _learners(student_dim, teacher_dim, divergence, train_head, online_teacher, train_teacher_head)
     products = 2.0 * tokens * (student_dim + teacher_dim)
 
@@ -328,7 +328,7 @@ def vocab_passes(
         kernels = [traffic.statistics(of, whole), traffic.sums(of, whole)][: traffic.sweeps(learned)]
         passes += [multiplying(at, vocab, kernel) for kernel in kernels]
     for columns, count in parts(vocab, block_columns):
-        kernel = traffic.gradient(of, traffic.Cut.whole(tokens, columns), 0, columns, dtype.itemsize)
+        kernel = traffic.gradient(of, traffic.Tiling.whole(tokens, columns), 0, columns, dtype.itemsize)
         one: list[Pass] = []
         for at, (dim, _, head) in enumerate(learners):
             one += [multiplying(at, columns, kernel)]

@@ -4,7 +4,7 @@ All of it is as the programs issue it: a second load of the same address counts 
 logits that is what main memory delivers, since a vocabulary's row is larger than what a processor keeps. Of the operands of the
 kernels that multiply most comes from the last-level cache instead: each block of tokens goes over the heads, each tile of the
 vocabulary over the hidden states. What memory has to deliver at least is the same form with one block that holds everything
-(:meth:`Cut.whole`); that is what the roofline counts.
+(:meth:`Tiling.whole`); that is what the roofline counts.
 
 Rows here are those that count: of rows of weight 0 the row kernel loads less.
 """
@@ -65,15 +65,15 @@ def row_loss(
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How a kernel that multiplies cuts the logits [tokens, vocab]: block_n x block_v a tile, ``splits`` of the vocabulary."""
+class Tiling:
+    """How a kernel that multiplies tiles the logits [tokens, vocab]: block_n x block_v a tile, ``splits`` of the vocabulary."""
 
     block_n: int
     block_v: int
     splits: int = 1
 
     @classmethod
-    def whole(cls, tokens: int, vocab: int) -> Cut:
+    def whole(cls, tokens: int, vocab: int) -> Tiling:
         """One tile: every operand is loaded once."""
         return cls(tokens, vocab)
 
@@ -91,45 +91,47 @@ class Products:
     models: tuple[tuple[int, int], ...]
     biases: int = 0
 
-    def token_blocks(self, cut: Cut) -> int:
-        return math.ceil(self.tokens / cut.block_n)
+    def token_blocks(self, tiling: Tiling) -> int:
+        return math.ceil(self.tokens / tiling.block_n)
 
-    def operands(self, cut: Cut, tiles: int, columns: int) -> int:
+    def operands(self, tiling: Tiling, tiles: int, columns: int) -> int:
         """Bytes of hidden states, again for each of ``tiles``, and of ``columns`` of the heads, for each block of tokens."""
-        return (self.tokens * tiles + columns * self.token_blocks(cut)) * sum(dim * size for dim, size in self.models)
+        return (self.tokens * tiles + columns * self.token_blocks(tiling)) * sum(dim * size for dim, size in self.models)
 
-    def bias_bytes(self, cut: Cut, columns: int) -> int:
-        return self.token_blocks(cut) * columns * self.biases * FLOAT
+    def bias_bytes(self, tiling: Tiling, columns: int) -> int:
+        return self.token_blocks(tiling) * columns * self.biases * FLOAT
 
-    def over_splits(self, cut: Cut, row_read: int, row_written: int) -> Traffic:
+    def over_splits(self, tiling: Tiling, row_read: int, row_written: int) -> Traffic:
         """A kernel that goes over the whole vocabulary, each split reading and writing so many bytes of each row, and t."""
-        operands = self.operands(cut, math.ceil(self.vocab / cut.block_v), self.vocab)
-        scalars = self.token_blocks(cut) * cut.splits * FLOAT
-        others = self.bias_bytes(cut, self.vocab) + scalars + self.tokens * cut.splits * row_read
-        return Traffic(operands + others, self.tokens * cut.splits * row_written, operands)
+        operands = self.operands(tiling, math.ceil(self.vocab / tiling.block_v), self.vocab)
+        scalars = self.token_blocks(tiling) * tiling.splits * FLOAT
+        others = self.bias_bytes(tiling, self.vocab) + scalars + self.tokens * tiling.splits * row_read
+        return Traffic(operands + others, self.tokens * tiling.splits * row_written, operands)
 
 
-def statistics(of: Products, cut: Cut, *, labels: bool = False) -> Traffic:
+def statistics(of: Products, tiling: Tiling, *, labels: bool = False) -> Traffic:
     """statistics_kernel: writes [splits, tokens, STATS_COLUMNS]."""
-    return of.over_splits(cut, LABEL if labels else 0, len(STATS_COLUMNS) * FLOAT)
+    return of.over_splits(tiling, LABEL if labels else 0, len(STATS_COLUMNS) * FLOAT)
 
 
-def sums(of: Products, cut: Cut) -> Traffic:
+def sums(of: Products, tiling: Tiling) -> Traffic:
     """sums_kernel: reads the statistics, writes [splits, tokens, SUMS_COLUMNS]."""
-    return of.over_splits(cut, SUMS_READ * FLOAT, len(SUMS_COLUMNS) * FLOAT)
+    return of.over_splits(tiling, SUMS_READ * FLOAT, len(SUMS_COLUMNS) * FLOAT)
 
 
-def gradient(of: Products, cut: Cut, begin: int, end: int, grad_bytes: int, *, labels: bool = False, reach: int = 1) -> Traffic:
+def gradient(
+    of: Products, tiling: Tiling, begin: int, end: int, grad_bytes: int, *, labels: bool = False, reach: int = 1
+) -> Traffic:
     """gradient_kernel over the columns ``begin`` to ``end``: writes their gradient [tokens, end - begin], ``reach``
     entries together.
 
     Its last tile multiplies columns that lie behind the end, as far as there are any. Each tile reads statistics, slope sum and
     weight of its rows.
     """
-    tiles = math.ceil((end - begin) / cut.block_v)
-    columns = min(of.vocab, begin + tiles * cut.block_v) - begin
-    operands = of.operands(cut, tiles, columns)
+    tiles = math.ceil((end - begin) / tiling.block_v)
+    columns = min(of.vocab, begin + tiles * tiling.block_v) - begin
+    operands = of.operands(tiling, tiles, columns)
     row = (GRADIENT_READ + 2) * FLOAT + (LABEL if labels else 0)
-    others = of.bias_bytes(cut, columns) + tiles * (of.tokens * row + of.token_blocks(cut) * FLOAT)
-    written = min(math.ceil((end - begin) / reach) * reach, tiles * cut.block_v)
+    others = of.bias_bytes(tiling, columns) + tiles * (of.tokens * row + of.token_blocks(tiling) * FLOAT)
+    written = min(math.ceil((end - begin) / reach) * reach, tiles * tiling.block_v)
     return Traffic(operands + others, of.tokens * written * grad_bytes, operands)

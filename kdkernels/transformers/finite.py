@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kdkernels.losses.checks import FLOATS
+from kdkernels.backends.dtypes import DTYPES
 from kdkernels.transformers.heads import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class NotFinite(ValueError):
 def _wrong(tensor: Any, *, low: bool = True, high: bool = True) -> Tensor | None:
     """Whether a tensor holds NaN; with low also -inf, with high inf. 0-dim on its device, None where that is not to be seen."""
     here = tensor.to_local() if hasattr(tensor, "full_tensor") else tensor
-    dense = type(here) in (Tensor, nn.Parameter) and here.dtype in FLOATS and here.device.type != "meta"
+    dense = type(here) in (Tensor, nn.Parameter) and here.dtype in DTYPES and here.device.type != "meta"
     if not dense or not here.numel():
         return None
     least, most = torch.aminmax(here.detach())  # NaN if any entry is; unlike isfinite it makes no copy

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdkernels.losses.checks import FLOATS, LMHead
+from kdkernels.backends.dtypes import DTYPES
+from kdkernels.losses.head import LMHead
 from kdkernels.transformers.families import DIVIDES, FAMILIES, MULTIPLIES, SOFTCAPS, families_of
 
 
@@ -109,8 +110,8 @@ def _whole(module: nn.Module, name: str) -> Tensor | None:
         return None
     if parameter.device.type == "meta":
         raise ValueError(f"the output head's {name} is on the meta device (offloaded, or not loaded yet): bring it to its device")
-    if parameter.dtype not in FLOATS:
-        raise ValueError(f"the output head's {name} is quantised ({parameter.dtype}); accepted: {', '.join(map(str, FLOATS))}")
+    if parameter.dtype not in DTYPES:
+        raise ValueError(f"the output head's {name} is quantised ({parameter.dtype}); accepted: {', '.join(map(str, DTYPES))}")
     if hasattr(parameter, "full_tensor"):
         return _gathered(parameter)
     if parameter.dim() != (2 if name == "weight" else 1):

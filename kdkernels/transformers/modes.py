@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from kdkernels.losses.checks import FLOATS
+from kdkernels.backends.dtypes import DTYPES
 
 INDICES = (torch.bool, torch.int64)  # of masks and positions, not of weights
 
@@ -29,8 +29,8 @@ def _of_its_own_form(module: nn.Module) -> bool:
         return True
     parameters: list[Any] = [parameter for parameter in module._parameters.values() if parameter is not None]
     buffers: list[Any] = [buffer for buffer in module._buffers.values() if buffer is not None]
-    return any(type(parameter) is not nn.Parameter or parameter.dtype not in FLOATS for parameter in parameters) or any(
-        buffer.dtype not in (*FLOATS, *INDICES) for buffer in buffers
+    return any(type(parameter) is not nn.Parameter or parameter.dtype not in DTYPES for parameter in parameters) or any(
+        buffer.dtype not in (*DTYPES, *INDICES) for buffer in buffers
     )
 
 

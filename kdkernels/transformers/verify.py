@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels.backends.head import apply_head, cap_slope
-from kdkernels.losses.checks import LMHead
+from kdkernels.losses.head import LMHead
 from kdkernels.transformers.batches.reading import most_positions
 from kdkernels.transformers.finite import NotFinite, check_weights, is_finite
 from kdkernels.transformers.heads import OutputHead, after_head, output_module, read_head, unwrapped

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import kdkernels as kd
-from benchmarks import contenders, gpu, gpu_checks, gpu_report, gpu_times
+from benchmarks import gpu, gpu_checks, gpu_report, gpu_times
+from benchmarks.cases import DTYPES, HEADS, LOSSES
 from tests.benchmarks.test_gpu_suite import Record
 
 H100: Record = {"device": "NVIDIA H100", "memory_bytes": 80 * 2**30, "date": "2026-11-27", "command": "python -m benchmarks.gpu"}
@@ -118,15 +119,15 @@ class TestPlan:
     def test_every_check_of_the_library_is_run(self, size: str) -> None:
         items = [(*part.arguments, *item) for part in gpu.parts(size)["checks"] for item in part.items]
         assert len(items) == len(set(items))
-        of_divergence = {item[:3] for item in items if item[2] is not None}
-        assert len(of_divergence) == (len(gpu.STRATEGIES) + 1) * len(gpu_checks.DTYPES) * len(kd.divergences())
-        assert {item[4] for item in items if item[3] == "accuracy"} == set(gpu_checks.SPREADS)
+        of_divergence = {item[:4] for item in items if item[3] is not None}
+        assert len(of_divergence) == (len(gpu.STRATEGIES) + 1) * len(DTYPES) * len(kd.divergences())
+        assert {item[5] for item in items if item[4] == "accuracy"} == set(gpu_checks.SPREADS)
 
     def test_small_losses_compile_what_ours_times(self) -> None:
         stages = gpu.parts("short")
         first = [part for part in stages["ours"] if part.together]
         assert {(*part.arguments, *part.items[0]) for part in first} == {
-            (strategy, loss, "bf16") for strategy in gpu.STRATEGIES for loss in ("forward_kl", "jsd")
+            ("short", strategy, loss, "bf16") for strategy in gpu.STRATEGIES for loss in ("forward_kl", "jsd")
         }
         assert set(first) <= set(stages["smoke"])
         assert set(first) <= set(stages["profile"])
@@ -141,14 +142,14 @@ class TestPlan:
         timed = [(part.name, item) for part in short["ours"] if not part.together for item in part.items]
         assert timed == [
             (f"time {head}", (8192, loss, name))
-            for head in contenders.HEADS
+            for head in HEADS
             for loss in ("forward_kl", "jsd")
             for name in ("tokens", "tokens 1 GiB", gpu_times.CLUSTERED, "vocab", "eager")
         ]
         (others,) = short["others"]
         assert [item[2] for item in others.items[::2]] == ["liger", "liger triton", "trl", "compiled"]
         assert {item[:2] for item in full["ours"][-1].items} == {
-            (tokens, loss) for tokens in (2048, 4096, 8192, 16_384, 32_768) for loss in contenders.LOSSES
+            (tokens, loss) for tokens in (2048, 4096, 8192, 16_384, 32_768) for loss in LOSSES
         }
         assert set(gpu_checks.SHORT) <= set(gpu_checks.SETTINGS)
 

@@ -18,8 +18,9 @@ import pytest
 import torch
 
 import kdkernels as kd
-from benchmarks import contenders, gpu, gpu_checks, gpu_kernels, gpu_parts, gpu_report, gpu_smoke, gpu_times
-from benchmarks.gpu_parts import Part
+from benchmarks import contenders, gpu, gpu_checks, gpu_kernels, gpu_report, gpu_smoke, gpu_times, runner
+from benchmarks.cases import DTYPES, Case, Head, problem
+from benchmarks.runner import Part
 from tests.support import ROOT
 from tests.support.cases import draw, dressed
 
@@ -94,14 +95,14 @@ class TestThroughTheInterpreter:
         assert [rate["rate"].split()[-1] for rate in rates] == ["bfloat16", "float32", "copy"]
         assert all(rate["per_second"] > 0 for rate in rates)
         served = [check for check in of(run, "smoke", "check") if check["check"] == "backend"]
-        assert [(check["dtype"], check["backend"]) for check in served] == [(dtype, "triton") for dtype in gpu_checks.DTYPES]
+        assert [(check["dtype"], check["backend"]) for check in served] == [(dtype, "triton") for dtype in DTYPES]
 
     def test_every_check_passes_or_says_why_it_means_nothing_here(self, run: Any) -> None:
         checks = of(run, "checks", "check")
         assert [check for check in checks if check.get("passed") is False] == []
         passed = {(check["check"], check["strategy"], check["dtype"]) for check in checks if check.get("passed")}
         for strategy in gpu.STRATEGIES:
-            for dtype in gpu_checks.DTYPES:
+            for dtype in DTYPES:
                 for check in ("accuracy", "two_runs", "backward_twice", "special_values"):
                     assert (check, strategy, dtype) in passed
         assert all(check["skipped"] for check in checks if "passed" not in check)
@@ -268,7 +269,7 @@ def test_results_of_the_same_device_are_added_to(tmp_path: Path, command: Comman
     assert (first[0]["command"].split()[-1], second[0]["command"].split()[-1]) == ("rows,smoke", "--append")
 
 
-def misbehaves(_: str, folder: str) -> Callable[[str], Iterator[Record]]:
+def misbehaves(folder: str) -> Callable[[str], Iterator[Record]]:
     """What a part's process runs: each item does what it is called."""
 
     def run(what: str) -> Iterator[Record]:
@@ -293,7 +294,7 @@ def misbehaves(_: str, folder: str) -> Callable[[str], Iterator[Record]]:
     return run
 
 
-def not_opened(_: str, __: str) -> Callable[[str], Iterator[Record]]:
+def not_opened(_: str) -> Callable[[str], Iterator[Record]]:
     raise LookupError("no such head")
 
 
@@ -319,7 +320,7 @@ def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
 @needs_triton
 class TestParts:
     def told(self, *parts: Part, limit: float = 300.0, done: set[Part] | None = None) -> tuple[list[Record], Record]:
-        *results, last = gpu_parts.results("toy", parts, limit, set() if done is None else done)
+        *results, last = runner.results(parts, limit, set() if done is None else done)
         return results, last
 
     def test_a_hang_costs_its_item_alone_and_leaves_no_process(self, tmp_path: Path) -> None:
@@ -364,7 +365,7 @@ class TestParts:
         assert last["not_run"] == []
 
     def test_parts_run_side_by_side_where_they_may(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(gpu_parts, "side_by_side", lambda: 2)
+        monkeypatch.setattr(runner, "side_by_side", lambda: 2)
         both = [part(tmp_path, side, together=True) for side in ("left", "right")]
         results, _ = self.told(*both)
         assert sorted(result["did"] for result in results) == ["left", "right"]
@@ -378,10 +379,10 @@ class TestParts:
     def test_a_part_ends_with_the_suite(self, tmp_path: Path) -> None:
         code = f"""
 from pathlib import Path
-from benchmarks.gpu_parts import results
+from benchmarks.runner import results
 from tests.benchmarks.test_gpu_suite import part
 if __name__ == "__main__":
-    list(results("toy", [part(Path({str(tmp_path)!r}), "hang", limit=600)], 600, set()))
+    list(results([part(Path({str(tmp_path)!r}), "hang", limit=600)], 600, set()))
 """
         parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
         pids = tmp_path / "pids"
@@ -408,11 +409,10 @@ class TestFailures:
         def missing(loss: str) -> Any:
             raise ModuleNotFoundError("No module named 'datasets'")
 
-        monkeypatch.setattr(
-            gpu_times, "CONTENDERS", {"large": out_of_memory, "trl": missing, "eager": contenders.CONTENDERS["eager"]}
-        )
+        for name, contender in (("checkpointed", out_of_memory), ("trl", missing)):
+            monkeypatch.setitem(contenders.CONTENDERS, name, contender)
         time_of = gpu_times.opened("toy", "toy")
-        rows = [row for name in gpu_times.CONTENDERS for row in time_of(6, "jsd", name)]
+        rows = [row for name in ("checkpointed", "trl", "eager") for row in time_of(6, "jsd", name)]
         assert [row.get("failed") for row in rows] == [
             "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB",
             "ModuleNotFoundError: No module named 'datasets'; the wheels that bring it: trl, datasets, dill and multiprocess",
@@ -422,7 +422,7 @@ class TestFailures:
 
     def test_a_compiler_s_error_is_told_with_the_line_that_says_what_is_wrong(self) -> None:
         error = RuntimeError("at 67:7:\n    if teacher is None:\n       ^\nUnsupported type\n")
-        assert gpu_parts.why(error) == "RuntimeError: at 67:7:: Unsupported type"
+        assert runner.why(error) == "RuntimeError: at 67:7:: Unsupported type"
 
     def test_a_wrong_gradient_fails_its_check(self, monkeypatch: pytest.MonkeyPatch) -> None:
         right = gpu_checks.Case.run
@@ -454,8 +454,7 @@ def test_the_bare_products_are_those_of_the_loss() -> None:
     """x, z, dH and dW once each, however many blocks they come in: 3 Us + Ut operations."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    head = contenders.Head("student", "teacher", 50, 60, 8, 12)
-    given = contenders.problem(head, 24, torch.float32, "cpu")
+    given = problem(Case("", Head("any", "student", "teacher", 50, 60, 8, 12), 24, "fp32"))
     for block in (7, 24, 100):
         with FlopCounterMode(display=False) as counter:
             contenders.products(given, block)()

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import plots
-from benchmarks.plots import GIB, MIB
+from benchmarks.cases import GIB, MIB
 
 MACHINE = {"processor": "a processor", "threads": 2, "torch": "2.13.0", "date": "2026-11-24", "instruction_sets": ["avx512"]}
 RATIOS = {
@@ -47,7 +47,7 @@ def compare_results() -> dict[str, Any]:
                 for masked in (False, True) if head in ("qwen2.5", "32k") else (False,):
                     for contender, ratio in RATIOS.items():
                         row = {
-                            "sweep": "heads",
+                            "part": "heads",
                             "head": head,
                             "loss": loss,
                             "masked": masked,
@@ -73,7 +73,7 @@ def growth_results() -> dict[str, Any]:
     points += [("vocab", 1024, vocab) for vocab in (16_384, 65_536, 262_144)]
     for sweep, tokens, vocab in points:
         for at, (contender, ratio) in enumerate(RATIOS.items()):
-            row = {"sweep": sweep, "head": "narrow", "loss": "forward_kl", "masked": False, "contender": contender, "dtype": "fp32"}
+            row = {"part": sweep, "head": "narrow", "loss": "forward_kl", "masked": False, "contender": contender, "dtype": "fp32"}
             row |= {"tokens": tokens, "vocab": vocab, "student_dim": 256, "teacher_dim": 512}
             if contender == "eager" and tokens * vocab > 2e8:
                 row["failed"] = "RuntimeError: DefaultCPUAllocator: can't allocate memory"
@@ -86,14 +86,14 @@ def growth_results() -> dict[str, Any]:
 
 def limits_results() -> dict[str, Any]:
     """As benchmarks.limits writes them: two strategies that stay flat, two others that meet the limit."""
-    growth: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     points = [("tokens", tokens, 262_144) for tokens in (1024, 2048, 4096, 8192, 16_384, 32_768)]
     points += [("vocab", 8192, vocab) for vocab in (16_384, 32_768, 65_536, 131_072, 262_144)]
     copies = {"tokens": 0, "vocab": 0, "eager": 7, "compiled": 2}
     failed: set[tuple[str, str]] = set()
     for sweep, tokens, vocab in points:
         for contender, copy in copies.items():
-            row = {"sweep": sweep, "contender": contender, "dtype": "fp32", "tokens": tokens, "vocab": vocab, "limit": 8 * GIB}
+            row = {"part": sweep, "contender": contender, "dtype": "fp32", "tokens": tokens, "vocab": vocab, "limit": 8 * GIB}
             row |= {"student_dim": 16, "teacher_dim": 32}
             peak = copy * tokens * vocab * 4 if copy else 520 * MIB + tokens * (40 if contender == "vocab" else 900)
             if contender != "compiled":
@@ -105,26 +105,17 @@ def limits_results() -> dict[str, Any]:
                 row["failed"] = "RuntimeError: DefaultCPUAllocator: can't allocate memory"
             else:
                 row["peak_bytes"] = peak
-            growth.append(row)
-    break_even = {}
+            rows.append(row)
     for name, scale in (("fp32 forward_kl", 1.0), ("fp32 jsd", 0.8), ("bf16 forward_kl", 1.6)):
-        dtype, divergence = name.split()
-        found = []
+        dtype, loss = name.split()
+        case = {"part": "break-even", "contender": "tokens", "dtype": dtype, "loss": loss}
+        case |= {"tokens": 1024, "vocab": 32_768, "student_dim": 512, "teacher_dim": 1024}
         for budget in (1, 2, 4, 8, 16, 32, 64):
             ratio = scale * (0.6 + 4.0 / budget)
-            found.append(
-                {
-                    "memory_budget": budget * MIB,
-                    "ratio": ratio,
-                    "ratios": [0.95 * ratio, ratio, 1.04 * ratio],
-                    "planned_tokens_seconds": 1.1 * ratio,
-                    "planned_vocab_seconds": 1.0,
-                    "auto": "vocab" if ratio > 1.2 else "tokens",
-                }
-            )
-        case = {"dtype": dtype, "divergence": divergence, "tokens": 1024, "vocab": 32_768, "student_dim": 512, "teacher_dim": 1024}
-        break_even[name] = {**case, "points": found}
-    return {"machine": MACHINE, "largest": [], "growth": growth, "break_even": break_even}
+            plans = {"planned_seconds": 1.1 * ratio, "planned_yardstick_seconds": 1.0, "auto": "vocab" if ratio > 1.2 else "tokens"}
+            ratios = [0.95 * ratio, ratio, 1.04 * ratio]
+            rows.append({**case, "budget": budget * MIB, "ratio": ratio, "ratios": ratios, **plans})
+    return {"machine": MACHINE, "rows": rows}
 
 
 def methods_results() -> dict[str, Any]:
@@ -223,17 +214,16 @@ def test_a_run_that_is_not_done_is_drawn_as_far_as_it_is() -> None:
     """Results are written after every process, so any of them may be all there is."""
     for name in ("growth", "limits"):
         results = MADE_UP[name]()
-        key = "rows" if name == "growth" else "growth"
-        results[key] = results[key][:1]
-        results["break_even"] = {"fp32 jsd": {"dtype": "fp32", "divergence": "jsd", "failed": "ended"}}
+        ended = {"part": "break-even", "dtype": "fp32", "loss": "jsd", "contender": "tokens", "failed": "ended"}
+        results["rows"] = [results["rows"][0], ended]
         plots.PICTURES[name](results).draw_without_rendering()
     nothing = {"machine": MACHINE, "rows": [row for row in growth_results()["rows"] if "failed" in row]}
     plots.growth(nothing).draw_without_rendering()
     alone = {"machine": MACHINE, "rows": [row for row in compare_results()["rows"] if "failed" in row]}
     plots.compare(alone).draw_without_rendering()
-    failed = {"machine": MACHINE, "growth": [row for row in limits_results()["growth"] if "failed" in row], "break_even": {}}
+    failed = {"machine": MACHINE, "rows": [row for row in limits_results()["rows"] if "failed" in row]}
     plots.limits(failed).draw_without_rendering()
-    plots.limits({"machine": MACHINE, "growth": [], "break_even": {}}).draw_without_rendering()
+    plots.limits({"machine": MACHINE, "rows": []}).draw_without_rendering()
 
 
 def test_the_pictures_of_the_files_that_exist_are_drawn_beside_them(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kdkernels as kd
 from benchmarks import contenders
 from benchmarks import roofline as published
-from benchmarks.contenders import HEADS, Head
+from benchmarks.cases import HEADS, Head, Problem
 from benchmarks.roofline import Row, median_error, rows
 from kdkernels.planning import roofline
 from kdkernels.planning.devices import DEVICES
@@ -91,7 +91,7 @@ def test_the_row_that_the_efficiency_of_products_is_from_is_met() -> None:
 def test_bare_products_are_those_that_the_benchmarks_time(tokens: int) -> None:
     vocab, student, teacher = 4096, 64, 96
     shapes = (tokens, student), (vocab, student), (tokens, teacher), (vocab, teacher)
-    given = contenders.Problem(*(torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in shapes))
+    given = Problem(*(torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in shapes))
     seen: list[tuple[tuple[int, ...], ...]] = []
 
     class Products(TorchDispatchMode):

@@ -14,7 +14,7 @@ import kdkernels as kd
 from kdkernels import backends
 from kdkernels.backends import reference
 from kdkernels.backends.columns import STATS_COLUMNS
-from kdkernels.backends.operators import accumulate_dtype
+from kdkernels.backends.dtypes import accumulate_dtype
 from kdkernels.divergences import resolve
 from kdkernels.engine.cut import column_bytes
 from tests.support.cases import NATIVE_DTYPES, Case, draw, dressed, parameters, running, strategies_that_run, strided

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels.losses import checks
+from kdkernels.losses import models
 from tests.support.refusals import CASE, LABELS, LINEAR, OPTIONS, STUDENT, TEACHER, TOKENS, VOCAB, forbid_work, refused
 
 X, Z = (logits.float() for logits in CASE.logits())
@@ -147,12 +147,12 @@ class TestGoodInput:
         parts = {"weight": CASE.teacher_weight.clone(), "bias": torch.zeros(VOCAB)}
         parts[part].requires_grad_()
         head = kd.LMHead(**parts)
-        checks._warn_once.cache_clear()
+        models._warn_once.cache_clear()
         losses = [linear(teacher_head=head) for _ in range(3)]
         (warned,) = caplog.records
         assert re.match("teacher_head requires grad.*linear_kd_loss is constant.*linear_okd_loss", warned.message)
         caplog.clear()
-        checks._warn_once.cache_clear()
+        models._warn_once.cache_clear()
         with torch.no_grad():
             losses.append(linear(teacher_head=head))
         losses.append(linear(teacher_head=head.detach()))

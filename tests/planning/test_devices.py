@@ -80,13 +80,13 @@ class TestDevices:
             one = DEVICES[name]
             assert (one.bandwidth / 1e12, one.rate(torch.bfloat16) / 1e12, one.memory / 1e9) == figures
 
-    def test_the_readme_and_the_help_name_all_of_them(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_the_page_and_the_help_name_all_of_them(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             main(["plan", "--help"])
         shown = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
         assert f"{', '.join(DEVICES)}, or cpu" in shown
-        readme = " ".join((ROOT / "README.md").read_text().split())
-        assert f"({', '.join(DEVICES)}; `cpu` is this one)" in readme
+        page = " ".join((ROOT / "docs" / "memory-planning.md").read_text().split())
+        assert f"({', '.join(DEVICES)}; `cpu` is this one)" in page
 
     def test_more_multiprocessors_leave_less_cache_for_a_row(self) -> None:
         """Rows of 16,384 float32 were swept again from the cache of an H100 PCIe, and from the memory of an H100."""

@@ -16,7 +16,7 @@ import kdkernels as kd
 from kdkernels.engine.cut import block_columns
 from kdkernels.engine.scratch import ROW_ELEMENTS
 from kdkernels.planning import traffic as closed
-from kdkernels.planning.traffic import Cut, Traffic
+from kdkernels.planning.traffic import Tiling, Traffic
 from tests.support.cases import draw
 from tests.support.meter import Meter, metered
 
@@ -27,7 +27,7 @@ from kdkernels.backends.triton.vocabulary import shares
 from tests.support.interpreter import as_on_a_gpu
 
 BLOCKS, ROW_BLOCK = (16, 32, 16), 64  # a row of 32 parts
-MATRIX = Cut(*BLOCKS[:2])
+MATRIX = Tiling(*BLOCKS[:2])
 
 
 class Step(NamedTuple):
@@ -181,7 +181,7 @@ def test_an_extra_sweep_is_noticed() -> None:
 
 def test_one_block_of_everything_loads_each_operand_once() -> None:
     of = closed.Products(40, 300, ((16, 2), (24, 4)), biases=1)
-    whole = Cut.whole(40, 300)
+    whole = Tiling.whole(40, 300)
     once = (40 + 300) * (16 * 2 + 24 * 4)
     for form in (closed.statistics(of, whole), closed.sums(of, whole), closed.gradient(of, whole, 0, 300, 2)):
         assert form.operands == once

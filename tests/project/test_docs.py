@@ -60,9 +60,7 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(page: Path, tmp_path: P
     of_divergences = importlib.import_module("kdkernels.divergences")
     monkeypatch.setattr(of_divergences, "_factories", dict(of_divergences._factories))  # a page may list one more
     scope: dict[str, object] = {}
-    code = [content for language, content in blocks(page) if language == "python"]
-    assert code, "a page without a line of code"
-    for content in code:
+    for content in (content for language, content in blocks(page) if language == "python"):
         compiled = compile(content, f"{page.name}: {content.splitlines()[0]}", "exec")
         shown = re.findall(r"# -> (.*)$", content, re.MULTILINE)
         assert printed(lambda compiled=compiled: exec(compiled, scope)) == shown, content
@@ -168,7 +166,7 @@ def test_what_the_code_says_to_install_can_be_installed() -> None:
 @every_page
 def test_its_commands_print_what_is_shown(page: Path) -> None:
     found = blocks(page)
-    for (language, content), (after, shown) in zip(found, [*found[1:], ("", "")], strict=True):
+    for (language, content), (after, shown) in zip(found, [*found, ("", "")][1:], strict=True):
         if language == "sh" and after == "text":
             (words,) = (shlex.split(line) for line in content.replace("\\\n", " ").splitlines())
             assert words[:3] == ["python", "-m", "kdkernels"], words

@@ -24,15 +24,12 @@ from kdkernels.engine.scratch import row_stride
 
 # What is chosen for a GPU, whatever this CPU would choose: dtypes of products and their results, and rows with room behind them.
 GPU_CHOICES: dict[str, Any] = {
-    **{
-        f"kdkernels.{module}.product_dtype": lambda dtype, _: dtype
-        for module in ("losses.operators", "planning.plan", "backends.products", "engine.cut", "engine.step")
-    },
+    "kdkernels.backends.dtypes.cpu_multiplies": lambda _: True,
     **{
         f"kdkernels.{module}.row_stride": lambda columns, _: row_stride(columns, torch.device("cuda"))
         for module in ("engine.cut", "engine.scratch")
     },
-    "kdkernels.backends.products.keeps_sums": lambda _: True,
+    **{f"kdkernels.backends.{module}.keeps_sums": lambda _: True for module in ("dtypes", "products")},
 }
 _patched: set[Any] = set()
 _cast = InterpreterBuilder.cast_impl

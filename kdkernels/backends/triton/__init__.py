@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.backends.base import FAST_DTYPES, Backend, Step, Sweeps
+from kdkernels.backends.base import Backend, Step, Sweeps
+from kdkernels.backends.dtypes import FAST_DTYPES
 
 
 @functools.cache

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdkernels.backends.dtypes import accumulate_dtype, logits_dtype, product_dtype
 from kdkernels.backends.head import apply_head
-from kdkernels.backends.operators import accumulate_dtype
-from kdkernels.backends.products import HeadProducts, block_size, logits_dtype, product_dtype
+from kdkernels.backends.products import HeadProducts, block_size
 from kdkernels.engine.cut import chunk_rows
 from kdkernels.engine.scratch import borrowed
-from kdkernels.losses.checks import LMHead
+from kdkernels.losses.head import LMHead
 from kdkernels.transformers.data import Collator
 from kdkernels.transformers.heads import unwrapped
 from kdkernels.transformers.hidden import hidden_states

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from kdkernels.losses.checks import LMHead
+from kdkernels.losses.head import LMHead
 
 Means = dict[str, Tensor]
 """0-dim tensors, means over the tokens that count; "tokens" says how many those are."""

@@ -1,4 +1,4 @@
-"""How the GPU suite runs: parts in processes of their own, each item under a deadline, every result sent as soon as it is known.
+"""How the benchmarks run: parts in processes of their own, each item under a deadline, every result sent as soon as it is known.
 
 A part that hangs is killed, and one that dies, or whose device no longer answers, has ended; either costs the item that it was at.
 The items after that go on in a new process.
@@ -13,19 +13,20 @@ import pickle
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
-from unittest import mock
 
 import torch
 
+from benchmarks.cases import Case, key
+from benchmarks.contenders import NotOfferedError
+
 START_S = 60.0  # for a process to import what it needs and to make its inputs, before its first item
 MOST_PROCESSES = 16
-BACKEND = "triton"
+FOREVER_S = 1e6
 _SPAWN = multiprocessing.get_context("spawn")  # a forked process cannot use the device
 
 Result = dict[str, Any]
@@ -33,9 +34,10 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """What one process does: ``opened(size, *arguments)`` once, and what that returns for each item, which yields results.
+    """What one process does: ``opened(*arguments)`` once, and what that returns for each item, which yields results.
 
     limit: seconds for one item. together: may run beside others of its stage, as many as ``side_by_side`` says; else alone.
+    around: what is to hold in the process meanwhile.
     """
 
     name: str
@@ -44,41 +46,10 @@ class Part:
     items: tuple[tuple[Any, ...], ...]
     limit: float
     together: bool = False
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def named(self, item: tuple[Any, ...]) -> str:
         return " ".join([self.name, *(str(part) for part in item if part is not None)])
-
-
-def device_of(size: str) -> str:
-    return "cpu" if size == "toy" else "cuda"
-
-
-@contextmanager
-def cluster_rows(shape: tuple[int, int, int] | None = None) -> Iterator[list[int]]:
-    """Inside, the cluster kernel does the rows that it can; yields the rows of each of its starts. shape: blocks that share a row,
-    warps of a block, blocks of a multiprocessor, instead of what the library chooses."""
-    from kdkernels.backends import cuda
-
-    started: list[int] = []
-    row_loss, chosen = cuda.row_loss, cuda.rows._shape
-
-    def counted(x: torch.Tensor, *rest: Any) -> torch.Tensor | None:
-        found = row_loss(x, *rest)
-        if found is not None:
-            started.append(len(found))
-        return found
-
-    def cut(vocab: int, device: torch.device) -> Any:
-        if shape is None:
-            return chosen(vocab, device)
-        asked = cuda.rows.cut(vocab, *shape)
-        return asked if asked.fits(*cuda.rows.shared_memory(device)) else None
-
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(os.environ, KDKERNELS_ROWS="cluster"))
-        stack.enter_context(mock.patch.object(cuda, "row_loss", counted))
-        stack.enter_context(mock.patch.object(cuda.rows, "_shape", cut))
-        yield started
 
 
 def why(error: BaseException) -> str:
@@ -91,13 +62,15 @@ def told(facts: Result, measure: Callable[[], Result]) -> Result:
     """The facts with what was measured, or with why it was not: whatever is raised is what there is to say."""
     try:
         return {**facts, **measure()}
+    except NotOfferedError as error:
+        return {**facts, "skipped": str(error)}
     except Exception as error:
         return {**facts, "failed": why(error)}
 
 
-def freed(device: str) -> None:
-    """Gives back what was left behind; raises if the device no longer answers."""
-    if device == "cuda":
+def freed() -> None:
+    """Gives back what was left behind on a GPU; raises if it no longer answers."""
+    if torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -109,28 +82,21 @@ def _end_with(parent: Any) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def work(size: str, part: Part, sender: Connection) -> None:
+def work(part: Part, sender: Connection) -> None:
     """Sends an item's place when it begins, its results as they are known, and why it ends if it cannot go on."""
     os.setsid()  # a kill then takes the compiler's processes along
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-    if part.together or size == "toy":
+    if part.together:
         torch.set_num_threads(1)
-    with sender, ExitStack() as stack:
+    with sender:
         try:
-            if size == "toy":
-                # On a GPU the device chooses the backend, its dtypes and its blocks; CPU tensors have to be told.
-                warnings.filterwarnings(
-                    "ignore", category=RuntimeWarning, module="triton.runtime.interpreter"
-                )  # inf - inf in NumPy
-                from tests.support.interpreter import as_on_a_gpu  # Triton may not be installed
-
-                stack.enter_context(as_on_a_gpu(BACKEND))
-            run = part.opened(size, *part.arguments)
-            for at, item in enumerate(part.items):
-                sender.send(at)
-                for result in run(*item):
-                    sender.send(result)
-                freed(device_of(size))
+            with part.around():
+                run = part.opened(*part.arguments)
+                for at, item in enumerate(part.items):
+                    sender.send(at)
+                    for result in run(*item):
+                        sender.send(result)
+                    freed()
         except Exception as error:
             sender.send(why(error))
             raise SystemExit(1) from None
@@ -139,10 +105,10 @@ def work(size: str, part: Part, sender: Connection) -> None:
 class _Job:
     """A part's process. at: the item that it is at, None before the first."""
 
-    def __init__(self, size: str, part: Part, slower: float) -> None:
+    def __init__(self, part: Part, slower: float) -> None:
         self.part, self.slower, self.at, self.reason = part, slower, None, ""
         self.receiver, sender = _SPAWN.Pipe(duplex=False)
-        self.process = _SPAWN.Process(target=work, args=(size, part, sender), daemon=True)
+        self.process = _SPAWN.Process(target=work, args=(part, sender), daemon=True)
         self.process.start()
         sender.close()  # so that the process holds the only end, and its death is the end of the results
         self._allow(START_S)
@@ -205,7 +171,7 @@ def side_by_side() -> int:
     return min(processors, MOST_PROCESSES)
 
 
-def results(size: str, parts: Sequence[Part], limit: float, done: set[Part], slower: float = 1.0) -> Iterator[Result]:
+def results(parts: Sequence[Part], limit: float, done: set[Part], slower: float = 1.0) -> Iterator[Result]:
     """What the parts have to say within ``limit`` seconds, in their order; the last result is what there was no time for.
 
     done: parts that ended well; they are not run again, and those that do are added. slower: factor of each item's limit.
@@ -216,7 +182,7 @@ def results(size: str, parts: Sequence[Part], limit: float, done: set[Part], slo
     unfinished: list[Part] = []
     while (waiting or running) and time.monotonic() < begin + limit:
         while waiting and (not running or (waiting[0].together and running[0].part.together and len(running) < side_by_side())):
-            running.append(_Job(size, waiting.pop(0), slower))
+            running.append(_Job(waiting.pop(0), slower))
         patience = min([begin + limit, *(job.deadline for job in running)]) - time.monotonic()
         wait([job.receiver for job in running], max(0.0, patience))
         for job in list(running):
@@ -252,3 +218,16 @@ def results(size: str, parts: Sequence[Part], limit: float, done: set[Part], slo
         "limit_s": limit,
         "not_run": [part.named(item) for part in (*unfinished, *waiting) for item in part.items],
     }
+
+
+def rows(part: Part) -> Iterator[Result]:
+    """A row for each case of a part, whose items they are; of those at which its process ended, why it did."""
+    cases: dict[str, Case] = {part.named(item): item[0] for item in part.items}
+    known: set[Any] = set()
+    reason = ""
+    for result in results([part], FOREVER_S, set()):
+        reason = result.get("broken", reason)
+        lost = [result["part"]] if "broken" in result else result.get("not_run")
+        found = [result] if lost is None else [{**cases[name].facts, "failed": reason} for name in lost]
+        yield from (row for row in found if key(row) not in known)
+        known |= set(map(key, found))

@@ -1,0 +1,57 @@
+"""What stands for the GPU in a run of the suite, and how its cluster kernel is asked for."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+BACKEND = "triton"
+
+
+def device_of(size: str) -> str:
+    return "cpu" if size == "toy" else "cuda"
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Inside, CPU tensors take the path of a GPU: there the device chooses the backend, its dtypes and its blocks."""
+    from tests.support.interpreter import as_on_a_gpu  # Triton may not be installed
+
+    # inf - inf in NumPy
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
+    with as_on_a_gpu(BACKEND):
+        yield
+
+
+@contextmanager
+def cluster_rows(shape: tuple[int, int, int] | None = None) -> Iterator[list[int]]:
+    """Inside, the cluster kernel does the rows that it can; yields the rows of each of its starts. shape: blocks that share a row,
+    warps of a block, blocks of a multiprocessor, instead of what the library chooses."""
+    from kdkernels.backends import cuda
+
+    started: list[int] = []
+    row_loss, chosen = cuda.row_loss, cuda.rows._shape
+
+    def counted(x: torch.Tensor, *rest: Any) -> torch.Tensor | None:
+        found = row_loss(x, *rest)
+        if found is not None:
+            started.append(len(found))
+        return found
+
+    def cut(vocab: int, device: torch.device) -> Any:
+        if shape is None:
+            return chosen(vocab, device)
+        asked = cuda.rows.cut(vocab, *shape)
+        return asked if asked.fits(*cuda.rows.shared_memory(device)) else None
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, KDKERNELS_ROWS="cluster"))
+        stack.enter_context(mock.patch.object(cuda, "row_loss", counted))
+        stack.enter_context(mock.patch.object(cuda.rows, "_shape", cut))
+        yield started
