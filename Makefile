@@ -4,7 +4,8 @@ PY := .venv/bin/python
 PIP := .venv/bin/pip --disable-pip-version-check
 TORCH := 2.13.0
 
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.py) kdkernels/divergences.py $(addprefix kdkernels/backends/,functors.py columns.py)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.py) kdkernels/divergences.py \
+	$(addprefix kdkernels/backends/,functors.py columns.py polynomials.py)
 
 .PHONY: setup demo test bench static launch sanitize lint clean
 
