@@ -4,7 +4,8 @@ PY := .venv/bin/python
 PIP := .venv/bin/pip --disable-pip-version-check
 TORCH := 2.13.0
 
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.py) kdkernels/divergences.py $(addprefix kdkernels/backends/,functors.py columns.py)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.py) kdkernels/divergences.py \
+	$(addprefix kdkernels/backends/,functors.py columns.py polynomials.py)
 
 .PHONY: setup demo test bench static launch sanitize lint clean
 
@@ -61,7 +62,7 @@ SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-f
 sanitize: setup
 	mkdir -p $(SANITIZED)
 	rm -rf $(addprefix $(SANITIZED)/,kdkernels tests benchmarks)
-	cp -rp kdkernels tests benchmarks csrc setup.py pyproject.toml README.md $(SANITIZED)
+	cp -rp kdkernels tests benchmarks csrc setup.py pyproject.toml README.md LICENSE $(SANITIZED)
 	rm -f $(SANITIZED)/kdkernels/*.so
 	cd $(SANITIZED) && KDKERNELS_SANITIZE=1 $(CURDIR)/$(PY) setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && KDKERNELS_SANITIZE=1 LD_PRELOAD="$(SANITIZERS)" \

@@ -14,14 +14,20 @@ from typing import Any
 
 from benchmarks import gpu_report, gpu_times, limits, linear
 from benchmarks.cases import GIB, LOSSES, MIB, ONLINE, Case, key
+from benchmarks.contenders import BUDGETED
 from benchmarks.rows import RESULTS, Row
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 END = "<!-- end -->"
-# Of a GPU alone: the strategy with a smaller scratch than it takes by default.
-BUDGETED = "tokens 1 GiB"
+PEERS = ("liger-kernel", "trl")
 ERRORS = {"value_error": "value", "hidden_grad_error": "dH", "head_grad_error": "dW"}
+
+
+def _where(machine: dict[str, Any], *others: str) -> str:
+    """others: libraries that were measured too."""
+    libraries = ", ".join(f"{name} {machine[name]}" for name in ("torch", *others) if machine.get(name))
+    return f"{machine['processor']}, {machine['threads']} threads, {machine['instruction_sets'][0]}, {libraries}, {machine['date']}"
 
 
 def _cell(found: dict[Any, Row], case: Case, say: Callable[[Row], str]) -> str:
@@ -36,12 +42,11 @@ def _scratch(row: Row, peak: str = "peak_bytes") -> float:
 
 def linear_table(results: dict[str, Any]) -> str:
     """The library alone, with the losses that were timed. results: what linear.json holds."""
-    machine, found = results["machine"], {key(row): row for row in results["rows"]}
+    found = {key(row): row for row in results["rows"]}
     timed = {row["loss"] for row in results["rows"] if row["part"] == "time"}
     losses = [loss for loss in linear.LOSSES if loss in timed]
     lines = [
-        f"{machine['processor']}, {machine['threads']} threads, {machine['instruction_sets'][0]}, torch {machine['torch']}, "
-        f"{machine['date']}; N = 1024, medians.",
+        f"{_where(results['machine'])}; N = 1024, medians.",
         "",
         "| V, D_s, D_t | dtype | " + " | ".join(losses) + " | 128 MiB budget | eager forward KL | half masked / unmasked |",
         "|---|---|" + "---|" * (len(losses) + 3),
@@ -71,8 +76,7 @@ def linear_table(results: dict[str, Any]) -> str:
         if case.part == "memory" and case.loss in losses:
             title = "OKD" if case.loss == ONLINE else "forward KL"
             limit = f", budget {case.budget // MIB} MiB" if case.budget else ""
-            cells = _cell(found, case, both)
-            lines.append(f"| {title}, {case.dtype}, N = {case.tokens}{limit} | {cells}{'' if '|' in cells else ' | '} |")
+            lines.append(f"| {title}, {case.dtype}, N = {case.tokens}{limit} | {_cell(found, case, both)} |")
     eager = _cell(found, Case("time", linear.FULL[0], 1024, "fp32", "eager"), lambda row: f"{_scratch(row):.0f}")
     lines.append(f"| eager PyTorch, fp32, N = 1024 (grows with N) | {eager} | |")
     own = [row for row in results["rows"] if "own_dtype_products_seconds" in row]
@@ -91,9 +95,7 @@ def linear_table(results: dict[str, Any]) -> str:
 
 def limits_table(results: dict[str, Any]) -> str:
     """The largest step, and the break-even. results: what limits.json holds."""
-    known, rows = results["machine"], results["rows"]
-    where = f"{known['processor']}, {known['threads']} threads, {known['instruction_sets'][0]}"
-    lines = [f"{where}, torch {known['torch']}, {known['date']}."]
+    rows, lines = results["rows"], [f"{_where(results['machine'])}."]
     if largest := [row for row in rows if row["part"] == "largest"]:
         lines += ["", *_largest_table(largest)]
     if even := [row for row in rows if row["part"] == "break-even"]:
@@ -212,11 +214,6 @@ def _grid(corner: str, columns: dict[Any, str], rows: list[Row], column: Callabl
     return "\n".join(lines)
 
 
-def _where(machine: dict[str, Any]) -> str:
-    libraries = ", ".join(f"{name} {machine[name]}" for name in ("torch", "liger-kernel", "trl") if machine.get(name))
-    return f"{machine['processor']}, {machine['threads']} threads, {machine['instruction_sets'][0]}, {libraries}, {machine['date']}"
-
-
 def _time(row: Row) -> str:
     low, high = (f"{end(row['ratios']):.2f}" for end in (min, max))
     return f"{row['ratio']:.2f} ({low} to {high})" if low != high else f"{row['ratio']:.2f}"
@@ -276,9 +273,9 @@ def compare_table(results: dict[str, Any]) -> str:
 
     heads = {one: f"{one[0]} {one[1]}, N = {row['tokens']}" for one, row in settings.items()}
     sections = [
-        f"{_where(results['machine'])}. Time of a step over its four bare products, the median (lowest to highest), and peak "
-        "memory above inputs and returned gradients; forward KL of all tokens. Tokens are few here, so that a step takes seconds: "
-        "how memory grows with them is below.",
+        f"{_where(results['machine'], *PEERS)}. Time of a step over its four bare products, the median (lowest to highest), and "
+        "peak memory above inputs and returned gradients; forward KL of all tokens. Tokens are few here, so that a step takes "
+        "seconds: how memory grows with them is below.",
         _grid("forward KL", heads, plain, setting, _both),
         "The other losses, and half of the tokens masked: time over the products of the tokens that count, so that a contender "
         "that computes the masked ones too is near 2. A table for each head:",
@@ -302,8 +299,8 @@ def growth_table(results: dict[str, Any]) -> str:
     """Time and memory against N and against V. results: what growth.json holds."""
     rows: list[Row] = results["rows"]
     sections = [
-        f"{_where(results['machine'])}. Forward KL, as above: time over the four bare products, and peak memory above inputs and "
-        "returned gradients."
+        f"{_where(results['machine'], *PEERS)}. Forward KL, as above: time over the four bare products, and peak memory above "
+        "inputs and returned gradients."
     ]
     for sweep, fixed in (("tokens", "vocab"), ("vocab", "tokens")):
         here = [row for row in rows if row["part"] == sweep]
@@ -331,7 +328,7 @@ def gpu_table(path: Path) -> str:
     passed = sum(row["passed"] for row in checks)
     columns = {(row["head"], row["loss"]): f"{row['student']} ← {row['teacher']}, {row['loss']}" for row in rows}
     known = {name: version for machine in machines for name, version in machine["versions"].items() if version}
-    versions = ", ".join(f"{name} {known[name]}" for name in ("torch", "triton", "liger-kernel", "trl"))
+    versions = ", ".join(f"{name} {known[name]}" for name in ("torch", "triton", *PEERS))
     title = (
         f"{facts['device']}, {versions}, {facts['date'][:10]}; {passed} of {len(checks)} checks passed. "
         f"{rows[0]['tokens']:,} tokens, {rows[0]['dtype']}: a step's time, also over that of its four bare products, and its peak "

@@ -35,26 +35,20 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
-import kdkernels as kd
 from benchmarks import static_cluster
-from kdkernels import backends
-from kdkernels.backends.base import Model, Step, Terms
-from kdkernels.divergences import resolve
+from benchmarks.cases import DTYPES
+from benchmarks.machine_code import Sweep, disassembled, stores_of, sweeps_of
+from benchmarks.static_launches import ODD, PLAIN, VALUE, Launch, launches
 from kdkernels.planning.roofline import ROW_INSTRUCTIONS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KERNELS = ("row_loss", "statistics", "sums", "gradient")
 CLUSTER = "cluster_row"  # in CUDA C++, from compute capability 9.0 on; its gradient is stored as bf16
-TOKENS, VOCAB, DIMS = 256, 4096, (512, 1024)
 
 
 @dataclass(frozen=True)
@@ -82,72 +76,7 @@ TARGETS = {
 }
 # What the roofline's instructions of the row kernel are counted for, at t < 1.
 COUNTED = ("sm_90", "bf16")
-PLAIN = ", plain"
-BARE = ", bare heads"
-VALUE = ", value alone"
-ODD = ", rows that start anywhere"  # as of a caller's logits, over an odd vocabulary: accesses are as narrow as an entry
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma_|v_smfmac_)")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What a launcher started: the kernel and its arguments."""
-
-    label: str
-    kernel: Any
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """Such as "row_loss"."""
-        return str(self.kernel.fn.__name__).removesuffix("_kernel")
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """An innermost loop of NVIDIA's machine code: its instructions, those that wait for or pass values to other threads, and the
-    bits of its accesses to global memory."""
-
-    instructions: int
-    exchanges: int
-    widths: tuple[int, ...]
-
-
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);")
-ACCESS_BITS = re.compile(r"^(?:LDG|STG)\.E(?:\.\w+)*?\.(?:U|S)?(8|16|64|128)\b")
-
-
-def _widths(opcodes: Sequence[str], kinds: tuple[str, ...]) -> tuple[int, ...]:
-    """The bits of the accesses to global memory."""
-    accesses = [opcode for opcode in opcodes if opcode.startswith(kinds)]
-    return tuple(sorted({int(bits[1]) if (bits := ACCESS_BITS.match(opcode)) else 32 for opcode in accesses}))
-
-
-def stores_of(machine_code: str) -> tuple[int, ...]:
-    """The bits of all stores to global memory."""
-    return _widths([found[1] for line in machine_code.splitlines() if (found := INSTRUCTION.match(line))], ("STG",))
-
-
-def sweeps_of(machine_code: str) -> tuple[Sweep, ...]:
-    """The innermost loops, in their order, of what nvdisasm prints."""
-    opcodes: list[str] = []
-    labels: dict[str, int] = {}
-    loops: list[tuple[int, int]] = []
-    for line in machine_code.splitlines():
-        if label := re.match(r"^(\.L_x_\d+):", line):
-            labels[label[1]] = len(opcodes)
-        elif found := INSTRUCTION.match(line):
-            target = re.search(r"`\((\.L_x_\d+)\)", found[2])
-            if found[1].startswith("BRA") and target and labels.get(target[1], len(opcodes)) < len(opcodes):
-                loops.append((labels[target[1]], len(opcodes) + 1))
-            opcodes.append(found[1])
-    inner = [one for one in loops if not any(other != one and one[0] <= other[0] and other[1] <= one[1] for other in loops)]
-    found_sweeps = []
-    for begin, end in sorted(inner):
-        exchanges = sum(opcode.startswith(("BAR", "SHFL", "LDS", "STS")) for opcode in opcodes[begin:end])
-        found_sweeps.append(Sweep(end - begin, exchanges, _widths(opcodes[begin:end], ("LDG", "STG"))))
-    return tuple(found_sweeps)
 
 
 @dataclass(frozen=True)
@@ -207,132 +136,6 @@ class Compiled:
         if self.shared > TARGETS[self.architecture].shared:
             found.append(f"takes {self.shared} bytes of shared memory of {TARGETS[self.architecture].shared}")
         return [f"{self.architecture} {self.dtype} {self.kernel} {self.label}: {fault}" for fault in found]
-
-
-class Recorder:
-    """Stands for a kernel and keeps what it is started with."""
-
-    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
-        self.kernel, self.launches, self.label = kernel, launches, ""
-
-    def __getitem__(self, _: Any) -> Callable[..., None]:
-        return lambda *arguments, **keywords: self.launches.append(Launch(self.label, self.kernel, arguments, keywords))
-
-
-@contextlib.contextmanager
-def recorded(architecture: str) -> Iterator[tuple[list[Launch], Callable[[str], None]]]:
-    """Launches for that architecture are kept instead of run; the second gives the following ones a label."""
-    from kdkernels.backends.triton import rows, vocabulary
-
-    launches: list[Launch] = []
-    recorders = {
-        f"{module.__name__}.{name}": Recorder(getattr(module, name), launches)
-        for module, names in (
-            (rows, ("row_loss_kernel",)),
-            (vocabulary, ("statistics_kernel", "sums_kernel", "gradient_kernel")),
-        )
-        for name in names
-    }
-
-    def label(text: str) -> None:
-        for recorder in recorders.values():
-            recorder.label = text
-
-    with contextlib.ExitStack() as stack:
-        for name, recorder in recorders.items():
-            stack.enter_context(mock.patch(name, recorder))
-        for module in ("arch", "blocks"):
-            stack.enter_context(mock.patch(f"kdkernels.backends.triton.{module}.architecture", return_value=architecture))
-        yield launches, label
-
-
-def _step(divergence: str, dtype: torch.dtype, metrics: bool, dress: str = "") -> Step:
-    """dress: "" for everything that a loss can have, BARE without biases and softcaps, PLAIN without temperature and labels too."""
-    softcap = 0.0 if dress else 30.0
-    temperature, ce = (1.0, 0.0) if dress == PLAIN else (2.0, 0.5)
-
-    def model(dim: int) -> Model:
-        bias = None if dress else torch.empty(VOCAB)
-        return Model(torch.empty(TOKENS, dim, dtype=dtype), torch.empty(VOCAB, dim, dtype=dtype), bias, dtype, torch.float32)
-
-    return Step(
-        student=model(DIMS[0]),
-        teacher=model(DIMS[1]),
-        labels=torch.zeros(TOKENS, dtype=torch.int64),
-        weights=torch.ones(TOKENS),
-        scale=torch.ones(()),
-        t=torch.ones(()),
-        terms=Terms(divergence, resolve(divergence).a, temperature, 1.0, ce, [0.5, softcap, 0.5, softcap]),
-        rows=None,
-        count=TOKENS,
-        needs=(True, True, True),
-        metrics=metrics,
-        alone=False,
-        lift=None,
-        backend=backends.triton.BACKEND,
-        budget=2**30,
-    )
-
-
-def _dresses(architecture: str, dtype: torch.dtype) -> tuple[str, ...]:
-    """What makes the launchers take other blocks, where the table has others."""
-    from kdkernels.backends.triton.blocks import TABLE
-
-    return ("", BARE, PLAIN) if TABLE[architecture, dtype.itemsize].roomy else ("",)
-
-
-def _record_vocabulary(dtype: torch.dtype, dress: str, label: Callable[[str], None]) -> None:
-    """The launches of the strategy ``vocab``."""
-    from kdkernels.backends.columns import STATS_COLUMNS, SUMS_COLUMNS
-    from kdkernels.backends.triton.vocabulary import LearnerSweeps
-
-    def sweeps(step: Step) -> LearnerSweeps:
-        tile = torch.empty(TOKENS, VOCAB, dtype=dtype)
-        return LearnerSweeps(step, (step.student.hidden, step.teacher.hidden), tile, torch.empty(0))
-
-    stats, sums = torch.zeros(TOKENS, len(STATS_COLUMNS)), torch.zeros(TOKENS, len(SUMS_COLUMNS))
-    for name, metrics in itertools.product(kd.divergences(), (False, True)):
-        label(name + (", metrics" if metrics else "") + dress)
-        step = _step(name, dtype, metrics, dress)
-        if metrics or not step.terms.resolved().one_sweep:
-            sweeps(step).sums(stats)
-        if not metrics:
-            list(sweeps(step).gradients(stats, sums))
-    # The statistics know of a divergence only whose exponentials they weigh.
-    for weigh, metrics in (("", False), ("target", False), ("student", False), ("", True)):
-        label((f"weighed by the {weigh}" if weigh else "metrics" if metrics else "two sweeps") + dress)
-        sweeps(_step("jsd", dtype, metrics, dress)).statistics(weigh, dress != PLAIN)
-
-
-def launches(architecture: str, dtype: torch.dtype) -> list[Launch]:
-    """Every kernel with every divergence, with and without metrics where that matters to it."""
-    from kdkernels.backends.triton import rows
-
-    row_loss: Callable[..., Any] = rows.row_loss
-    with recorded(architecture) as (found, label):
-        for name in kd.divergences():
-            for metrics in (False, True):
-                label(name + (", metrics" if metrics else ""))
-                step = _step(name, dtype, metrics)
-                x, z = torch.empty(2, TOKENS, VOCAB, dtype=dtype)
-                row_loss(
-                    *(x, z, step.student.bias, step.teacher.bias, step.labels, step.weights, step.t),
-                    *(*step.terms.loss, step.terms.head, True, metrics),
-                )
-                if not metrics:
-                    single = torch.empty(2, TOKENS, VOCAB)
-                    plain = (*single, None, None, None, step.weights, step.t, name, step.terms.a, 1.0, 1.0, 0.0, [1.0, 0.0] * 2)
-                    label(name + PLAIN)
-                    row_loss(*plain, True, False, x)
-                    label(name + VALUE)
-                    row_loss(*plain, False, False)
-                    label(name + ODD)
-                    odd = [torch.empty(TOKENS, VOCAB + 1, dtype=dtype) for _ in range(2)]
-                    row_loss(*odd, *plain[2:], True, False, torch.empty_like(odd[0]))
-                    label(name)
-        for dress in _dresses(architecture, dtype):
-            _record_vocabulary(dtype, dress, label)
-    return found
 
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
@@ -416,17 +219,6 @@ def compiled(launch: Launch, architecture: str, dtype: str) -> Compiled:
         sweeps,
         stores,
     )
-
-
-def disassembled(cubin: bytes) -> str:
-    """By the disassembler that comes with Triton."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _job(job: tuple[str, str, tuple[str, ...]]) -> list[Compiled]:

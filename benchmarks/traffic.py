@@ -17,7 +17,6 @@ measurement, of the same kinds; s bytes for an entry of dx, and a logit kept in 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
@@ -33,6 +32,8 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
+from benchmarks.cases import DTYPES, Case, Head, problem
+from benchmarks.measure import version
 from kdkernels.engine.cut import Strategy
 from tests.support.meter import KINDS, Kind, Meter, metered, rows_over
 
@@ -40,18 +41,13 @@ RESULTS = Path(__file__).parent / "results" / "traffic.json"
 LOGIT_TRAFFIC: tuple[Kind, ...] = ("kernel", "operator", "product logits")
 
 
-# What is measured
-
-
-def _inputs(tokens: int, vocab: int, student_dim: int, teacher_dim: int, dtype: torch.dtype) -> list[Tensor]:
+def _operands(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Student's hidden states and head, with gradients, then the teacher's."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((tokens, student_dim), (vocab, student_dim), (tokens, teacher_dim), (vocab, teacher_dim))
-    tensors = [torch.randn(shape, generator=generator).mul_(shape[1] ** -0.5).to(dtype) for shape in shapes]
-    return [tensor.requires_grad_(index < 2) for index, tensor in enumerate(tensors)]
+    given = problem(case, spread=1.0)
+    return given.hidden, given.head, given.teacher_hidden, given.teacher_head
 
 
-def liger_fused_linear_jsd(tokens: int, vocab: int, student_dim: int, teacher_dim: int, dtype: torch.dtype) -> Meter:
+def liger_fused_linear_jsd(case: Case) -> Meter:
     """Bytes of Liger's ``LigerFusedLinearJSD`` (liger-kernel 0.8.5, Triton): beta 0.5, no labels, loss and both student gradients.
 
     For each logit, with s the bytes of ``dtype``: 112 (float32) or 114 (16 bits) through its kernel, its operators and its
@@ -74,28 +70,27 @@ def liger_fused_linear_jsd(tokens: int, vocab: int, student_dim: int, teacher_di
             return torch.mm(hidden, weight.t())
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
 
-    hidden, head, teacher_hidden, teacher_head = _inputs(tokens, vocab, student_dim, teacher_dim, dtype)
+    hidden, head, teacher_hidden, teacher_head = tensors = _operands(case)
     with (
         mock.patch.object(fused_linear_jsd, "_project_to_float32", product),
         mock.patch.object(fused_linear_jsd, "_max_capability", return_value=0),
         # Liger's other kernels (CuTe, cuTile) would be taken where their compilers are installed.
         mock.patch.dict(os.environ, LIGER_KERNEL_IMPL="nvidia-triton"),
-        metered(operators=True, logits=rows_over(vocab), operands=(hidden, head, teacher_hidden, teacher_head)) as meter,
+        metered(operators=True, logits=rows_over(len(head)), operands=tensors) as meter,
     ):
         LigerFusedLinearJSD(jsd_beta=0.5)(hidden, head, teacher_hidden, teacher_head, None).backward()
     return meter
 
 
-def eager_jsd(tokens: int, vocab: int, student_dim: int, teacher_dim: int, dtype: torch.dtype) -> Meter:
-    """Bytes of the same loss as one writes it in torch: whole logits in ``dtype``, everything after them in float32."""
-    tensors = _inputs(tokens, vocab, student_dim, teacher_dim, dtype)
-    hidden, head, teacher_hidden, teacher_head = tensors
-    with metered(operators=True, logits=rows_over(vocab), operands=tensors) as meter:
+def eager_jsd(case: Case) -> Meter:
+    """Bytes of the same loss as one writes it in torch: whole logits in the dtype, everything after them in float32."""
+    hidden, head, teacher_hidden, teacher_head = tensors = _operands(case)
+    with metered(operators=True, logits=rows_over(len(head)), operands=tensors) as meter:
         lq = (hidden @ head.t()).float().log_softmax(-1)
         lp = (teacher_hidden @ teacher_head.t()).float().log_softmax(-1)
         lm = torch.logsumexp(torch.stack([lp, lq]), dim=0) - math.log(2)
         teacher, student = (torch.nn.functional.kl_div(lm, each, reduction="sum", log_target=True) for each in (lp, lq))
-        ((teacher + student) / (2 * tokens)).backward()
+        ((teacher + student) / (2 * case.tokens)).backward()
     return meter
 
 
@@ -103,7 +98,7 @@ def eager_jsd(tokens: int, vocab: int, student_dim: int, teacher_dim: int, dtype
 PARTS = 4
 
 
-def ours(strategy: Strategy, tokens: int, vocab: int, student_dim: int, teacher_dim: int, dtype: torch.dtype) -> Meter:
+def ours(strategy: Strategy, case: Case) -> Meter:
     """Bytes of the same loss by this library on the path of a GPU, in PARTS chunks or blocks, with the tiles of an H100.
 
     The vocabulary is split in two, as it is where tokens are many; with the few of these shapes there would be as many splits as
@@ -114,8 +109,8 @@ def ours(strategy: Strategy, tokens: int, vocab: int, student_dim: int, teacher_
     from tests.support.interpreter import as_on_a_gpu
 
     table, add_multiplied = blocks.entry, products.add_multiplied
-    tensors = _inputs(tokens, vocab, student_dim, teacher_dim, dtype)
-    hidden, head, teacher_hidden, teacher_head = tensors
+    hidden, head, teacher_hidden, teacher_head = tensors = _operands(case)
+    tokens, vocab, dtype = case.tokens, case.head.vocab, head.dtype
 
     def multiply(left: Tensor, right: Tensor, to: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The product that a GPU runs: see products.multiply."""
@@ -142,7 +137,7 @@ def ours(strategy: Strategy, tokens: int, vocab: int, student_dim: int, teacher_
 
 
 LIGER = "Liger fused_linear_jsd"
-MEASURED: dict[str, Callable[[int, int, int, int, torch.dtype], Meter]] = {
+MEASURED: dict[str, Callable[[Case], Meter]] = {
     "kdkernels tokens": partial(ours, "tokens"),
     "kdkernels vocab": partial(ours, "vocab"),
     LIGER: liger_fused_linear_jsd,
@@ -150,10 +145,9 @@ MEASURED: dict[str, Callable[[int, int, int, int, torch.dtype], Meter]] = {
 }
 # The only one without logits in memory.
 WITHOUT_LOGITS = ("kdkernels vocab",)
-# tokens, vocabulary, student's and teacher's hidden size: bytes for each logit do not depend on the first two
-Shape = tuple[int, int, int, int]
-SHAPES: tuple[Shape, ...] = ((128, 2048, 64, 96), (256, 2048, 64, 96), (128, 4096, 64, 96))
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Bytes for each logit do not depend on the first two.
+SHAPES = ((128, 2048, 64, 96), (256, 2048, 64, 96), (128, 4096, 64, 96))  # tokens, vocabulary, both hidden sizes
+COUNTED = ("fp32", "bf16")
 MEANINGS = {
     "bytes_per_token, bytes_per_logit, loaded_and_stored_per_logit": "measured: counted by the meter while the loss ran",
     "logit_traffic": "measured: kernel, operator and product logits together",
@@ -168,12 +162,13 @@ def least_possible(measured: str, dtype: torch.dtype) -> int:
     return written_and_read + 3 * dtype.itemsize
 
 
-def summary(measured: str, dtype: torch.dtype, meter: Meter, tokens: int, vocab: int) -> dict[str, Any]:
-    """Bytes for each token and each logit (one of a token's ``vocab``), by kind; for each logit also by kernel and operator."""
+def summary(measured: str, case: Case, meter: Meter) -> dict[str, Any]:
+    """Bytes for each token and each logit (one of a token's V), by kind; for each logit also by kernel and operator."""
+    tokens, vocab = case.tokens, case.head.vocab
     logits = tokens * vocab
     names = sorted({*meter.loaded, *meter.stored}, key=lambda name: -meter.loaded[name] - meter.stored[name])
     avoidable = meter.total(*LOGIT_TRAFFIC)
-    least = least_possible(measured, dtype)
+    least = least_possible(measured, DTYPES[case.dtype])
     return {
         "bytes_per_token": {kind: meter.kinds[kind] / tokens for kind in KINDS},
         "bytes_per_logit": {kind: meter.kinds[kind] / logits for kind in KINDS},
@@ -185,23 +180,26 @@ def summary(measured: str, dtype: torch.dtype, meter: Meter, tokens: int, vocab:
     }
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+def cases(shapes: Sequence[tuple[int, int, int, int]]) -> list[Case]:
+    return [
+        Case("traffic", Head("small", "small", "small", vocab, vocab, student_dim, teacher_dim), tokens, dtype, loss="jsd")
+        for tokens, vocab, student_dim, teacher_dim in shapes
+        for dtype in COUNTED
+    ]
 
 
-def _case(measured: str, dtype: str, shape: Shape) -> str:
-    return f"{measured} {dtype} N={shape[0]} V={shape[1]} D={shape[2]},{shape[3]}"
+def called(case: Case, measured: str) -> str:
+    """What the results file calls it."""
+    head = case.head
+    return f"{measured} {case.dtype} N={case.tokens} V={head.vocab} D={head.student_dim},{head.teacher_dim}"
 
 
-def _recorded(case: str) -> tuple[dict[str, Any], str]:
+def _recorded(called: str) -> tuple[dict[str, Any], str]:
     """The case of the results file, and where it is from; an empty one where it is not there."""
     if not RESULTS.is_file():
         return {}, ""
     results = json.loads(RESULTS.read_text())
-    found = results["cases"].get(case, {})
+    found = results["cases"].get(called, {})
     version = results["versions"].get("liger-kernel", "unknown")
     return ({}, "") if "failed" in found else (found, f"recorded, liger-kernel {version}")
 
@@ -209,9 +207,8 @@ def _recorded(case: str) -> tuple[dict[str, Any], str]:
 HEADINGS = (*LOGIT_TRAFFIC, "logit traffic", "least possible", "product", "kernel operands")
 
 
-def _heading(dtype: str, shape: Shape) -> str:
-    title = f"bytes a token, N={shape[0]} V={shape[1]} D={shape[2]},{shape[3]} {dtype}"
-    return f"{title:58}" + "".join(f"{heading:>16}" for heading in HEADINGS)
+def _heading(case: Case) -> str:
+    return f"{called(case, 'bytes a token,'):58}" + "".join(f"{heading:>16}" for heading in HEADINGS)
 
 
 def _line(name: str, result: dict[str, Any]) -> str:
@@ -232,30 +229,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     quick = parser.parse_args(argv).quick
     if "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
-    versions = {name: _version(name) for name in ("torch", "triton", "liger-kernel")}
+    versions = {name: version(name) or "not installed" for name in ("torch", "triton", "liger-kernel")}
     # It computes in NumPy, which warns where a kernel means inf - inf to be NaN.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
     results: dict[str, Any] = {"versions": versions, "meanings": MEANINGS, "cases": {}}
     missing: list[str] = []
-    for shape in SHAPES[:1] if quick else SHAPES:
-        for dtype in DTYPES:
-            print(_heading(dtype, shape))
-            for measured, run in MEASURED.items():
-                case, source = _case(measured, dtype, shape), "measured"
-                try:
-                    result = summary(measured, DTYPES[dtype], run(*shape, DTYPES[dtype]), *shape[:2])
-                    results["cases"][case] = result
-                except ImportError as error:
-                    results["cases"][case] = {"failed": str(error)}
-                    missing.append(str(error))
-                    result, source = _recorded(case)
-                print(_line(f"{measured} ({source})", result) if result else f"  {measured}: not measured", flush=True)
+    for case in cases(SHAPES[:1] if quick else SHAPES):
+        print(_heading(case))
+        for measured, run in MEASURED.items():
+            name, source = called(case, measured), "measured"
+            try:
+                result = summary(measured, case, run(case))
+                results["cases"][name] = result
+            except ImportError as error:
+                results["cases"][name] = {"failed": str(error)}
+                missing.append(str(error))
+                result, source = _recorded(name)
+            print(_line(f"{measured} ({source})", result) if result else f"  {measured}: not measured", flush=True)
     print(NOTE)
     for reason in dict.fromkeys(missing):
         print(f"not measured here: {reason}")
     if not quick:
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"wrote {RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS}")
+        print(f"wrote {RESULTS}")
     return 0
 
 

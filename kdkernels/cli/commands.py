@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import kdkernels as kd
 from kdkernels.cli.models import HEADS
 from kdkernels.console.arguments import MEMORY, Parser, drop_output, how_to_go_on, memory
 from kdkernels.console.arguments import checked as _checked
@@ -69,6 +70,7 @@ def _status(argv: Sequence[str] | None) -> int:
         "  python -m kdkernels demo --minutes 1\n  python -m kdkernels demo --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"kdkernels {kd.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in COMMANDS:
         add(commands)

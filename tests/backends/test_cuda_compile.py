@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import launch
+from benchmarks import stub_driver
 from kdkernels.backends.cuda import compile
 from kdkernels.backends.cuda.compile import CompileError, DriverError, Kernel, cubin
 
@@ -163,11 +163,11 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
     pytest.importorskip("triton.backends.nvidia", reason="the stub driver is built with the CUDA header that comes with Triton")
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         pytest.skip("the stub driver takes a compiler of C")
-    library = ctypes.CDLL(str(launch.built()))
+    library = ctypes.CDLL(str(stub_driver.built()))
     library.stub_device(90, 227 * KIB, 228 * KIB)
     library.stub_forget()
     library.cuCtxSetCurrent(None)
-    library.stub_launches.restype = ctypes.POINTER(launch.StubLaunch)
+    library.stub_launches.restype = ctypes.POINTER(stub_driver.StubLaunch)
     monkeypatch.setattr(compile, "_driver", lambda: library)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     return library

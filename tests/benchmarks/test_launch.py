@@ -22,7 +22,8 @@ if importlib.util.find_spec("triton.backends.nvidia") is None or sys.platform !=
     pytest.skip("this Triton does not launch on NVIDIA GPUs", allow_module_level=True)
 
 from benchmarks import launch
-from benchmarks.launch import OnlyLaunches, Report, StubLaunch, StubTensorMap, Watch
+from benchmarks.launch import Report, Watch
+from benchmarks.stub_driver import OnlyLaunches, StubLaunch, StubTensorMap, built
 from tests.support import ROOT
 
 KIB = 1024
@@ -63,7 +64,7 @@ class Driver:
     """The stub driver, asked as Triton asks it."""
 
     def __init__(self) -> None:
-        self.library = ctypes.CDLL(str(launch.built()))
+        self.library = ctypes.CDLL(str(built()))
         for name, kind in (("stub_launches", StubLaunch), ("stub_tensor_maps", StubTensorMap)):
             getattr(self.library, name).restype = ctypes.POINTER(kind)
         self.library.stub_device(90, 227 * KIB, 228 * KIB)

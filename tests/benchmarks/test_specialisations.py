@@ -23,25 +23,25 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
-from benchmarks import static
+from benchmarks import static_launches
 from kdkernels.backends.triton import vocabulary
 
 backend = make_backend(GPUTarget("cuda", 90, 32))
-make_step = static._step
+make_step = static_launches._step
 known = {}
 
 make_sweeps = vocabulary.LearnerSweeps
 
-def keys(tokens, a, temperature, width=static.VOCAB, architecture="sm_90"):
+def keys(tokens, a, temperature, width=static_launches.VOCAB, architecture="sm_90"):
     # a block of columns begins at a multiple of 16 and may end anywhere
     vocabulary.LearnerSweeps = lambda step, hidden, tile, buffer: make_sweeps(step, hidden, tile[:, :width], buffer)
     def step(name, dtype, metrics, dress=""):
         made = make_step(name, dtype, metrics, dress)
         terms = dataclasses.replace(made.terms, a=a, temperature=temperature, kd_scale=temperature**2)
         return dataclasses.replace(made, terms=terms, t=torch.tensor(a))
-    static._step, static.TOKENS = step, tokens
+    static_launches._step, static_launches.TOKENS = step, tokens
     found = set()
-    for launched in static.launches(architecture, torch.bfloat16):
+    for launched in static_launches.launches(architecture, torch.bfloat16):
         kernel = launched.kernel
         binder = create_function_from_signature(kernel.signature, kernel.params, backend)
         _, specialization, options = binder(*launched.arguments, **launched.keywords)

@@ -18,8 +18,10 @@ from kdkernels.divergences import resolve
 
 pytest.importorskip("triton")
 
-from benchmarks import static, static_cluster
-from benchmarks.static import BARE, ODD, PLAIN, VALUE, Compiled, Launch, Sweep
+from benchmarks import static, static_cluster, static_launches
+from benchmarks.machine_code import Sweep, stores_of, sweeps_of
+from benchmarks.static import Compiled
+from benchmarks.static_launches import BARE, ODD, PLAIN, VALUE, Launch, launches
 from kdkernels.backends.triton.blocks import LEAN, TABLE
 from kdkernels.planning.roofline import ROW_INSTRUCTIONS
 from tests.support import ROOT
@@ -31,7 +33,7 @@ ROW = replace(GOOD, kernel="row_loss", tensor_cores=0, sweeps=(SWEEP,) * 6)
 
 @pytest.fixture(scope="module")
 def found() -> list[Launch]:
-    return static.launches("sm_90", torch.bfloat16)
+    return launches("sm_90", torch.bfloat16)
 
 
 class TestClusterKernel:
@@ -96,7 +98,7 @@ class TestLaunches:
         for architecture in static.TARGETS:
             for dtype in (torch.float32, torch.bfloat16):
                 entry = TABLE[architecture, dtype.itemsize]
-                for launch in static.launches(architecture, dtype):
+                for launch in launches(architecture, dtype):
                     if launch.name != "row_loss":
                         matrices = {getattr(entry, launch.name), entry.roomy, entry.measured} - {None}
                         assert any(
@@ -118,7 +120,7 @@ class TestLaunches:
     def test_nothing_is_run_and_the_launchers_are_put_back(self, found: list[Launch]) -> None:
         from kdkernels.backends.triton import rows
 
-        assert not isinstance(rows.row_loss_kernel, static.Recorder)
+        assert not isinstance(rows.row_loss_kernel, static_launches.Recorder)
         assert all(launch.kernel is not None for launch in found)
 
 
@@ -176,7 +178,7 @@ class TestFaults:
         ]
         for elsewhere in (replace(more, dtype="fp32"), replace(more, architecture="sm_80"), replace(more, label="jsd")):
             assert elsewhere.faults() == []
-        assert set(ROW_INSTRUCTIONS) == set(kd.divergences())
+        assert set(ROW_INSTRUCTIONS) <= set(kd.divergences())
 
     def test_all_are_reported(self) -> None:
         assert len(replace(GOOD, spilled=8, tensor_cores=0, shared=10**6).faults()) == 3
@@ -218,8 +220,8 @@ MACHINE_CODE = """
 
 
 def test_sweeps_are_read_off_machine_code() -> None:
-    assert static.sweeps_of(MACHINE_CODE) == (Sweep(2, 0, (128,)), Sweep(5, 1, (16, 32)))
-    assert static.stores_of(MACHINE_CODE) == (16,)
+    assert sweeps_of(MACHINE_CODE) == (Sweep(2, 0, (128,)), Sweep(5, 1, (16, 32)))
+    assert stores_of(MACHINE_CODE) == (16,)
 
 
 class Pool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,20 +12,26 @@ import torch
 from torch import Tensor
 
 from benchmarks import traffic
+from benchmarks.cases import DTYPES, Case
 from tests.support.meter import Meter
 
 pytest.importorskip("triton")
 
 
-def _liger(*arguments: Any) -> Meter:
+def _case(*shape: int, dtype: str = "fp32") -> Case:
+    (case,) = (case for case in traffic.cases([shape]) if case.dtype == dtype)
+    return case
+
+
+def _liger(case: Case) -> Meter:
     pytest.importorskip("liger_kernel", reason="pip install --no-deps liger-kernel==0.8.5")
-    return traffic.liger_fused_linear_jsd(*arguments)
+    return traffic.liger_fused_linear_jsd(case)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ligers_bytes_are_those_of_its_source(dtype: torch.dtype) -> None:
-    tokens, vocab, student, teacher, size = 48, 256, 16, 24, dtype.itemsize
-    meter = _liger(tokens, vocab, student, teacher, dtype)
+@pytest.mark.parametrize("dtype", traffic.COUNTED)
+def test_ligers_bytes_are_those_of_its_source(dtype: str) -> None:
+    tokens, vocab, student, teacher, size = 48, 256, 16, 24, DTYPES[dtype].itemsize
+    meter = _liger(_case(tokens, vocab, student, teacher, dtype=dtype))
     logits, chunk = tokens * vocab, 4  # the power of 2 from tokens * student / vocab up
     # log q and log p in, losses and slopes out
     assert (meter.kinds["kernel"], meter.kinds["kernel operands"]) == (logits * 16, 0)
@@ -46,16 +51,16 @@ def test_ligers_bytes_are_those_of_its_source(dtype: torch.dtype) -> None:
 
 def test_liger_and_the_eager_loss_give_the_same_gradients() -> None:
     """What is compared is the same loss, and metering does not change it."""
-    seen: list[list[Tensor]] = []
-    inputs = traffic._inputs
+    seen: list[tuple[Tensor, ...]] = []
+    operands = traffic._operands
 
-    def kept(*arguments: Any) -> list[Tensor]:
-        seen.append(inputs(*arguments))
+    def kept(case: Case) -> tuple[Tensor, ...]:
+        seen.append(operands(case))
         return seen[-1]
 
-    with mock.patch.object(traffic, "_inputs", kept):
-        _liger(12, 64, 8, 12, torch.float32)
-        traffic.eager_jsd(12, 64, 8, 12, torch.float32)
+    with mock.patch.object(traffic, "_operands", kept):
+        _liger(_case(12, 64, 8, 12))
+        traffic.eager_jsd(_case(12, 64, 8, 12))
     for fused, eager in zip(seen[0][:2], seen[1][:2], strict=True):
         torch.testing.assert_close(fused.grad, eager.grad)
 
@@ -65,7 +70,7 @@ def test_without_liger_the_error_says_how_to_install_it(monkeypatch: pytest.Monk
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     with pytest.raises(ImportError, match="pip install --no-deps liger-kernel"):
-        traffic.liger_fused_linear_jsd(4, 32, 4, 4, torch.float32)
+        traffic.liger_fused_linear_jsd(_case(4, 32, 4, 4))
 
 
 @pytest.fixture
@@ -90,7 +95,8 @@ def test_the_command_writes_bytes_for_each_token_and_logit(small: Path) -> None:
 
 
 def test_a_quick_run_shows_what_is_recorded_where_liger_is_missing(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recorded = traffic.summary(traffic.LIGER, torch.bfloat16, traffic.eager_jsd(8, 32, 4, 4, torch.bfloat16), 8, 32)
+    case = _case(8, 32, 4, 4, dtype="bf16")
+    recorded = traffic.summary(traffic.LIGER, case, traffic.eager_jsd(case))
     content = {"versions": {"liger-kernel": "0.8.5"}, "cases": {f"{traffic.LIGER} bf16 N=8 V=32 D=4,4": recorded}}
     small.write_text(json.dumps(content))
     assert traffic.main(["--quick"]) == 0
@@ -102,12 +108,12 @@ def test_a_quick_run_shows_what_is_recorded_where_liger_is_missing(small: Path, 
     assert "eager JSD (measured)" in shown
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ours_is_close_to_the_least_possible(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", traffic.COUNTED)
+def test_ours_is_close_to_the_least_possible(dtype: str) -> None:
     """JSD takes one sweep of the logits more than a divergence whose value needs no log-sum-exps first, and each sweep reads."""
-    tokens, vocab, size = 64, 1024, dtype.itemsize
+    tokens, vocab, size = 64, 1024, DTYPES[dtype].itemsize
     logits = tokens * vocab
-    chunked, streamed = (traffic.ours(strategy, tokens, vocab, 32, 48, dtype) for strategy in ("tokens", "vocab"))
+    chunked, streamed = (traffic.ours(strategy, _case(tokens, vocab, 32, 48, dtype=dtype)) for strategy in ("tokens", "vocab"))
     # x and z out in float32, dx in twice; the row kernel sweeps both three times
     assert chunked.kinds["product logits"] == logits * (8 + 2 * size)
     assert chunked.kinds["kernel"] == pytest.approx(logits * (3 * 8 + size), rel=0.01)
@@ -116,7 +122,7 @@ def test_ours_is_close_to_the_least_possible(dtype: torch.dtype) -> None:
     assert streamed.stored["gradient_kernel"] == logits * size
     assert streamed.kinds["kernel operands"] > 0
     for meter, name in ((chunked, "kdkernels tokens"), (streamed, "kdkernels vocab")):
-        assert meter.total(*traffic.LOGIT_TRAFFIC) >= logits * traffic.least_possible(name, dtype)
+        assert meter.total(*traffic.LOGIT_TRAFFIC) >= logits * traffic.least_possible(name, DTYPES[dtype])
     # The columns of rows, weights and losses: a few numbers for each token.
     assert chunked.kinds["operator"] < 128 * tokens
 
@@ -125,7 +131,7 @@ def test_the_recorded_results_are_of_the_same_shapes_and_definitions() -> None:
     """benchmarks/results/traffic.json is made again whenever what is measured changes."""
     results = json.loads(traffic.RESULTS.read_text())
     assert set(results["cases"]) == {
-        traffic._case(name, dtype, shape) for name in traffic.MEASURED for dtype in traffic.DTYPES for shape in traffic.SHAPES
+        traffic.called(case, name) for name in traffic.MEASURED for case in traffic.cases(traffic.SHAPES)
     }
     for case, found in results["cases"].items():
         assert set(found["bytes_per_token"]) == set(traffic.KINDS), case

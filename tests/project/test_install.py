@@ -133,7 +133,7 @@ def test_an_instruction_set_is_chosen_and_given_back() -> None:
 
 def copied_sources(to: Path) -> Path:
     """What a build reads, as in a fresh clone."""
-    for part in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md"):
+    for part in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"):
         shutil.copy(ROOT / part, to)
     for part in ("csrc", "kdkernels"):
         shutil.copytree(ROOT / part, to / part, ignore=shutil.ignore_patterns("generated", "*.so", "__pycache__"))
@@ -274,7 +274,7 @@ def test_the_source_distribution_installs_with_its_extension(tmp_path: Path) -> 
     held = {str(file.relative_to(unpacked)) for file in unpacked.rglob("*") if file.is_file()}
     sources = {str(file.relative_to(ROOT)) for part in ("csrc", "kdkernels") for file in (ROOT / part).rglob("*")
                if file.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".typed")}  # fmt: skip
-    besides = {"setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "PKG-INFO", "setup.cfg"}
+    besides = {"setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "PKG-INFO", "setup.cfg"}
     assert {name for name in held if not name.startswith("kdkernels.egg-info/")} == sources | besides
 
     wheel = built("wheel", unpacked, tmp_path)
@@ -302,7 +302,7 @@ def test_functors_are_printed_for_every_divergence(tmp_path: Path) -> None:
     spec.loader.exec_module(generate)
     (tmp_path / "csrc").mkdir()
     (tmp_path / "kdkernels" / "backends").mkdir(parents=True)
-    for name in ("divergences.py", "backends/functors.py", "backends/columns.py"):
+    for name in ("divergences.py", "backends/functors.py", "backends/columns.py", "backends/polynomials.py"):
         shutil.copy(ROOT / "kdkernels" / name, tmp_path / "kdkernels" / name)
     generate.write(tmp_path)
     printed = (tmp_path / "csrc" / "generated" / "divergences.inc").read_text()
