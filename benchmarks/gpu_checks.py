@@ -244,9 +244,9 @@ def two_runs(case: Case, strategy: str) -> Result:
     return {}
 
 
-def _with_graph(case: Case, strategy: str) -> tuple[dict[str, Tensor], Any]:
+def _with_graph(case: Case, strategy: str, **more: Any) -> tuple[dict[str, Tensor], Any]:
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in case.learned().items()}
-    return leaves, case.loss(leaves, strategy=strategy)
+    return leaves, case.loss(leaves, strategy=strategy, **more)
 
 
 def backward_twice(case: Case, strategy: str) -> Result:
@@ -262,12 +262,20 @@ def backward_twice(case: Case, strategy: str) -> Result:
 
 
 def host_syncs(case: Case, strategy: str) -> Result:
-    """At most one host sync in loss and backward, with labels, masks and token weights to look at."""
+    """At most one host sync in loss and backward, with labels, masks and token weights to look at; none without that look."""
     if case.student_hidden.device.type != "cuda":
         raise SkippedError("host syncs are counted by CUDA")
+    counts = {"syncs": _syncs(case, strategy, check_labels=True), "unchecked_syncs": _syncs(case, strategy, check_labels=False)}
+    if counts["syncs"] > 1 or counts["unchecked_syncs"]:
+        raise ArithmeticError(
+            f"{counts['syncs']} host syncs, {counts['unchecked_syncs']} without a check; one and none are the most"
+        )
+    return counts
 
+
+def _syncs(case: Case, strategy: str, **more: Any) -> int:
     def step() -> None:
-        leaves, loss = _with_graph(case, strategy)
+        leaves, loss = _with_graph(case, strategy, **more)
         torch.autograd.grad(loss, list(leaves.values()))
 
     step()  # a kernel's first launch loads it
@@ -279,10 +287,36 @@ def host_syncs(case: Case, strategy: str) -> Result:
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    count = sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
-    if count > 1:
-        raise ArithmeticError(f"{count} host syncs; one is the most")
-    return {"syncs": count}
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+def captured(case: Case, strategy: str) -> Result:
+    """A step captured in a CUDA graph gives for other hidden states what the step itself gives for them, to a thousandth of the
+    norm: in a graph a matrix library may take another way to add up."""
+    if case.student_hidden.device.type != "cuda":
+        raise SkippedError("CUDA captures graphs")
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in case.learned().items()}
+
+    def step() -> dict[str, Tensor]:
+        loss = case.loss(leaves, strategy=strategy, check_labels=False)
+        return {"loss": loss.detach(), **dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))}
+
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        step()  # kernels are compiled and loaded, libraries take their memory
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = step()
+    with torch.no_grad():
+        leaves["student_hidden"].mul_(-0.5)
+    graph.replay()
+    for name, value in step().items():
+        apart = (made[name].double() - value.double()).norm() / value.double().norm()
+        if not apart <= 1e-3:
+            raise ArithmeticError(f"{name} of the replayed graph is {apart.item():.3g} of its norm from that of the step")
+    return {}
 
 
 def special_values(case: Case, strategy: str) -> Result:
@@ -362,7 +396,7 @@ def checked(facts: Result, check: Callable[..., Result], *arguments: Any) -> Res
         return {**facts, "passed": False, "reason": why(error)}
 
 
-REPEATED_CHECKS = (two_runs, backward_twice, host_syncs, special_values)
+REPEATED_CHECKS = (two_runs, backward_twice, host_syncs, captured, special_values)
 OF_DTYPE = (planned_memory, large_offsets)
 OF_CLUSTERS = (rows_at_scale,)
 Item = tuple[str, str | None, str, float | None]  # dtype, divergence, check, spread
