@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def step(tokens, vocab, dim, budget, dtype, strategy, learns):
         kd.linear_kd_loss(hidden, weight, teacher, teacher_weight, strategy=strategy, memory_budget=budget).backward()
     return status("VmHWM") - before - sum(leaf.nbytes for leaf in learned)
 
-for tokens, vocab, dim, budget, dtype, backend, strategy, *learns in json.loads(sys.argv[1]):
+for line in sys.stdin:
+    tokens, vocab, dim, budget, dtype, backend, strategy, *learns = json.loads(line)
     sizes = dim, budget, getattr(torch, dtype), strategy, learns  # learns: of the teacher
     with backends.use(backend):
         step(64, 512, *sizes)
@@ -61,33 +63,36 @@ for tokens, vocab, dim, budget, dtype, backend, strategy, *learns in json.loads(
         peak = step(tokens, vocab, *sizes)
         held = status("VmRSS")
         kd.free_scratch()
-        print(peak, held - status("VmRSS"))
+        print(peak, held - status("VmRSS"), flush=True)
 """
 
 
-def measured(*steps: tuple[Any, ...]) -> list[tuple[int, int]]:
-    """(peak, held) of each step, one after the other in a process of their own: see MEASURE for what a step is."""
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, json.dumps(steps)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        # What is freed leaves the process at once: else glibc keeps some of it, and the peak is not what was allocated.
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [(int(peak), int(held)) for peak, held in map(str.split, done.stdout.splitlines())]
+@pytest.fixture(scope="class")
+def measured() -> Iterator[Callable[..., tuple[int, int]]]:
+    """(peak, held) of a step, in a process that does nothing else: see MEASURE for what a step is."""
+    # What is freed leaves the process at once: else glibc keeps some of it, and the peak is not what was allocated.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", MEASURE], cwd=ROOT, env=environment, **pipes) as process:
+
+        def run(*step: Any) -> tuple[int, int]:
+            print(json.dumps(step), file=process.stdin, flush=True)
+            line = process.stdout.readline()  # type: ignore[union-attr]
+            assert line, "the process ended; its error is above"
+            peak, held = map(int, line.split())
+            return peak, held
+
+        yield run
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc, which only Linux has")
 class TestMemory:
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_peak_is_the_budget_whatever_the_token_count(self, dtype: str) -> None:
+    def test_peak_is_the_budget_whatever_the_token_count(self, measured: Any, dtype: str) -> None:
         vocab, dim, budget = 32768, 64, 64 * MIB
         counts, peaks = (512, 2048), {}
-        found = measured(*((count_, vocab, dim, budget, dtype, kd.backend(), "tokens") for count_ in counts))
-        for count_, (peak, held) in zip(counts, found, strict=True):
+        for count_ in counts:
+            peak, held = measured(count_, vocab, dim, budget, dtype, kd.backend(), "tokens")
             peaks[count_] = peak
             plan = kd.plan(count_, vocab, dim, dim, getattr(torch, dtype), memory_budget=budget, strategy="tokens")
             assert plan.logits_bytes <= budget
@@ -96,18 +101,18 @@ class TestMemory:
             assert held <= budget + 9 * MIB  # with the block of a widened head
         assert abs(peaks[2048] - peaks[512]) <= 16 * MIB
 
-    def test_the_reference_keeps_to_it_too(self) -> None:
+    def test_the_reference_keeps_to_it_too(self, measured: Any) -> None:
         vocab, dim, budget = 32768, 64, 64 * MIB
-        for peak, _ in measured(*((512, vocab, dim, budget, "float32", "reference", strategy) for strategy in ("tokens", "vocab"))):
+        for strategy in ("tokens", "vocab"):
+            peak, _ = measured(512, vocab, dim, budget, "float32", "reference", strategy)
             assert peak <= budget + 16 * MIB
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     @pytest.mark.parametrize("strategy", ["tokens", "vocab", "eager"])
-    def test_the_planned_peak_is_within_a_tenth_of_the_measured_one(self, strategy: str, dtype: str) -> None:
+    def test_the_planned_peak_is_within_a_tenth_of_the_measured_one(self, measured: Any, strategy: str, dtype: str) -> None:
         tokens, vocab, dim = 1024, 40_000, 128
-        budgets = (64 * MIB, 256 * MIB)[: 1 if strategy == "eager" else 2]
-        found = measured(*((tokens, vocab, dim, budget, dtype, kd.backend(), strategy) for budget in budgets))
-        for budget, (peak, _) in zip(budgets, found, strict=True):
+        for budget in (64 * MIB, 256 * MIB)[: 1 if strategy == "eager" else 2]:
+            peak, _ = measured(tokens, vocab, dim, budget, dtype, kd.backend(), strategy)
             asked = "tokens" if strategy == "eager" else strategy
             plan = kd.plan(tokens, vocab, dim, dim, getattr(torch, dtype), memory_budget=budget, strategy=asked)
             own = plan.eager_scratch_bytes if strategy == "eager" else plan.scratch_bytes
@@ -116,10 +121,10 @@ class TestMemory:
             assert own + inputs_and_gradients == pytest.approx(whole, rel=0.1), f"own: {own / MIB:.0f} of {peak / MIB:.0f} MiB"
 
     @pytest.mark.parametrize(("dtype", "dim"), [("float32", 16), ("bfloat16", 256)])
-    def test_many_tokens_take_no_copy_of_their_gradient(self, dtype: str, dim: int) -> None:
+    def test_many_tokens_take_no_copy_of_their_gradient(self, measured: Any, dtype: str, dim: int) -> None:
         """By blocks of columns, 16-bit parts of dH are added to a float32 sum: that took half of it again, and more."""
         tokens, vocab, budget = 32_768, 8192, 64 * MIB
-        ((peak, _),) = measured((tokens, vocab, dim, budget, dtype, kd.backend(), "vocab"))
+        peak, _ = measured(tokens, vocab, dim, budget, dtype, kd.backend(), "vocab")
         plan = kd.plan(tokens, vocab, dim, dim, getattr(torch, dtype), memory_budget=budget, strategy="vocab")
         assert peak == pytest.approx(plan.scratch_bytes, rel=0.1), f"{peak / MIB:.0f} of {plan.scratch_bytes / MIB:.0f} MiB"
 
@@ -128,9 +133,9 @@ class TestMemory:
         ("strategy", "learns"),
         [("tokens", ("hidden",)), ("tokens", ("hidden", "head")), ("vocab", ("hidden",)), ("eager", ("hidden",))],
     )
-    def test_that_of_two_learners_too(self, strategy: str, learns: tuple[str, ...], dtype: str) -> None:
+    def test_that_of_two_learners_too(self, measured: Any, strategy: str, learns: tuple[str, ...], dtype: str) -> None:
         count_, width, dim, budget = 1024, 40_000, 128, 64 * MIB
-        ((peak, _),) = measured((count_, width, dim, budget, dtype, kd.backend(), strategy, *learns))
+        peak, _ = measured(count_, width, dim, budget, dtype, kd.backend(), strategy, *learns)
         plan = kd.plan(
             *(count_, width, dim, dim, getattr(torch, dtype)),
             memory_budget=budget,
