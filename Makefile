@@ -4,7 +4,8 @@ PY := .venv/bin/python
 PIP := .venv/bin/pip --disable-pip-version-check
 TORCH := 2.13.0
 
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.py) kdkernels/divergences.py $(addprefix kdkernels/backends/,functors.py columns.py)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.py) kdkernels/divergences.py \
+	$(addprefix kdkernels/backends/,functors.py columns.py polynomials.py)
 
 .PHONY: setup demo test bench static launch sanitize lint clean
 
@@ -24,8 +25,9 @@ setup: .venv/.built
 demo: setup
 	$(PY) -m kdkernels demo
 
+# A class or module of tests stays in one process, so that what it makes for all of them is made once.
 test: setup
-	$(PY) -m pytest -n auto --maxprocesses 4
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadscope
 
 # About two hours on 2 cores, which should have nothing else to do.
 bench: setup

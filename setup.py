@@ -100,7 +100,10 @@ def extension() -> Any:
         extra_link_args=sanitize,
         depends=[
             *(f"csrc/{header}" for header in ("vec.h", "rows.h", "kernels.h")),
-            *(f"kdkernels/{source}" for source in ("divergences.py", "backends/functors.py", "backends/columns.py")),
+            *(
+                f"kdkernels/{source}"
+                for source in ("divergences.py", "backends/functors.py", "backends/columns.py", "backends/polynomials.py")
+            ),
         ],
     )
 

@@ -1,6 +1,6 @@
-"""Writes the C++ functor of every divergence, and the columns of results: setup.py calls ``write`` before it compiles.
+"""Writes the functor of every divergence, the columns and the polynomials in C++: setup.py calls ``write`` before it compiles.
 
-So the formulas of kdkernels/divergences.py and the table of kdkernels/backends/columns.py are the only ones there are.
+So the formulas of kdkernels/divergences.py, the columns and the coefficients of kdkernels/backends are the only ones there are.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ def _enum(result: str, prefix: str, columns: tuple[str, ...]) -> str:
 
 
 def write(repository: Path) -> None:
-    """Write csrc/generated/divergences.inc, and the list of names and columns.inc beside it."""
+    """Write csrc/generated/divergences.inc, and the list of names, columns.inc and polynomials.inc beside it."""
     package = repository / "kdkernels"
     divergences = _loaded(package / "divergences.py")
-    functors, columns = (_loaded(package / "backends" / name) for name in ("functors.py", "columns.py"))
+    functors, columns, polynomials = (
+        _loaded(package / "backends" / f"{name}.py") for name in ("functors", "columns", "polynomials")
+    )
     names = divergences.divergences()
     folder = repository / "csrc" / "generated"
     folder.mkdir(exist_ok=True)
@@ -44,10 +46,12 @@ def write(repository: Path) -> None:
         _enum("sums", "sum_", columns.SUMS_COLUMNS),
         _enum("row", "row_", columns.ROW_COLUMNS),
     ]
+    macros = [f"#define {name} {expression}\n" for name, expression in polynomials.macros()]
     written = {
         "divergences.inc": of_divergences + structs,
         "names.inc": f"{of_divergences}{rows}\n",
         "columns.inc": header.format("backends/columns.py") + "".join(enums),
+        "polynomials.inc": header.format("backends/polynomials.py") + "".join(macros),
     }
     for file, text in written.items():
         # Written anew it would be newer, and everything that includes it built again.

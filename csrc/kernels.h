@@ -23,6 +23,7 @@ struct Side {
 
 // Columns of results [rows, stats_columns], [rows, sums_columns] and [rows, row_columns]: those of kdkernels/backends/columns.py.
 #include "generated/columns.inc"
+#include "generated/polynomials.inc"
 
 // By whose exponentials the moments are weighed.
 enum class Weigh { nothing, target, student };

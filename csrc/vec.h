@@ -1,6 +1,7 @@
 // KD_LANES floats as one value, with the functions that divergence functors and row loops call. Written on the compiler's vector
 // extension, so the same source becomes AVX-512, AVX2, SSE2 or NEON. exp and log are correct to about one unit in the last
-// place, flush subnormal results to 0, and keep NaN and inf. Polynomials: minimax fits of the stated ranges.
+// place, flush subnormal results to 0, and keep NaN and inf. Polynomials: minimax fits; those that GPUs take too are macros, from
+// backends/polynomials.py.
 //
 // Included once per instruction set, inside its namespace and after its target pragma: no include guard, no includes.
 
@@ -75,42 +76,21 @@ KD_INLINE F log(F v) {
   return where(v < infinity, l, v);
 }
 
-// What pair functions take where p is close to q, |d| < 1/4; d, and g = share (e^d - 1), so that g lies in (-0.23, 0.29).
+// What pair functions take where p is close to q.
 inline I near(F d) { return abs(d) < 0.25f; }
 
 // e^d - 1 - d
-KD_INLINE F excess(F d) {
-  F p = d * 0.0013895341f + 0.00834883936f;
-  p = p * d + 0.0416667163f;
-  p = p * d + 0.166666418f;
-  p = p * d + 0.5f;
-  return d * d * p;
-}
+KD_INLINE F excess(F d) { return d * d * KD_EXCESS(d); }
 
 // g - log(1 + g)
-KD_INLINE F deficit(F g) {
-  F p = g * -0.0989790931f + 0.135521948f;
-  p = p * g - 0.144471601f;
-  p = p * g + 0.16632323f;
-  p = p * g - 0.199954972f;
-  p = p * g + 0.250003725f;
-  p = p * g - 0.333333611f;
-  p = p * g + 0.5f;
-  return g * g * p;
-}
+KD_INLINE F deficit(F g) { return g * g * KD_DEFICIT(g); }
 
 // Odd polynomial near 0, where 1 - e^-2v would lose digits.
 inline F tanh(F v) {
   const F e = exp<true>(-2.f * abs(v));
   const F far = (1.f - e) / (1.f + e);
   const F square = v * v;
-  F p = square * 0.00211801799f - 0.00815069769f;
-  p = p * square + 0.0216901544f;
-  p = p * square - 0.0539448895f;
-  p = p * square + 0.13333191f;
-  p = p * square - 0.333333313f;
-  const F near = v + v * square * p;
-  return where(square < 0.4f, near, where(v < 0.f, -far, far));
+  return where(square < 0.4f, v + v * square * KD_TANH(square), where(v < 0.f, -far, far));
 }
 
 // bfloat16 is the upper half of a float; rounding to nearest even, NaN stays NaN.

@@ -120,6 +120,12 @@ class Divergence:
         """c, where one sweep is enough: what the sum of the slope has more than the textbook's."""
         return _linear(self)[2]
 
+    @property
+    def weighed_by_student(self) -> bool:
+        """Whether the student's own probabilities weigh the terms: then a sum over a part of the vocabulary falls below 0 as the
+        student's mass leaves it. The textbook's slope shows it, which is positive at p = q."""
+        return self.name in _weighed_by_student
+
 
 @functools.cache
 def _linear(divergence: Divergence) -> tuple[tuple[float, float], tuple[float, float], float]:
@@ -135,10 +141,17 @@ def _linear(divergence: Divergence) -> tuple[tuple[float, float], tuple[float, f
 
 
 _factories: dict[str, Callable[..., Divergence]] = {}
+# What the package takes from here by ``*``, factories as they are listed. Not as an assignment, which type checkers would read and
+# find no factory in: they take every name without an underscore.
+_exported = globals()["__all__"] = ["Divergence", "divergences"]
+_weighed_by_student: set[str] = set()
 
 
 def _listed(factory: Callable[..., Divergence]) -> Callable[..., Divergence]:
     _factories[factory.__name__] = factory
+    _exported.append(factory.__name__)
+    if _linear(factory())[1][0] > 0.0:  # here, as a loss that is being compiled takes no number out of a tensor
+        _weighed_by_student.add(factory.__name__)
     return factory
 
 

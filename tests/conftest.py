@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Triton reads it when a kernel is defined; without it no kernel runs where there is no GPU.
 os.environ["TRITON_INTERPRET"] = "1"
+# Else each name of a model or of data that is not there is asked for on the network, several times.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -23,6 +26,11 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatabl
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-cases", type=int, default=10_000, help="random calls of tests/fuzz/test_fuzz.py (default 10000)")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays. The Trainer collects garbage after each run, and would go through all of it."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

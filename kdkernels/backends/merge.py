@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdkernels.backends.columns import STATS_COLUMNS, SUMS_COLUMNS
+from kdkernels.backends.columns import STATS_COLUMNS, Stats, Sums
 from kdkernels.divergences import Divergence
 from kdkernels.parallel.ranks import ALONE, Ranks
 
@@ -66,13 +66,16 @@ def nothing(count: int, device: torch.device) -> Tensor:
 
 def sums_of_one_sweep(stats: Tensor, divergence: Divergence) -> Tensor:
     """SUMS_COLUMNS (value and slope; the rest 0) of a divergence whose ``one_sweep`` names the weighing side."""
-    own, other = ("y_T", "x_T") if divergence.one_sweep == "target" else ("x_T", "y_T")
-    log_sum = stats[:, _AT[f"log_sum_{own}"]]
-    mass, moment = (stats[:, _AT[name]] * (-log_sum).exp() for name in ("mass", "moment"))
+    of = Stats(*stats.unbind(1))
+    own, other = of.log_sum_x_T, of.log_sum_y_T
+    if divergence.one_sweep == "target":
+        own, other = other, own
+    mass, moment = (part * (-own).exp() for part in (of.mass, of.moment))
     # lw - lo = (u - v) + (log sum of the other - log sum of the weighing side)
-    moment = moment + mass * (stats[:, _AT[f"log_sum_{other}"]] - log_sum)
+    moment = moment + mass * (other - own)
     # A moment past the largest number takes no part where its factor is 0: 0 times infinity would be NaN.
     value, slope = (c0 * mass + (c1 * moment if c1 else 0.0) for c0, c1 in divergence.linear())
     slope = slope + divergence.balance()
     nothing = torch.zeros_like(value)
-    return torch.stack([value, torch.where(value.isnan(), value, slope), *[nothing] * (len(SUMS_COLUMNS) - 2)], 1)
+    slope = torch.where(value.isnan(), value, slope)
+    return torch.stack(Sums(value, slope, target_entropy=nothing, student_entropy=nothing, overlap=nothing), 1)

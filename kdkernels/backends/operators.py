@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from kdkernels.backends.columns import ROW_COLUMNS, STATS_COLUMNS, SUMS_COLUMNS
+from kdkernels.backends.columns import ROW_COLUMNS, STATS_COLUMNS, SUMS_COLUMNS, Row, Stats, Sums
 from kdkernels.backends.dtypes import accumulate_dtype
 
 library = torch.library.Library("kdkernels", "DEF")
@@ -43,17 +43,17 @@ library.define(f"block_grad(Tensor(a!) x, {_LOGITS}, Tensor? labels, {_LOSS}, Te
 
 def row_columns(stats: torch.Tensor, sums: torch.Tensor, ce: bool, metrics: bool) -> torch.Tensor:
     """ROW_COLUMNS from the statistics and sums of whole rows; what was not asked for is 0."""
-    of, nothing = dict(zip(STATS_COLUMNS, stats.unbind(1), strict=True)), torch.zeros_like(sums[:, 0])
-    value, _, *entropies_and_overlap = sums.unbind(1)
-    columns = [
-        value,
-        of["log_sum_x"] - (of["label_logit"] - of["max_x"]) if ce else nothing,
-        *entropies_and_overlap[:2],
-        (of["argmax_x"] == of["argmax_z"]).to(sums.dtype) if metrics else nothing,
-        entropies_and_overlap[2],
-    ]
-    assert len(columns) == len(ROW_COLUMNS)
-    return torch.stack([column.to(sums.dtype) for column in columns], 1)
+    of, summed = Stats(*stats.unbind(1)), Sums(*sums.unbind(1))
+    nothing = torch.zeros_like(summed.value)
+    row = Row(
+        kd=summed.value,
+        ce=of.log_sum_x - (of.label_logit - of.max_x) if ce else nothing,
+        target_entropy=summed.target_entropy,
+        student_entropy=summed.student_entropy,
+        agreement=of.argmax_x == of.argmax_z if metrics else nothing,
+        overlap=summed.overlap,
+    )
+    return torch.stack([column.to(sums.dtype) for column in row], 1)
 
 
 def _columns(x: torch.Tensor, columns: tuple[str, ...]) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.base import Backend
+from kdkernels.backends.columns import Stats, Sums
 from kdkernels.backends.dtypes import DTYPES, accumulate_dtype
 from kdkernels.backends.head import apply_head, cap_slope
 from kdkernels.backends.operators import library, row_columns
@@ -75,8 +76,13 @@ def _log_sum_exp(v: Tensor) -> tuple[Tensor, Tensor]:
     return m, (v - shift[:, None]).exp_().sum(1).log_()
 
 
-def _log_probability(v: Tensor, stats: Tensor, column: int) -> Tensor:
-    return (v - stats[:, column : column + 1]).sub_(stats[:, column + 1 : column + 2])
+def _beside(stats: Tensor) -> Stats:
+    """By name, each [rows, 1]."""
+    return Stats(*stats[..., None].unbind(1))
+
+
+def _log_probability(v: Tensor, largest: Tensor, log_sum: Tensor) -> Tensor:
+    return (v - largest).sub_(log_sum)
 
 
 def _moments(weighing: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,19 +94,33 @@ def _moments(weighing: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _stats(rows: _Rows, labels: Tensor | None, weigh: str, ce: bool, metrics: bool) -> Tensor:
-    x_t = _log_sum_exp(rows.x)
-    nothing = torch.zeros_like(x_t[0])
-    columns = [*x_t, *_log_sum_exp(rows.y)]
-    columns += _log_sum_exp(rows.own_x()) if ce and rows.temperature != 1.0 else x_t
-    columns += [*_log_sum_exp(rows.z), rows.x.argmax(1), rows.z.argmax(1)] if metrics else [nothing] * 4
-    if labels is None:
-        columns.append(nothing)
-    else:
+    max_x_T, log_sum_x_T = _log_sum_exp(rows.x)
+    max_y_T, log_sum_y_T = _log_sum_exp(rows.y)
+    nothing = torch.zeros_like(max_x_T)
+    max_x, log_sum_x = _log_sum_exp(rows.own_x()) if ce and rows.temperature != 1.0 else (max_x_T, log_sum_x_T)
+    max_z_T, log_sum_z_T = _log_sum_exp(rows.z) if metrics else (nothing, nothing)
+    label_logit = nothing
+    if labels is not None:
         here = (labels >= 0) & (labels < rows.x.shape[1])
-        columns.append(rows.own_x().gather(1, labels.where(here, 0)[:, None])[:, 0].where(here, nothing))
+        label_logit = rows.own_x().gather(1, labels.where(here, 0)[:, None]).squeeze(1).where(here, nothing)
     sides = {"target": (rows.y, rows.x), "student": (rows.x, rows.y)}
-    columns += _moments(*sides[weigh]) if weigh else [nothing] * 2
-    return torch.stack([column.to(rows.x.dtype) for column in columns], 1)
+    mass, moment = _moments(*sides[weigh]) if weigh else (nothing, nothing)
+    stats = Stats(
+        max_x_T=max_x_T,
+        log_sum_x_T=log_sum_x_T,
+        max_y_T=max_y_T,
+        log_sum_y_T=log_sum_y_T,
+        max_x=max_x,
+        log_sum_x=log_sum_x,
+        max_z_T=max_z_T,
+        log_sum_z_T=log_sum_z_T,
+        argmax_x=rows.x.argmax(1) if metrics else nothing,
+        argmax_z=rows.z.argmax(1) if metrics else nothing,
+        label_logit=label_logit,
+        mass=mass,
+        moment=moment,
+    )
+    return torch.stack([column.to(rows.x.dtype) for column in stats], 1)
 
 
 def _value_and_slope(rows: _Rows, stats: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
@@ -111,8 +131,9 @@ def _value_and_slope(rows: _Rows, stats: Tensor, divergence: Divergence) -> tupl
         *(part.split(max(1, PIECE // max(1, rows.x.shape[1]))) for part in (rows.x, rows.y, stats, value, slope)), strict=True
     )
     for x, y, of_rows, to_value, to_slope in pieces:
-        lq, lp = _log_probability(x, of_rows, 0), _log_probability(y, of_rows, 2)
-        d = (x - of_rows[:, 0:1]).sub_(y - of_rows[:, 2:3]).sub_(of_rows[:, 1:2] - of_rows[:, 3:4])
+        of = _beside(of_rows)
+        lq, lp = _log_probability(x, of.max_x_T, of.log_sum_x_T), _log_probability(y, of.max_y_T, of.log_sum_y_T)
+        d = (x - of.max_x_T).sub_(y - of.max_y_T).sub_(of.log_sum_x_T - of.log_sum_y_T)
         for to, part in zip((to_value, to_slope), divergence.balanced(lp, lq, d, rows.temperature), strict=True):
             to.copy_(part)
     return value, slope
@@ -120,17 +141,21 @@ def _value_and_slope(rows: _Rows, stats: Tensor, divergence: Divergence) -> tupl
 
 def _reduce(rows: _Rows, stats: Tensor, value: Tensor, slope: Tensor, metrics: bool) -> Tensor:
     total = value.sum(1)
-    # A slope that compares (total variation) can hide a NaN that the value shows.
-    columns = [total, torch.where(total.isnan(), total, slope.sum(1))]
+    target_entropy = student_entropy = overlap = torch.zeros_like(total)
     if metrics:
-        lq, lp = _log_probability(rows.x, stats, 0), _log_probability(rows.y, stats, 2)
+        of = _beside(stats)
+        lq, lp = _log_probability(rows.x, of.max_x_T, of.log_sum_x_T), _log_probability(rows.y, of.max_y_T, of.log_sum_y_T)
         p, q = lp.exp(), lq.exp()
-        overlap = torch.minimum(q, _log_probability(rows.z, stats, 6).exp_()).sum(1)
-        entropies = [-(m * lm).masked_fill(lm == -torch.inf, 0.0).sum(1) for m, lm in ((p, lp), (q, lq))]
-        columns += [*entropies, overlap]
-    else:
-        columns += [torch.zeros_like(total)] * 3
-    return torch.stack(columns, 1)
+        overlap = torch.minimum(q, _log_probability(rows.z, of.max_z_T, of.log_sum_z_T).exp_()).sum(1)
+        target_entropy, student_entropy = (-(m * lm).masked_fill(lm == -torch.inf, 0.0).sum(1) for m, lm in ((p, lp), (q, lq)))
+    sums = Sums(
+        value=total,
+        slope=torch.where(total.isnan(), total, slope.sum(1)),  # one that compares (total variation) can hide a NaN
+        target_entropy=target_entropy,
+        student_entropy=student_entropy,
+        overlap=overlap,
+    )
+    return torch.stack(sums, 1)
 
 
 def _grad(
@@ -141,15 +166,16 @@ def _grad(
     ce_scale: float,
     head: list[float],
     stats: Tensor,
-    slope_sum: Tensor,
+    sums: Tensor,
     slope: Tensor,
     out: Tensor,
 ) -> None:
-    q = _log_probability(rows.x, stats, 0).exp_()
+    of, slope_sum = _beside(stats), Sums(*sums.unbind(1)).slope
+    q = _log_probability(rows.x, of.max_x_T, of.log_sum_x_T).exp_()
     # A divergence of factor 0 is left out, whatever it came to: 0 * NaN is not 0.
     dx = torch.zeros_like(q) if kd_scale == 0.0 else (slope - q * slope_sum[:, None]).mul_(kd_scale / rows.temperature)
     if ce_scale != 0.0 and labels is not None:
-        own_q = q if rows.temperature == 1.0 else _log_probability(rows.own_x(), stats, 4).exp_()
+        own_q = q if rows.temperature == 1.0 else _log_probability(rows.own_x(), of.max_x, of.log_sum_x).exp_()
         dx += ce_scale * own_q
         here = (labels >= 0) & (labels < dx.shape[1])
         dx.scatter_add_(1, labels.where(here, 0)[:, None], -ce_scale * here[:, None].to(dx.dtype))
@@ -189,7 +215,7 @@ def row_loss(
     sums = _reduce(rows, stats, value, slope, metrics)
     if grad:
         target = x if out is None else out
-        _grad(rows, labels, weight, kd_scale, ce_scale, head, stats, sums[:, 1], slope, target)
+        _grad(rows, labels, weight, kd_scale, ce_scale, head, stats, sums, slope, target)
     columns = row_columns(stats, sums, ce, metrics).masked_fill((weight == 0.0)[:, None], 0.0)
     return columns.to(accumulate_dtype(x.dtype))  # a teacher of more digits does not change the dtype of a student's loss
 
@@ -247,7 +273,7 @@ def block_grad(
 ) -> None:
     rows = _load(x, z, x_bias, z_bias, t, temperature, head).like(stats)
     _, slope = _value_and_slope(rows, stats, _divergence(divergence, a))
-    _grad(rows, labels, weight, kd_scale, ce_scale, head, stats, sums[:, 1], slope, x)
+    _grad(rows, labels, weight, kd_scale, ce_scale, head, stats, sums, slope, x)
 
 
 for _operator in (row_loss, block_stats, block_reduce, block_grad):

@@ -116,46 +116,14 @@ def plot(path: Path, results: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    models, step = results["heldout"]["models"], results["loss_step"]
+    models, methods = results["heldout"]["models"], results["loss_step"]["methods"]
     figure, (curves, gains, times, memory) = plt.subplots(
         1, 4, figsize=(15, 4.6), width_ratios=(3, 1.6, 1.1, 1.1), layout="constrained"
     )
-    for name, curve in results["students"]["curves"].items():
-        steps, losses, errors = zip(*curve, strict=True)
-        curves.plot(
-            steps,
-            losses,
-            color=COLOURS[name],
-            label=f"student, {name}" + (" alone" if name == "cross-entropy" else ""),
-            marker="o",
-            markersize=3,
-        )
-        low = [loss - error for loss, error in zip(losses, errors, strict=True)]
-        high = [loss + error for loss, error in zip(losses, errors, strict=True)]
-        curves.fill_between(steps, low, high, color=COLOURS[name], alpha=0.12, linewidth=0)
-    curves.axhline(models["teacher"]["loss"], color=COLOURS["teacher"], linestyle="--", label="teacher, trained before")
-    curves.axhline(results["heldout"]["frequencies"], color="#999999", linestyle=":", label="token frequencies alone")
-    # The first point is an untrained model: drawn, it would press everything else together.
-    trained = [loss for curve in results["students"]["curves"].values() for _, loss, _ in curve[1:]]
-    curves.set_ylim(models["teacher"]["loss"] - 0.2, max(*trained, results["heldout"]["frequencies"]) + 0.3)
-    curves.set(xlabel=f"student steps (of {results['settings']['batch'] * results['settings']['window']} tokens)")
-    curves.set(ylabel="held-out loss (nats per token)", title="Students in training")
-    curves.legend(frameon=False, fontsize=9)
-
-    distilled = [name for name in models if "gain" in models[name]]
-    gains.bar(
-        distilled,
-        [models[name]["gain"] for name in distilled],
-        yerr=[2 * models[name]["gain_error"] for name in distilled],
-        color=[COLOURS[name] for name in distilled],
-        width=0.6,
-        capsize=4,
-    )
-    gains.axhline(0.0, color="black", linewidth=0.8)
-    gains.set(ylabel="nats per token below\ncross-entropy alone", title="Gain at the end\n(bars: ± 2 s.e., one seed)")
-
-    _bars(times, {name: row["seconds"] * 1e3 for name, row in step["methods"].items()}, "One loss step: time", "milliseconds")
-    peaks = {name: (row["peak_bytes"] or math.nan) / MIB for name, row in step["methods"].items()}
+    _curves(curves, results)
+    _gains(gains, models)
+    _bars(times, {name: row["seconds"] * 1e3 for name, row in methods.items()}, "One loss step: time", "milliseconds")
+    peaks = {name: (row["peak_bytes"] or math.nan) / MIB for name, row in methods.items()}
     _bars(
         memory,
         peaks,
@@ -172,6 +140,47 @@ def plot(path: Path, results: dict[str, Any]) -> None:
     figure.savefig(content, dpi=120, format="png")
     plt.close(figure)
     files.write(path, content.getvalue())
+
+
+def _curves(axes: Any, results: dict[str, Any]) -> None:
+    """The students in training, between the teacher and token frequencies."""
+    models, frequencies = results["heldout"]["models"], results["heldout"]["frequencies"]
+    for name, curve in results["students"]["curves"].items():
+        steps, losses, errors = zip(*curve, strict=True)
+        axes.plot(
+            steps,
+            losses,
+            color=COLOURS[name],
+            label=f"student, {name}" + (" alone" if name == "cross-entropy" else ""),
+            marker="o",
+            markersize=3,
+        )
+        low = [loss - error for loss, error in zip(losses, errors, strict=True)]
+        high = [loss + error for loss, error in zip(losses, errors, strict=True)]
+        axes.fill_between(steps, low, high, color=COLOURS[name], alpha=0.12, linewidth=0)
+    axes.axhline(models["teacher"]["loss"], color=COLOURS["teacher"], linestyle="--", label="teacher, trained before")
+    axes.axhline(frequencies, color="#999999", linestyle=":", label="token frequencies alone")
+    # The first point is an untrained model: drawn, it would press everything else together.
+    trained = [loss for curve in results["students"]["curves"].values() for _, loss, _ in curve[1:]]
+    axes.set_ylim(models["teacher"]["loss"] - 0.2, max(*trained, frequencies) + 0.3)
+    axes.set(xlabel=f"student steps (of {results['settings']['batch'] * results['settings']['window']} tokens)")
+    axes.set(ylabel="held-out loss (nats per token)", title="Students in training")
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _gains(axes: Any, models: dict[str, Any]) -> None:
+    """What each way of distilling gains over cross-entropy alone."""
+    distilled = [name for name in models if "gain" in models[name]]
+    axes.bar(
+        distilled,
+        [models[name]["gain"] for name in distilled],
+        yerr=[2 * models[name]["gain_error"] for name in distilled],
+        color=[COLOURS[name] for name in distilled],
+        width=0.6,
+        capsize=4,
+    )
+    axes.axhline(0.0, color="black", linewidth=0.8)
+    axes.set(ylabel="nats per token below\ncross-entropy alone", title="Gain at the end\n(bars: ± 2 s.e., one seed)")
 
 
 def _bars(axes: Any, values: dict[str, float], title: str, unit: str) -> None:

@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.base import Step
+from kdkernels.backends.columns import Row
 from kdkernels.backends.head import apply_head, cap_slope
 from kdkernels.engine.keep import Known
 
 TAILS = ("renormalize", "bucket")
-# Divergences whose terms the student's own probabilities weigh: over the k tokens alone they fall below 0, as mass leaves these.
-WEIGHED_BY_STUDENT = ("reverse_kl", "skew_reverse_kl")
 # The least mass that the target's rest is taken to have where it is only what the k leave of 1. Rounded to float32 that is noise
 # below this, and often 0; an outcome without mass would be dropped from the divergence, which is then none.
 LEAST_REST = 2.0**-23
@@ -187,17 +186,18 @@ class Outcomes:
         # A slope that compares (total variation) can hide a NaN that the value shows.
         self._set_gradient(piece, logits, rest, whole, lq, slope, torch.where(kd.isnan(), kd, slope.sum(1)))
         nothing = torch.zeros_like(kd)
-        columns = [kd, whole.log_sum_1 - self.label_logit[piece] if self.ce else nothing, *[nothing] * 4]
+        ce = whole.log_sum_1 - self.label_logit[piece] if self.ce else nothing
+        row = Row(kd=kd, ce=ce, target_entropy=nothing, student_entropy=nothing, agreement=nothing, overlap=nothing)
         if metrics:
             # The teacher's most likely token is one of the k, so the student's has to be too.
             agreement = (chosen.top >= rest.top) & (logits.argmax(1) == log_probs.argmax(1))
-            columns[2:] = [
-                torch.special.entr(lp.exp()).sum(1),
-                whole.entropy,
-                agreement.double(),
-                torch.minimum(lq[:, : logits.shape[1]].exp(), log_probs.exp()).sum(1),
-            ]
-        return torch.stack(columns, 1)
+            row = row._replace(
+                target_entropy=torch.special.entr(lp.exp()).sum(1),
+                student_entropy=whole.entropy,
+                agreement=agreement.double(),
+                overlap=torch.minimum(lq[:, : logits.shape[1]].exp(), log_probs.exp()).sum(1),
+            )
+        return torch.stack(row, 1)
 
     def _target(self, own: Tensor, given: Tensor) -> Tensor:
         """(1 - t) own + t given, at both ends one alone; what is NaN or +inf of the teacher's comes through there too."""

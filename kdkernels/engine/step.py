@@ -10,13 +10,14 @@ from torch import Tensor
 
 from kdkernels import backends
 from kdkernels.backends.base import Model, Step, Terms
+from kdkernels.backends.columns import ROW_COLUMNS, Row
 from kdkernels.backends.dtypes import DTYPES, accumulate_dtype, logits_dtype, product_dtype
 from kdkernels.divergences import divergences
 from kdkernels.engine.cut import STRATEGIES, Size
 from kdkernels.engine.keep import Kept, Known, check_labels, checksum, keep_of, kept_rows, places
 from kdkernels.parallel.ranks import ALONE, LOSSES, Fact, Ranks, agree, one_of, whether
 
-METRICS = ("kd", "ce", "target_entropy", "student_entropy", "agreement", "overlap", "tokens")
+METRICS = (*ROW_COLUMNS, "tokens")
 
 
 # Hidden states, weight and bias of a model as they came.
@@ -310,11 +311,11 @@ def prepare_both(
 
 def weighted(columns: Tensor, terms: Terms) -> Tensor:
     """Both terms of the loss of each row; a term of factor 0 is left out, whatever it came to."""
-    loss = columns.new_zeros(columns.shape[0])
+    row, loss = Row(*columns.unbind(1)), columns.new_zeros(columns.shape[0])
     if terms.kd_scale != 0.0:
-        loss += terms.kd_scale * columns[:, 0]
+        loss += terms.kd_scale * row.kd
     if terms.ce_scale != 0.0:
-        loss += terms.ce_scale * columns[:, 1]
+        loss += terms.ce_scale * row.ce
     return loss
 
 
@@ -326,4 +327,4 @@ def summary(sums: Tensor, counted: int | Tensor, dtype: torch.dtype) -> Tensor:
 
 def empty_sums(device: torch.device) -> Any:
     """ROW_COLUMNS of no rows, for adding up."""
-    return torch.zeros(len(METRICS) - 1, dtype=torch.float64, device=device)
+    return torch.zeros(len(ROW_COLUMNS), dtype=torch.float64, device=device)

@@ -14,7 +14,7 @@ from torch import Tensor
 from kdkernels.backends.dtypes import accumulate_dtype
 from kdkernels.divergences import Divergence, DivergenceName, resolve
 from kdkernels.engine.cut import Strategy
-from kdkernels.engine.outcomes import TAILS, WEIGHED_BY_STUDENT
+from kdkernels.engine.outcomes import TAILS
 from kdkernels.losses.checks import constant, float_tensor, integer_tensor, of_tokens
 from kdkernels.losses.head import LMHead
 from kdkernels.losses.models import rows_of, side_of, sizing_of
@@ -168,7 +168,7 @@ def _known(student_hidden: Tensor, topk_ids: Any, topk_logprobs: Any, topk_rest:
 def _tail(tail: Any, topk_rest: Tensor | None, divergence: Divergence | str) -> str:
     """What the rest of the teacher's vocabulary is taken to be."""
     if tail is None:
-        return "bucket" if topk_rest is not None or resolve(divergence).name in WEIGHED_BY_STUDENT else "renormalize"
+        return "bucket" if topk_rest is not None or resolve(divergence).weighed_by_student else "renormalize"
     if one_of("tail", tail, TAILS) == "renormalize" and topk_rest is not None:
         raise ValueError("topk_rest is given, and tail='renormalize' has no rest; accepted with it: tail='bucket' or None")
     return str(tail)

@@ -89,20 +89,25 @@ def default_budget(device: torch.device, on: devices.Device | None = None) -> in
     return (devices.gpu_memory(device) if on is None else on.memory) // GPU_SHARE
 
 
-def _passes(strategy: str, size: Size, on: devices.Device) -> tuple[roofline.Pass, ...]:
-    sizes = (size.tokens, size.vocab, size.student_dim, size.teacher_dim, product_dtype(size.dtype, size.device))
+def _passes(way: str, size: Size, on: devices.Device) -> tuple[roofline.Pass, ...]:
+    """way: "products", "eager", or one of CUTS, whose passes follow from its Cut."""
+    of_tokens = (size.vocab, size.student_dim, size.teacher_dim, product_dtype(size.dtype, size.device))
     learns = roofline.Learns(
         train_head=size.train_head, online_teacher=size.learners == 2, train_teacher_head=size.train_teacher_head
     )
-    if strategy == "products":
-        return roofline.products_passes(*sizes, **learns)
+    if way == "products":
+        return roofline.products_passes(size.tokens, *of_tokens, **learns)
     loss = roofline.Loss(divergence=size.divergence, **learns)
-    if strategy == "eager":
-        return roofline.eager_passes(*sizes, **loss, cached_row=on.cached_row)
-    cut = CUTS[strategy](size)
-    if strategy == "tokens":
-        return roofline.tokens_passes(*sizes, **loss, chunk_rows=cut.rows)
-    return roofline.vocab_passes(*sizes, **loss, block_columns=cut.columns, shared=not size.fused)
+    if way == "eager":
+        return roofline.eager_passes(size.tokens, *of_tokens, **loss, cached_row=on.cached_row)
+    cut = CUTS[way](size)
+    if cut.whole_rows:
+        return roofline.tokens_passes(size.tokens, *of_tokens, **loss, chunk_rows=cut.rows)
+    passes: list[roofline.Pass] = []
+    for rows, count in roofline.parts(size.tokens, cut.rows):
+        chunk = roofline.vocab_passes(rows, *of_tokens, **loss, block_columns=cut.columns, shared=not size.fused)
+        passes += roofline.repeated(count, chunk)
+    return tuple(passes)
 
 
 def choose(strategy: str, size: Size, on: devices.Device | None = None) -> str:
@@ -118,7 +123,7 @@ def choose(strategy: str, size: Size, on: devices.Device | None = None) -> str:
     # One chunk is the fewest products, and no head is read twice.
     if size.tokens <= by_tokens(size).rows or product_dtype(size.dtype, size.device) not in on.rates:
         return "tokens"
-    return min(("tokens", "vocab"), key=lambda name: roofline.seconds(_passes(name, size, on), on))
+    return min(CUTS, key=lambda name: roofline.seconds(_passes(name, size, on), on))
 
 
 def _at_least_1(name: str, value: Any, accepted: str) -> int:
@@ -183,22 +188,27 @@ def plan(
         learners=2 if online_teacher else 1,
         train_teacher_head=train_teacher_head,
     )
-    chosen = choose(strategy, size, named)
-    cut = CUTS[chosen](size)
+    return _planned(choose(strategy, size, named), size, on)
 
-    inputs = (tokens + vocab) * (student_dim * dtype.itemsize + teacher_dim * size.teacher_dtype.itemsize)
-    gradients = (tokens + (vocab if train_head else 0)) * student_dim * dtype.itemsize
+
+def _planned(strategy: str, size: Size, on: devices.Device | None) -> Plan:
+    """on: whose rates the times are predicted from, if they are known."""
+    tokens, vocab, student_dim, teacher_dim = size.tokens, size.vocab, size.student_dim, size.teacher_dim
+    student_bytes, teacher_bytes = size.dtype.itemsize, size.teacher_dtype.itemsize
+    cut = CUTS[strategy](size)
+    inputs = (tokens + vocab) * (student_dim * student_bytes + teacher_dim * teacher_bytes)
+    gradients = (tokens + (vocab if size.train_head else 0)) * student_dim * student_bytes
     student_product, teacher_product = 2 * tokens * vocab * student_dim, 2 * tokens * vocab * teacher_dim
-    gradient_products = (2 if train_head else 1) * student_product
-    if online_teacher:
-        gradients += (tokens + (vocab if train_teacher_head else 0)) * teacher_dim * size.teacher_dtype.itemsize
-        gradient_products += (2 if train_teacher_head else 1) * teacher_product
+    gradient_products = (2 if size.train_head else 1) * student_product
+    if size.learners == 2:
+        gradients += (tokens + (vocab if size.train_teacher_head else 0)) * teacher_dim * teacher_bytes
+        gradient_products += (2 if size.train_teacher_head else 1) * teacher_product
     both = student_product + teacher_product
-    copy = tokens * vocab * max(4, dtype.itemsize)
+    copy = tokens * vocab * max(4, student_bytes)
     eager = max(EAGER_COPIES[size.learners] * copy, EAGER_COPIES_WITH_GRADIENTS * copy + gradients)
     predict = functools.partial(_predicted, size=size, on=on)
     return Plan(
-        strategy=chosen,
+        strategy=strategy,
         chunk_rows=cut.rows,
         chunks=cut.chunks,
         block_columns=cut.columns,
@@ -208,7 +218,7 @@ def plan(
         scratch_bytes=cut.scratch_bytes,
         peak_bytes=cut.scratch_bytes + inputs + gradients,
         flops=cut.products * both + gradient_products,
-        seconds=predict(chosen),
+        seconds=predict(strategy),
         products_seconds=predict("products"),
         eager_scratch_bytes=eager - gradients,
         eager_peak_bytes=eager + inputs,
@@ -217,7 +227,7 @@ def plan(
     )
 
 
-def _predicted(strategy: str, size: Size, on: devices.Device | None) -> float | None:
+def _predicted(way: str, size: Size, on: devices.Device | None) -> float | None:
     if on is None or product_dtype(size.dtype, size.device) not in on.rates:
         return None
-    return roofline.seconds(_passes(strategy, size, on), on)
+    return roofline.seconds(_passes(way, size, on), on)

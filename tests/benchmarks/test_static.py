@@ -178,7 +178,7 @@ class TestFaults:
         ]
         for elsewhere in (replace(more, dtype="fp32"), replace(more, architecture="sm_80"), replace(more, label="jsd")):
             assert elsewhere.faults() == []
-        assert set(ROW_INSTRUCTIONS) == set(kd.divergences())
+        assert set(ROW_INSTRUCTIONS) <= set(kd.divergences())
 
     def test_all_are_reported(self) -> None:
         assert len(replace(GOOD, spilled=8, tensor_cores=0, shared=10**6).faults()) == 3

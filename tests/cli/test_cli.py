@@ -22,21 +22,7 @@ from kdkernels.errors import CommandError, to_install
 from kdkernels.planning import roofline
 from kdkernels.transformers.distill.configuration import read_config
 from kdkernels.transformers.distill.options import BY_NAME
-
-
-@pytest.fixture(autouse=True)
-def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-def error_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> tuple[int, str]:
-    """Exit status and the last line on standard error."""
-    try:
-        status = main(arguments)
-    except SystemExit as stop:  # argparse's own way out
-        status = int(stop.code or 0)
-    lines = capsys.readouterr().err.strip().splitlines()
-    return status, lines[-1] if lines else ""
+from tests.support.commands import error_of
 
 
 def plan(**options: str) -> list[str]:

@@ -178,7 +178,7 @@ def expect(call: Call, upstream: list[Tensor]) -> Expected:
         )
         log_probs = log_probs.double()
         rest = given.get("topk_rest")
-        proper = "bucket" if rest is not None or "reverse" in options.divergence else "renormalize"
+        proper = topk.default_tail(options.divergence) if rest is None else "bucket"
         tail = given.get("tail", proper)
         rests = [None] * len(log_probs) if rest is None else list(rest.detach().reshape(-1)[keep].double())
         rows, nothing = list(zip(x.logits, ids.to(torch.int64), log_probs, strict=True)), x.logits.new_full((1,), -INF)

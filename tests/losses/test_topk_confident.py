@@ -14,7 +14,7 @@ from torch import Tensor
 import kdkernels as kd
 from tests.support.cases import Case, assert_same, both_strategies, every_divergence
 from tests.support.oracle import Options
-from tests.support.topk import INF, divergence, keep
+from tests.support.topk import INF, default_tail, divergence, keep
 
 
 class TestConfidentTeachers:
@@ -127,9 +127,10 @@ class TestConfidentTeachers:
 
     def test_the_default_tail_is_one_that_makes_a_divergence(self) -> None:
         x, ids, logprobs = torch.tensor([[0.6, 0.4]]).log(), torch.tensor([[0]]), torch.tensor([[0.9]]).log()
+        assert [default_tail(name) for name in ("reverse_kl", "skew_reverse_kl")] == ["bucket", "bucket"]
         for name in kd.divergences():
             found = kd.linear_topk_kd_loss(x, torch.eye(2), ids, logprobs, divergence=name)
-            tail = "bucket" if name in ("reverse_kl", "skew_reverse_kl") else "renormalize"
+            tail = default_tail(name)
             assert_same([found], [kd.linear_topk_kd_loss(x, torch.eye(2), ids, logprobs, divergence=name, tail=tail)])
             assert found > 0
         full = kd.kd_loss(x, torch.tensor([[0.9, 0.1]]).log(), divergence="reverse_kl")

@@ -17,7 +17,7 @@ from kdkernels.backends.products import HeadProducts
 from kdkernels.cli import main
 from kdkernels.engine import run as loop
 from kdkernels.engine import scratch
-from kdkernels.engine.cut import chunk_rows
+from kdkernels.engine.cut import CUTS, STRATEGIES, Cut, chunk_rows
 from kdkernels.planning import devices, roofline
 from kdkernels.planning.plan import default_budget
 from tests.support.cases import Case, draw, parameters, running, strategies_that_run
@@ -100,6 +100,21 @@ class TestPlan:
         sizes: dict[str, Any] = {"tokens": 8, "vocab": 8, "student_dim": 8, "teacher_dim": 8, "memory_budget": 8}
         with pytest.raises(ValueError, match=rf"{name}.*at least 1.*0"):
             kd.plan(**{**sizes, name: 0})
+
+
+def test_what_another_strategy_takes_follows_from_its_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strategy is a function that returns a Cut: here chunks in blocks, and all in one."""
+    sizes: Any = (8192, 151_936, 896, 3584, torch.bfloat16)
+    vocab = kd.plan(*sizes, device="H100", strategy="vocab", memory_budget=2**29)
+    for name, rows in (("half", 4096), ("whole", 8192)):
+        monkeypatch.setitem(CUTS, name, lambda size, rows=rows: Cut(size, rows, vocab.block_columns, whole_rows=False))
+    monkeypatch.setattr("kdkernels.planning.plan.STRATEGIES", (*STRATEGIES, "half", "whole"))
+    half, whole = (kd.plan(*sizes, device="H100", strategy=name) for name in ("half", "whole"))  # type: ignore[arg-type]
+    assert (half.chunks, half.blocks, half.flops) == (2, vocab.blocks, vocab.flops)
+    assert half.logits_bytes * 2 == whole.logits_bytes == vocab.logits_bytes
+    assert whole.seconds == vocab.seconds < half.seconds, "the heads are read twice"  # type: ignore[operator]
+    monkeypatch.setitem(CUTS, "uncut", lambda size: Cut(size, size.tokens, size.vocab, whole_rows=True))
+    assert kd.plan(*sizes, device="H100").strategy == "uncut", "auto compares them all"
 
 
 class TestOnAGpu:

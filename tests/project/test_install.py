@@ -302,7 +302,7 @@ def test_functors_are_printed_for_every_divergence(tmp_path: Path) -> None:
     spec.loader.exec_module(generate)
     (tmp_path / "csrc").mkdir()
     (tmp_path / "kdkernels" / "backends").mkdir(parents=True)
-    for name in ("divergences.py", "backends/functors.py", "backends/columns.py"):
+    for name in ("divergences.py", "backends/functors.py", "backends/columns.py", "backends/polynomials.py"):
         shutil.copy(ROOT / "kdkernels" / name, tmp_path / "kdkernels" / name)
     generate.write(tmp_path)
     printed = (tmp_path / "csrc" / "generated" / "divergences.inc").read_text()

@@ -7,6 +7,8 @@ entry's place in the tile; all three are put right here.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,7 +18,8 @@ import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _patch_lang, _patch_lang_tensor
+from triton.language.semantic import TritonSemantic
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype, _patch_lang, _patch_lang_tensor
 
 from kdkernels import backends
 from kdkernels.backends.triton.blocks import Entry, Matrix, Row
@@ -31,8 +34,14 @@ GPU_CHOICES: dict[str, Any] = {
     },
     **{f"kdkernels.backends.{module}.keeps_sums": lambda _: True for module in ("dtypes", "products")},
 }
+_EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 _patched: set[Any] = set()
+_blocks: dict[tuple[Any, ...], dict[str, Any]] = {}
+_numpy_types: dict[str, Any] = {}
+_numbers: dict[tuple[Any, ...], Any] = {}
 _cast = InterpreterBuilder.cast_impl
+_init_block = tl.block_type.__init__
+_operands, _broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
 
 
 def _create_dot_repaired(builder: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
@@ -64,6 +73,63 @@ def _call_device_function(function: Any, *arguments: Any, **keywords: Any) -> An
         _patch_lang(function.fn)
         _patched.add(function.fn)
     return function.rewrite()(*arguments, **keywords)
+
+
+# Types, sizes and numbers are made once: three quarters of the interpreter's time went into making them for each operation.
+
+
+def _init_block_once(block: Any, element_ty: Any, shape: Any) -> None:
+    key = (element_ty.name, *(getattr(size, "value", size) for size in shape))
+    if key not in _blocks:
+        _init_block(block, element_ty, shape)
+        _blocks[key] = vars(block)
+    vars(block).update(_blocks[key])
+
+
+@functools.cache
+def _sizes(shape: tuple[int, ...]) -> tuple[Any, Any]:
+    return tl.tuple([tl.constexpr(size) for size in shape]), tl.constexpr(math.prod(shape))
+
+
+def _init_tensor(tensor: Any, handle: Any, kind: Any) -> None:
+    tensor.handle, tensor.type, tensor.dtype = handle, kind, kind.scalar
+    tensor.shape, tensor.numel = _sizes(tuple(kind.shape.values) if kind.is_block() else ())
+
+
+def _numpy_type_once(kind: Any) -> Any:
+    name = kind.scalar.name
+    if name not in _numpy_types:
+        _numpy_types[name] = _get_np_dtype(kind)
+    return _numpy_types[name]
+
+
+def _operands_once(semantic: Any, left: Any, right: Any, *flags: bool) -> Any:
+    """Tiles of one type stay as they are, but for divisions (the fourth flag); a number beside a tile becomes a tile once."""
+    tiles = isinstance(left, tl.tensor), isinstance(right, tl.tensor)
+    if tiles[0] == tiles[1]:
+        same = all(tiles) and len(flags) < 4 and left.type.name == right.type.name and not left.dtype.is_ptr()
+        return (left, right) if same else _operands(semantic, left, right, *flags)
+    tile, number = (left, right) if tiles[0] else (right, left)
+    key = tile.type.name, repr(number), flags
+    if key not in _numbers:
+        made = _operands(semantic, left, right, *flags)
+        if made[tiles[1]] is not tile:  # beside that number it is of another type
+            return made
+        _numbers[key] = made[tiles[0]]
+    return (left, _numbers[key]) if tiles[0] else (_numbers[key], right)
+
+
+def _broadcast_different(semantic: Any, left: Any, right: Any) -> Any:
+    shapes = [side.type.shape.values if side.type.is_block() else [] for side in (left, right)]
+    return (left, right) if shapes[0] == shapes[1] else _broadcast(semantic, left, right)
+
+
+def _assert_no_overflow(_: Any, left: Any, right: Any, operation: Any) -> None:
+    """Of indices. Triton makes five tiles of it, and looks at them only where kernels are debugged."""
+    if left.handle.data.itemsize < 8:
+        exact = _EXACT[operation.__name__](left.handle.data.astype(np.int64), right.handle.data.astype(np.int64))
+        limits = np.iinfo(left.handle.data.dtype)
+        assert limits.min <= exact.min() <= exact.max() <= limits.max, f"{left.dtype} overflows in {operation.__name__}"
 
 
 def _multiply(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -103,6 +169,12 @@ def as_on_a_gpu(
         "triton.runtime.interpreter.InterpreterBuilder.create_dot": _create_dot_repaired,
         "triton.runtime.interpreter.InterpreterBuilder.cast_impl": _cast_repaired,
         "triton.runtime.interpreter.InterpretedFunction.__call__": _call_device_function,
+        "triton.runtime.interpreter._get_np_dtype": _numpy_type_once,
+        "triton.language.block_type.__init__": _init_block_once,
+        "triton.language.tensor.__init__": _init_tensor,
+        "triton.language.semantic.TritonSemantic.binary_op_type_checking_impl": _operands_once,
+        "triton.language.semantic.TritonSemantic.broadcast_impl_value": _broadcast_different,
+        "triton.language.semantic.TritonSemantic.binary_op_sanitize_overflow_impl": _assert_no_overflow,
     }
     with ExitStack() as stack:
         for name, value in replaced.items():

@@ -50,21 +50,3 @@ def backward(teacher: OnlineTeacher, seed: int = 1, scale: float = 1.0) -> None:
 
 def contents(teacher: OnlineTeacher) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in teacher.named_parameters().items()}
-
-
-def assert_same(found: Any, expected: Any) -> None:
-    """Bit for bit, through dictionaries and sequences."""
-    assert type(found) is type(expected)
-    if isinstance(expected, Tensor):
-        assert found.dtype == expected.dtype
-        assert torch.equal(found, expected)
-    elif isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        for key in expected:
-            assert_same(found[key], expected[key])
-    elif isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected)
-        for pair in zip(found, expected, strict=True):
-            assert_same(*pair)
-    else:
-        assert found == expected

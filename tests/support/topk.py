@@ -29,6 +29,12 @@ BUDGET = 300
 both_tails = pytest.mark.parametrize("tail", TAILS)
 
 
+def default_tail(name: str) -> str:
+    """The tail with which a divergence is one: over one token alone, of which the student takes mass away, some fall below 0."""
+    value = oracle.FORMULAS[name](torch.tensor(0.0), torch.tensor(0.6).log(), oracle.DEFAULTS.get(name, 0.0))
+    return "bucket" if value < 0 else "renormalize"
+
+
 @dataclass(frozen=True)
 class Kept:
     """A student's case, and what was kept of the teacher: ids and log-probabilities (..., K), perhaps that of the rest (...)."""

@@ -23,7 +23,7 @@ from kdkernels.transformers.load import load_model  # noqa: E402
 from kdkernels.transformers.online import OnlineTeacher  # noqa: E402
 from tests.support.data import put, tokenizer  # noqa: E402
 from tests.support.tiny_models import build  # noqa: E402
-from tests.transformers.test_trainer import ACCUMULATED, BATCH, STEPS, examples, logs, settings, weights  # noqa: E402
+from tests.support.training import ACCUMULATED, BATCH, STEPS, examples, logs, settings, weights  # noqa: E402
 
 NAN, INFINITE = float("nan"), float("inf")
 SPOTS = {  # in a row that the probe does not read, in one that every token goes through, in the head

@@ -18,7 +18,7 @@ from kdkernels.transformers.distill.options import BY_NAME  # noqa: E402
 from kdkernels.transformers.methods.base import Lesson  # noqa: E402
 from kdkernels.transformers.methods.fixed import Fixed  # noqa: E402
 from kdkernels.transformers.settings import COUNT, SHARE, Flag, Settings, said  # noqa: E402
-from tests.transformers.test_trainer import examples, logs, models, settings, weights  # noqa: E402
+from tests.support.training import examples, logs, models, settings, weights  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 

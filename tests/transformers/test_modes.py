@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 from kdkernels.transformers import KDTrainer, verify_lm_head, write_cache  # noqa: E402
 from kdkernels.transformers.load import is_causal  # noqa: E402
 from tests.support.tiny_models import batch, build  # noqa: E402
-from tests.transformers.test_trainer import BATCH, examples, logs, settings, weights  # noqa: E402
+from tests.support.training import BATCH, examples, logs, settings, weights  # noqa: E402
 
 
 class Quantised(nn.Linear):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.online import ADAMW, assert_same, backward, contents, lively, losses, teach
+from tests.support.online import ADAMW, backward, contents, lively, losses, teach
+from tests.support.training import assert_same
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

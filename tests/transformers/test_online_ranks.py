@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch import Tensor
 from kdkernels.transformers.online import OnlineTeacher
-from tests.support.online import ADAMW, assert_same, backward, losses
+from tests.support.online import ADAMW, backward, losses
 from tests.support.processes import run_apart
 from tests.support.tiny_models import build
+from tests.support.training import assert_same
 
 
 def save_to(state, path):

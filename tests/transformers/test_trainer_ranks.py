@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("transformers")
 
 from kdkernels.transformers import KDTrainer
-from tests.transformers.test_trainer import BATCH, examples, logs, models, settings, weights
+from tests.support.training import BATCH, examples, logs, models, settings, weights
 
 RANKS, STEPS = 2, 4
 METHODS: dict[str, dict[str, Any]] = {

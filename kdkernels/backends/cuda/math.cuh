@@ -4,7 +4,7 @@
 //
 // Macros that a compilation sets: KD_FLAT (the temperature alone makes any two distributions close), KD_WEIGH (whose exponentials the
 // moments are weighed by: 0 nobody's, 1 the target's, 2 the student's), KD_CE (cross-entropy), KD_TEMPERED (a temperature other than
-// 1), KD_X_BIAS, KD_Z_BIAS, KD_X_SOFTCAP, KD_Z_SOFTCAP, each 0 or 1.
+// 1), KD_X_BIAS, KD_Z_BIAS, KD_X_SOFTCAP, KD_Z_SOFTCAP, each 0 or 1; and the polynomials of backends/polynomials.py.
 #ifdef __CUDACC__
 #define KD_INLINE __device__ __forceinline__
 #else
@@ -56,26 +56,14 @@ KD_INLINE bool counts(float d) { return abs(d) < infinity(); }
 KD_INLINE float log(float v) {
   const int bits = bits_of(v), power = (bits - 0x3F2AAAAB) & ~0x7FFFFF;  // k << 23
   const float f = float_of(bits - power) - 1.f;
-  float r = f * 0.13820123672485352f - 0.1512213796377182f;
-  r = r * f + 0.14042332768440247f;
-  r = r * f - 0.16472333669662476f;
-  r = r * f + 0.20007917284965515f;
-  r = r * f - 0.2500423789024353f;
-  r = r * f + 0.3333326578140259f;
-  r = r * f - 0.5f;
-  r = r * (f * f) + f;
+  const float r = KD_LOG(f) * (f * f) + f;
   return v * 0.f + (static_cast<float>(power) * 8.262958293901244e-08f + r);  // 2^-23 log 2
 }
 
 // Odd polynomial near 0, where 1 - e^-2v would lose digits.
 KD_INLINE float tanh(float v) {
   const float e = exp(-2.f * abs(v)), far = divided(1.f - e, 1.f + e), square = v * v;
-  float p = square * 0.00211801799f - 0.00815069769f;
-  p = p * square + 0.0216901544f;
-  p = p * square - 0.0539448895f;
-  p = p * square + 0.13333191f;
-  p = p * square - 0.333333313f;
-  return square < 0.4f ? v + v * square * p : v < 0.f ? -far : far;
+  return square < 0.4f ? v + v * square * KD_TANH(square) : v < 0.f ? -far : far;
 }
 
 KD_INLINE bool near([[maybe_unused]] float d) {
@@ -87,25 +75,10 @@ KD_INLINE bool near([[maybe_unused]] float d) {
 }
 
 // e^d - 1 - d where d is near 0.
-KD_INLINE float excess(float d) {
-  float r = d * 0.0013895341f + 0.00834883936f;
-  r = r * d + 0.0416667163f;
-  r = r * d + 0.166666418f;
-  r = r * d + 0.5f;
-  return d * d * r;
-}
+KD_INLINE float excess(float d) { return d * d * KD_EXCESS(d); }
 
 // g - log(1 + g) where g is near 0.
-KD_INLINE float deficit(float g) {
-  float r = g * -0.0989790931f + 0.135521948f;
-  r = r * g - 0.144471601f;
-  r = r * g + 0.16632323f;
-  r = r * g - 0.199954972f;
-  r = r * g + 0.250003725f;
-  r = r * g - 0.333333611f;
-  r = r * g + 0.5f;
-  return g * g * r;
-}
+KD_INLINE float deficit(float g) { return g * g * KD_DEFICIT(g); }
 
 struct Head {
   const float* bias;

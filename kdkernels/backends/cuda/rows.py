@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kdkernels.backends import functors
+from kdkernels.backends import functors, polynomials
 from kdkernels.backends.columns import ROW_COLUMNS, WEIGH
 from kdkernels.backends.cuda import compile
-from kdkernels.divergences import flat, resolve
+from kdkernels.divergences import Divergence, flat, resolve
 
 WIDE = 8  # entries of dx that a thread stores together
 OUT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -121,7 +121,7 @@ def source(divergence: str, macros: Macros, shape: Shape) -> str:
     pair = functors.functor(importlib.import_module("kdkernels.divergences"), divergence)
     sizes = {"CLUSTER": shape.cluster, "SLICE": shape.slice, "WARPS": shape.warps, "CHUNK": shape.chunk, "BLOCKS": shape.blocks}
     places = {"ROW_COLUMNS": len(ROW_COLUMNS), **{f"ROW_{name.upper()}": at for at, name in enumerate(ROW_COLUMNS)}}
-    defined = [*macros, *((f"KD_{name}", value) for name, value in (sizes | places).items())]
+    defined = [*macros, *polynomials.macros(), *((f"KD_{name}", value) for name, value in (sizes | places).items())]
     return "\n".join([*(f"#define {name} {value}" for name, value in defined), math, pair, rows])
 
 
@@ -154,7 +154,8 @@ def _give_up(device: torch.device, error: Exception) -> None:
     logger.warning(
         "kdkernels: the cluster row kernel cannot run on %s, so Triton's does its work: the results are as exact, a loss takes up "
         "to a tenth longer. %s",
-        *(device, error),
+        device,
+        error,
     )
 
 
@@ -179,6 +180,38 @@ def _has_room(rows: Tensor) -> bool:
         and rows.stride(0) * rows.itemsize % 16 == 0
         and rows.stride(0) >= end
         and (rows.storage_offset() + (count - 1) * rows.stride(0) + end) * rows.itemsize <= rows.untyped_storage().nbytes()
+    )
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _terms(divergence: Divergence, weigh: str, temperature: float, kd_scale: float, ce_scale: float) -> Terms:
+    share, rest, _ = divergence.shares(temperature)
+    terms = Terms(share=share, rest=rest, temperature=temperature, kd=kd_scale / temperature, ce=ce_scale)
+    if weigh:
+        (terms.value_0, terms.value_1), (terms.slope_0, terms.slope_1) = divergence.linear()
+        terms.balance = divergence.balance()
+    return terms
+
+
+def _macros(divergence: str, weigh: str, temperature: float, arguments: Arguments, out: torch.dtype | None) -> Macros:
+    """What the arguments have: the rest is compiled away. out: of the gradient, None where there is none."""
+    x_head, z_head = arguments.x_head, arguments.z_head
+    return (
+        ("KD_PAIR", divergence),
+        ("KD_WEIGH", WEIGH[weigh]),
+        ("KD_FLAT", int(flat(temperature))),
+        ("KD_CE", int(arguments.labels is not None)),
+        ("KD_TEMPERED", int(temperature != 1.0)),
+        ("KD_SCALED", int((x_head.scale, z_head.scale) != (1.0, 1.0))),
+        ("KD_X_BIAS", int(x_head.bias is not None)),
+        ("KD_Z_BIAS", int(z_head.bias is not None)),
+        ("KD_X_SOFTCAP", int(x_head.softcap != 0.0)),
+        ("KD_Z_SOFTCAP", int(z_head.softcap != 0.0)),
+        ("KD_GRAD", int(out is not None)),
+        ("KD_OUT", OUT[out or torch.float32]),
     )
 
 
@@ -208,43 +241,33 @@ def row_loss(
     of = replace(resolve(divergence), a=a)
     # Running sums cancel in flat distributions to nothing.
     weigh = "" if flat(temperature) else of.one_sweep
-    x_scale, x_softcap, z_scale, z_softcap = head
-    labels = labels if ce_scale != 0.0 else None
-    macros: dict[str, int | str] = {
-        "KD_PAIR": divergence,
-        "KD_WEIGH": WEIGH[weigh],
-        "KD_FLAT": int(flat(temperature)),
-        "KD_CE": int(labels is not None),
-        "KD_TEMPERED": int(temperature != 1.0),
-        "KD_SCALED": int((x_scale, z_scale) != (1.0, 1.0)),
-        "KD_X_BIAS": int(x_bias is not None),
-        "KD_Z_BIAS": int(z_bias is not None),
-        "KD_X_SOFTCAP": int(x_softcap != 0.0),
-        "KD_Z_SOFTCAP": int(z_softcap != 0.0),
-        "KD_GRAD": int(dx is not None),
-        "KD_OUT": OUT[torch.float32 if dx is None else dx.dtype],
-    }
     columns = torch.empty((rows, len(ROW_COLUMNS)), dtype=torch.float32, device=x.device)
-    linear, balance = (of.linear(), of.balance()) if weigh else (((0.0, 0.0), (0.0, 0.0)), 0.0)
     # Held until the launch, as the arguments name only their addresses.
-    biases = [None if bias is None else bias.to(torch.float32).contiguous() for bias in (x_bias, z_bias)]
-    labels = None if labels is None else labels.contiguous()
+    x_bias, z_bias = (None if bias is None else bias.to(torch.float32).contiguous() for bias in (x_bias, z_bias))
+    labels = None if labels is None or ce_scale == 0.0 else labels.contiguous()
     weight, t = weight.to(torch.float32).contiguous(), t.to(torch.float32)
-    share, rest, _ = of.shares(temperature)
     arguments = Arguments(
-        *(side if side is None else side.data_ptr() for side in (x, z, dx)),
-        *(0 if side is None else side.stride(0) for side in (x, z, dx)),
-        *(None if side is None else side.data_ptr() for side in (columns, labels, weight, t)),
-        *(
-            Head(None if bias is None else bias.data_ptr(), scale, softcap)
-            for bias, scale, softcap in zip(biases, head[::2], head[1::2], strict=True)
-        ),
-        Terms(share, rest, temperature, kd_scale / temperature, ce_scale, *linear[0], *linear[1], balance),
-        *(rows, vocab, shape.slice),
+        x=_address(x),
+        z=_address(z),
+        dx=_address(dx),
+        x_stride=x.stride(0),
+        z_stride=z.stride(0),
+        dx_stride=0 if dx is None else dx.stride(0),
+        columns=_address(columns),
+        labels=_address(labels),
+        weight=_address(weight),
+        t=_address(t),
+        x_head=Head(_address(x_bias), head[0], head[1]),
+        z_head=Head(_address(z_bias), head[2], head[3]),
+        terms=_terms(of, weigh, temperature, kd_scale, ce_scale),
+        rows=rows,
+        vocab=vocab,
+        slice=shape.slice,
     )
+    macros = _macros(divergence, weigh, temperature, arguments, None if dx is None else dx.dtype)
     with torch.cuda.device(x.device):
         try:
-            kernel, clusters = _kernel(divergence, tuple(macros.items()), shape, x.device)
+            kernel, clusters = _kernel(divergence, macros, shape, x.device)
             if clusters == 0:
                 return None
             grid = min(rows, clusters) * shape.cluster

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.backends import columns as table
-from kdkernels.backends.triton.functions import exp
+from kdkernels.backends.triton.functions import TANH, exp, polynomial
 
 NOTHING, TARGET, STUDENT = (tl.constexpr(table.WEIGH[side]) for side in ("", "target", "student"))
 
@@ -45,16 +45,11 @@ SUMS_READ, GRADIENT_READ = tl.constexpr(table.SUMS_READ), tl.constexpr(table.GRA
 
 @triton.jit
 def tanh(v):
-    """Odd polynomial near 0, where 1 - e^-2v would lose digits (minimax fit, as in csrc/vec.h)."""
+    """Odd polynomial near 0, where 1 - e^-2v would lose digits."""
     e = exp(-2.0 * tl.abs(v))
     far = (1.0 - e) / (1.0 + e)
     square = v * v
-    p = square * 0.00211801799 - 0.00815069769
-    p = p * square + 0.0216901544
-    p = p * square - 0.0539448895
-    p = p * square + 0.13333191
-    p = p * square - 0.333333313
-    return tl.where(square < 0.4, v + v * square * p, tl.where(v < 0.0, -far, far))
+    return tl.where(square < 0.4, v + v * square * polynomial(square, TANH), tl.where(v < 0.0, -far, far))
 
 
 @triton.jit

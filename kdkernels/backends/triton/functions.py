@@ -17,7 +17,11 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from kdkernels.backends import polynomials
 from kdkernels.backends.triton.arch import interpreting
+
+EXCESS, DEFICIT = tl.constexpr(polynomials.EXCESS), tl.constexpr(polynomials.DEFICIT)
+TANH, LOG = tl.constexpr(polynomials.TANH), tl.constexpr(polynomials.LOG)
 
 if interpreting():  # which has no libdevice
 
@@ -33,20 +37,21 @@ else:
 
 
 @triton.jit
+def polynomial(v, COEFFICIENTS: tl.constexpr):
+    """The highest power's coefficient first."""
+    p = v * COEFFICIENTS[0] + COEFFICIENTS[1]
+    for at in tl.static_range(2, len(COEFFICIENTS.value)):
+        p = p * v + COEFFICIENTS[at]
+    return p
+
+
+@triton.jit
 def log(v):
-    """Of positive normal numbers; NaN stays NaN. v = 2^k m with m in [2/3, 4/3); log m = f - f²/2 + f³ P(f), f = m - 1, with P
-    fitted for the least relative error."""
+    """Of positive normal numbers; NaN stays NaN. v = 2^k m with m in [2/3, 4/3), f = m - 1."""
     bits = v.to(tl.int32, bitcast=True)
     power = (bits - 0x3F2AAAAB) & -0x800000  # k << 23
     f = (bits - power).to(tl.float32, bitcast=True) - 1.0
-    r = f * 0.13820123672485352 - 0.1512213796377182
-    r = r * f + 0.14042332768440247
-    r = r * f - 0.16472333669662476
-    r = r * f + 0.20007917284965515
-    r = r * f - 0.2500423789024353
-    r = r * f + 0.3333326578140259
-    r = r * f - 0.5
-    r = r * (f * f) + f
+    r = polynomial(f, LOG) * (f * f) + f
     r = power.to(tl.float32) * 8.262958293901244e-08 + r  # 2^-23 log 2
     return v * 0.0 + r
 
@@ -63,25 +68,14 @@ def never(d):
 
 @triton.jit
 def excess(d):
-    """e^d - 1 - d where d is near 0 (minimax fits of both, as in csrc/vec.h)."""
-    r = d * 0.0013895341 + 0.00834883936
-    r = r * d + 0.0416667163
-    r = r * d + 0.166666418
-    r = r * d + 0.5
-    return d * d * r
+    """e^d - 1 - d where d is near 0."""
+    return d * d * polynomial(d, EXCESS)
 
 
 @triton.jit
 def deficit(g):
     """g - log(1 + g) where g is near 0."""
-    r = g * -0.0989790931 + 0.135521948
-    r = r * g - 0.144471601
-    r = r * g + 0.16632323
-    r = r * g - 0.199954972
-    r = r * g + 0.250003725
-    r = r * g - 0.333333611
-    r = r * g + 0.5
-    return g * g * r
+    return g * g * polynomial(g, DEFICIT)
 
 
 @triton.jit

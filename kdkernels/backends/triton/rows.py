@@ -180,11 +180,8 @@ def row_loss(
     wanted = labels is not None and (ce_scale != 0.0 or metrics)
     # Running sums cancel where p is close to q, and in flat distributions to nothing.
     weigh = "" if metrics or kd_scale == 0.0 or flat(temperature) else resolve(divergence).one_sweep
-    entry, sides = blocks.row_entry(x.device), [side for side in (x, z, dx) if side is not None]
-    # Triton gives a thread 16 bytes of the narrowest of them at a time, or one entry where rows do not lie so. A longer part would
-    # be several threads'.
-    width = min(16 // min(side.itemsize for side in sides), entry.entries)
-    width = width if all(_has_room(side, width) for side in sides) else 1
+    entry = blocks.row_entry(x.device)
+    width = _together([side for side in (x, z, dx) if side is not None], entry.entries)
     arguments: tuple[Any, ...] = (
         (x, z, dx),
         (x.stride(0), z.stride(0), 0 if dx is None else dx.stride(0)),
@@ -208,6 +205,13 @@ def row_loss(
             **entry.options(x.device),
         )
     return columns
+
+
+def _together(sides: list[Tensor], most: int) -> int:
+    """Entries that a thread takes of a row at a time: what Triton gives it, which is 16 bytes of the narrowest of the sides, or one
+    entry where rows do not lie so. A longer part would be several threads'."""
+    width = min(16 // min(side.itemsize for side in sides), most)
+    return width if all(_has_room(side, width) for side in sides) else 1
 
 
 def _has_room(rows: Tensor, entries: int) -> bool:

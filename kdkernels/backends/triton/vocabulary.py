@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.backends.base import Model, Step
-from kdkernels.backends.columns import STATS_COLUMNS, SUMS_COLUMNS, WEIGH
+from kdkernels.backends.columns import STATS_COLUMNS, SUMS_COLUMNS, WEIGH, Sums
 from kdkernels.backends.merge import merged
 from kdkernels.backends.products import HeadProducts
 from kdkernels.backends.triton import arch, autotune, blocks, device, launch
@@ -192,8 +192,7 @@ def gradient_kernel(
     teacher_weight,
     models,
     dx,  # its pointer, [tokens, at least end - begin], and from one row to the next
-    of_rows,  # pointers: statistics [tokens, STATS_COLUMNS]; slope sum, weight [2, tokens]; labels [tokens] or None
-    t_ptr,
+    of_rows,  # pointers: statistics [tokens, STATS_COLUMNS]; slope sum, weight [2, tokens]; labels [tokens] or None; t, one for all
     terms,
     tokens,
     vocab,
@@ -212,7 +211,7 @@ def gradient_kernel(
     rows = n0 + tl.arange(0, BLOCK_N)
     columns = (v0 + tl.arange(0, BLOCK_V))[None, :]
     dx_ptr, dx_stride = dx
-    stats_ptr, rows_ptr, labels_ptr = of_rows
+    stats_ptr, rows_ptr, labels_ptr, t_ptr = of_rows
     t = tl.load(t_ptr)
     x, y, _ = _tile(
         student_hidden, student_weight, teacher_hidden, teacher_weight, models,
@@ -318,13 +317,14 @@ class LearnerSweeps:
         parts = self._over_splits(sums_kernel, self.matrix("sums"), len(SUMS_COLUMNS), arguments, **constants)
         sums = parts.sum(0, dtype=torch.float64)
         # A slope that compares (total variation) can hide a NaN that the value shows.
-        sums[:, 1] = torch.where(sums[:, 0].isnan(), sums[:, 0], sums[:, 1])
+        value, slope = Sums(*sums.unbind(1))[:2]
+        slope.copy_(torch.where(value.isnan(), value, slope))
         return sums
 
     def gradients(self, stats: Tensor, sums: Tensor) -> Iterator[tuple[slice, HeadProducts, Tensor]]:
         student: Model = self.step.student
         count, vocab, width = self.step.count, self.step.vocab, self.tile.shape[1]
-        rows = torch.stack([sums[:, 1].float(), self.weights.float()])
+        rows = torch.stack([Sums(*sums.unbind(1)).slope.float(), self.weights.float()])
         labels = None if self.terms[3] is None else self.labels
         for begin in range(0, vocab, width):
             block = slice(begin, min(begin + width, vocab))
@@ -337,7 +337,7 @@ class LearnerSweeps:
                 gradient_kernel,
                 self.matrix("gradient"),
                 grid,
-                ((tile, tile.stride(0)), (stats.float(), rows, labels), self.t, self.terms, count, vocab, block.start, block.stop),
+                ((tile, tile.stride(0)), (stats.float(), rows, labels, self.t), self.terms, count, vocab, block.start, block.stop),
                 PAIR=self.pair,
                 REACH=1 if tile.stride(0) % arch.ENTRIES or block.start % arch.ENTRIES else arch.ENTRIES,
             )

@@ -1,7 +1,7 @@
 """How a student can be taught.
 
-A method is a file here: its settings (a dataclass of Settings) and its part (a subclass of Fixed, or of another method). The first
-is named in ``AllSettings``, the second in ``METHODS``; KDConfig's fields and the options of ``distill`` follow.
+A method is a file here: its settings (a dataclass of Settings) and its part (a subclass of Fixed, or of another method), both with
+its name. The settings go among the bases of ``AllSettings``, by which type checkers know KDConfig's fields too; all else follows.
 """
 
 from __future__ import annotations
@@ -13,13 +13,10 @@ from kdkernels.divergences import Divergence, divergences, resolve
 from kdkernels.scalars import one_of as check_one_of
 from kdkernels.transformers.methods.cached import Cached, CachedSettings
 from kdkernels.transformers.methods.fixed import Fixed, Live, LossSettings
-from kdkernels.transformers.methods.okd import OKD, OKDSettings
+from kdkernels.transformers.methods.okd import OKDSettings
 from kdkernels.transformers.methods.on_policy import OnPolicySettings, Writing
-from kdkernels.transformers.methods.taid import TAID, TAIDSettings
+from kdkernels.transformers.methods.taid import TAIDSettings
 from kdkernels.transformers.settings import NUMBER, Flag, Settings, one_of, said
-
-METHODS: dict[str, type[Fixed]] = {method.name: method for method in (TAID, OKD)}
-"""Besides these each divergence is a method: Fixed."""
 
 
 def methods() -> tuple[str, ...]:
@@ -63,6 +60,8 @@ class AllSettings(CachedSettings, OnPolicySettings, OKDSettings, TAIDSettings, L
 
 
 SETTINGS: tuple[type[Settings], ...] = tuple(reversed(AllSettings.__bases__))
+METHODS = {settings.method_of: Fixed.named[settings.method_of] for settings in SETTINGS if settings.method_of}
+"""Besides these each divergence is a method: Fixed."""
 
 
 def parts_of(trainer: Any) -> tuple[Any, ...]:

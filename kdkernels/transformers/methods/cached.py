@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from kdkernels.engine.outcomes import TAILS, WEIGHED_BY_STUDENT
+from kdkernels.engine.outcomes import TAILS
 from kdkernels.losses.topk import linear_topk_kd_loss
 from kdkernels.transformers.methods.base import Lesson, Means
 from kdkernels.transformers.settings import Flag, Settings, one_of, said
@@ -22,10 +22,10 @@ class CachedSettings(Settings):
 
     @classmethod
     def check_cached(cls, config: Any, cache: Any) -> None:
-        divergence = config.resolved_divergence().name
-        if config.topk_tail == "renormalize" and divergence in WEIGHED_BY_STUDENT:
+        divergence = config.resolved_divergence()
+        if config.topk_tail == "renormalize" and divergence.weighed_by_student:
             raise ValueError(
-                f"with topk_tail='renormalize' {divergence} moves mass outside the top-k, free of cost; accepted: 'bucket'"
+                f"with topk_tail='renormalize' {divergence.name} moves mass outside the top-k, free of cost; accepted: 'bucket'"
             )
         if config.temperature != cache.temperature:
             raise ValueError(f"temperature={config.temperature}, but the cache was made for {cache.temperature}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -70,9 +70,14 @@ class Live:
 
 
 class Fixed(Part):
-    """A method. target: what is learned from, Live or Cached. name: of ``KDConfig(method=...)``, where it is no divergence's."""
+    """A method. target: what is learned from, Live or Cached. name: of ``KDConfig(method=...)``, where it is no divergence's; in
+    ``named`` each is found by it."""
 
-    name = ""
+    name: ClassVar[str] = ""
+    named: ClassVar[dict[str, type[Fixed]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Fixed.named[cls.name] = cls
 
     def __init__(self, trainer: Any, target: Any) -> None:
         super().__init__(trainer)
