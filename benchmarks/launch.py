@@ -34,11 +34,11 @@ from torch import Tensor
 import kdkernels as kd
 from benchmarks import gpu_checks, static
 from benchmarks.cases import DTYPES, HEADS, MIB, Head
-from benchmarks.static import KERNELS
+from benchmarks.compiled import KERNELS, TARGETS
 from benchmarks.stub_driver import CompilerMissingError, Stub, as_on_a_gpu, built
 from tests.support.cases import Case
 
-ARCHITECTURES = tuple(name for name, limits in static.TARGETS.items() if limits.backend == "cuda")
+ARCHITECTURES = tuple(name for name, limits in TARGETS.items() if limits.backend == "cuda")
 STRATEGIES = ("tokens", "vocab")
 FULL = "sm_90"  # the others launch what --quick does: compiling takes the time
 QUICK_DIVERGENCES = ("forward_kl", "jsd")

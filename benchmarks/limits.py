@@ -32,18 +32,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks import exact, runner
+from benchmarks import exact
 from benchmarks.cases import GIB, MIB, Case, Head, Problem, problem
 from benchmarks.contenders import STRATEGIES, loss_of
 from benchmarks.exact import Exact
-from benchmarks.measure import limit_memory, measured, planned, stepped
-from benchmarks.rows import Row, options, run
-from benchmarks.runner import Part, told
+from benchmarks.measure import measured, stepped
+from benchmarks.rows import Row, alone, options, run
 
 FILES = dict.fromkeys(("largest", "tokens", "vocab", "break-even"), "limits.json")
 CONTENDERS = ("tokens", "vocab", "eager", "compiled")
 DISTINCT = 128
-TIMEOUT = 3600.0  # seconds for a case
 
 
 @dataclass(frozen=True)
@@ -122,13 +120,12 @@ def repeating(case: Case) -> tuple[Problem, Callable[[], Exact]]:
 
 
 def break_even(case: Case, repeats: int) -> Row:
-    """Time of "tokens" over "vocab", measured and predicted, and which one "auto" takes."""
-    plans = {strategy: case.plan(strategy) for strategy in STRATEGIES}
+    """Time of "tokens" over "vocab", what is planned of the latter, how both cut the work, and which one "auto" takes."""
+    tokens, vocab, auto = (case.plan(strategy) for strategy in STRATEGIES)
     given = problem(case)
     found = measured(case, given, repeats=repeats, yardstick=stepped(loss_of(replace(case, contender="vocab")), given))
-    planned_seconds = {"planned_seconds": plans["tokens"].seconds, "planned_yardstick_seconds": plans["vocab"].seconds}
-    cut = {"chunk_rows": plans["tokens"].chunk_rows, "block_columns": plans["vocab"].block_columns}
-    return found | planned_seconds | cut | {"auto": plans["auto"].strategy}
+    cut = {"chunk_rows": tokens.chunk_rows, "block_columns": vocab.block_columns, "auto": auto.strategy}
+    return found | cut | {"planned_yardstick_seconds": vocab.seconds}
 
 
 def planned_ratio(row: Row) -> float:
@@ -145,16 +142,6 @@ def measure(case: Case, repeats: int) -> Row:
     return measured(case, problem(case))
 
 
-def opened(repeats: int) -> Callable[[Case], Iterator[Row]]:
-    def run(case: Case) -> Iterator[Row]:
-        facts = case.facts | (planned(case) if case.limit else {})
-        if case.limit:
-            limit_memory(case.limit)
-        yield told(facts, lambda: measure(case, repeats))
-
-    return run
-
-
 def rows(chosen: list[Case], repeats: int) -> Iterator[Row]:
     """A row for each case; none of a sweep is run behind one at which the same contender failed."""
     failed: dict[tuple[str, str], Row] = {}
@@ -164,7 +151,7 @@ def rows(chosen: list[Case], repeats: int) -> Iterator[Row]:
             letter = "N" if case.part == "tokens" else "V"
             yield case.facts | {"skipped": f"not run: it failed at {letter} = {before[case.part]:,}"}
             continue
-        for row in runner.rows(Part("case", opened, (repeats,), ((case,),), TIMEOUT)):
+        for row in alone(case, measure, repeats):
             if "failed" in row and case.part in ("tokens", "vocab"):
                 failed[case.part, case.contender] = row
             yield row

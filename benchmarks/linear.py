@@ -16,17 +16,14 @@ Each case runs in its own process; the result goes to linear.json.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 
-from benchmarks import runner
 from benchmarks.cases import DTYPES, MIB, ONLINE, Case, Head, problem
 from benchmarks.contenders import loss_of, products
-from benchmarks.measure import measured, planned, seconds, stepped
-from benchmarks.rows import Row, options, run
-from benchmarks.runner import Part, told
+from benchmarks.measure import measured, seconds, stepped
+from benchmarks.rows import Row, alone, options, run
 from kdkernels.backends.dtypes import product_dtype
 
 FILES = {"time": "linear.json", "memory": "linear.json"}
@@ -38,7 +35,6 @@ TOY = Head("152k", "toy", "toy", 640, 640, 16, 24), Head("32k", "toy", "toy", 32
 LOSSES = ("forward_kl", "reverse_kl", "taid", "jsd", ONLINE)
 TIMED = {dtype: DTYPES[dtype] for dtype in ("fp32", "bf16")}
 BUDGET = 128 * MIB
-TIMEOUT = 3600.0  # seconds for a case
 
 
 def cases(heads: tuple[Head, ...] = FULL) -> list[Case]:
@@ -54,7 +50,7 @@ def cases(heads: tuple[Head, ...] = FULL) -> list[Case]:
 def measure(case: Case, repeats: int) -> Row:
     given, dtype = problem(case), DTYPES[case.dtype]
     if case.part == "memory":
-        return planned(case) | measured(case, given)
+        return measured(case, given)
     yardstick = stepped(loss_of(case), replace(given, labels=None)) if case.masked else None
     found = measured(case, given, repeats=repeats, yardstick=yardstick)
     if product_dtype(dtype, torch.device("cpu")) != dtype and case.loss == "forward_kl":
@@ -62,22 +58,11 @@ def measure(case: Case, repeats: int) -> Row:
     return found
 
 
-def opened(repeats: int) -> Callable[[Case], Iterator[Row]]:
-    def run(case: Case) -> Iterator[Row]:
-        yield told(case.facts, lambda: measure(case, repeats))
-
-    return run
-
-
-def rows(chosen: list[Case], repeats: int) -> Iterator[Row]:
-    for case in chosen:
-        yield from runner.rows(Part("case", opened, (repeats,), ((case,),), TIMEOUT))
-
-
 def main() -> int:
     parser = options(__doc__)
     chosen = parser.parse_args()
-    return run(parser, chosen, cases(TOY if chosen.quick else FULL), FILES, lambda some: rows(some, chosen.repeats))
+    listed = cases(TOY if chosen.quick else FULL)
+    return run(parser, chosen, listed, FILES, lambda some: (row for case in some for row in alone(case, measure, chosen.repeats)))
 
 
 if __name__ == "__main__":

@@ -81,9 +81,9 @@ def stepped(loss: Loss, given: Problem) -> Callable[[], Tensor]:
 
 
 def planned(case: Case) -> dict[str, Any]:
-    """What ``kd.plan`` says of a step: peak above the inputs, and seconds. Nothing for those that it does not plan."""
+    """What ``kd.plan`` says of a step: peak above the inputs, and seconds. Nothing of a step that it does not plan."""
     ours = case.contender in STRATEGIES
-    if not ours and case.contender != "eager":
+    if case.masked or not (ours or case.contender == "eager"):
         return {}
     plan = case.plan(case.contender if ours else "auto")
     scratch, took = (plan.scratch_bytes, plan.seconds) if ours else (plan.eager_scratch_bytes, plan.eager_seconds)

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import runner
 from benchmarks.cases import MIB, Case, key, name
-from benchmarks.measure import machine
+from benchmarks.measure import limit_memory, machine, planned
+from benchmarks.runner import Part, told
 from kdkernels.console import files
 
 RESULTS = Path(__file__).parent / "results"
+TIMEOUT = 3600.0  # seconds for a case
 Row = dict[str, Any]
 
 
@@ -42,6 +45,26 @@ class File:
         rows = [*(one for one in self.rows if key(one) != key(row)), row]
         self.rows = sorted(rows, key=lambda one: self.places.get(key(one), len(self.places)))
         files.write(self.path, (json.dumps({"machine": self.machine, "rows": self.rows}, indent=1) + "\n").encode())
+
+
+Measure = Callable[[Case, int], Row]
+
+
+def opened(measure: Measure, repeats: int) -> Callable[[Case], Iterator[Row]]:
+    """What a process does for a case: it holds no more than the limit, and plans before it measures."""
+
+    def run(case: Case) -> Iterator[Row]:
+        facts = case.facts | planned(case)
+        if case.limit is not None:
+            limit_memory(case.limit)
+        yield told(facts, lambda: measure(case, repeats))
+
+    return run
+
+
+def alone(case: Case, measure: Measure, repeats: int) -> Iterator[Row]:
+    """The row of a case, from a process of its own."""
+    return runner.rows(Part("case", opened, (measure, repeats), ((case,),), TIMEOUT))
 
 
 def line(row: Row) -> str:

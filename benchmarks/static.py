@@ -29,115 +29,23 @@ import argparse
 import contextlib
 import importlib.metadata
 import io
-import itertools
 import multiprocessing
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks import static_cluster
 from benchmarks.cases import DTYPES
+from benchmarks.compiled import CLUSTER, KERNELS, TARGETS, Compiled, per_logit
 from benchmarks.machine_code import Sweep, disassembled, stores_of, sweeps_of
-from benchmarks.static_launches import ODD, PLAIN, VALUE, Launch, launches
-from kdkernels.planning.roofline import ROW_INSTRUCTIONS
+from benchmarks.static_launches import PLAIN, Launch, launches
 
-KERNELS = ("row_loss", "statistics", "sums", "gradient")
-CLUSTER = "cluster_row"  # in CUDA C++, from compute capability 9.0 on; its gradient is stored as bf16
-
-
-@dataclass(frozen=True)
-class Limits:
-    """One multiprocessor: registers of 32 bits, threads and programs in flight, bytes of shared memory of one program and of all;
-    threads of a warp."""
-
-    backend: str
-    number: int | str
-    registers: int
-    threads: int
-    programs: int
-    shared: int
-    shared_all: int
-    warp: int
-
-
-TARGETS = {
-    # CUDA C++ Programming Guide, table of technical specifications per compute capability
-    "sm_80": Limits("cuda", 80, 65536, 2048, 32, 163 * 1024, 164 * 1024, 32),
-    "sm_90": Limits("cuda", 90, 65536, 2048, 32, 227 * 1024, 228 * 1024, 32),
-    "sm_100": Limits("cuda", 100, 65536, 2048, 32, 227 * 1024, 228 * 1024, 32),
-    # AMD Instinct MI300 ISA: per compute unit four SIMDs of 512 vector registers x 64 lanes, 64 KiB of local data share
-    "gfx942": Limits("hip", "gfx942", 4 * 512 * 64, 2048, 32, 64 * 1024, 64 * 1024, 64),
-}
-# What the roofline's instructions of the row kernel are counted for, at t < 1.
-COUNTED = ("sm_90", "bf16")
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma_|v_smfmac_)")
-
-
-@dataclass(frozen=True)
-class Compiled:
-    architecture: str
-    dtype: str
-    kernel: str
-    label: str
-    blocks: str
-    registers: int
-    spilled: int
-    shared: int
-    tensor_cores: int
-    warps: int
-    sweeps: tuple[Sweep, ...] = ()
-    stores: tuple[int, ...] = ()
-
-    @property
-    def occupancy(self) -> float:
-        limits = TARGETS[self.architecture]
-        threads = self.warps * limits.warp
-        granule = -(-self.registers // 8) * 8
-        fit = min(
-            limits.registers // max(1, granule * threads),
-            limits.threads // threads,
-            limits.programs,
-            limits.shared_all // max(1, self.shared),
-        )
-        return fit * threads / limits.threads
-
-    def faults(self) -> list[str]:
-        found = []
-        if self.spilled:
-            found.append(f"spills {self.spilled} bytes")
-        on_nvidia = TARGETS[self.architecture].backend == "cuda"
-        if self.kernel not in ("row_loss", CLUSTER):
-            if on_nvidia and self.dtype == "fp32":
-                if self.tensor_cores:
-                    found.append("multiplies float32 by matrix units, which cut it to TF32")
-            elif not self.tensor_cores:
-                found.append("has no tensor-core instruction")
-        if narrow := [bits for bits in self.stores if bits < 128]:
-            found.append(f"stores the gradient by {', '.join(map(str, narrow))} bits")
-        if self.kernel == "row_loss" and on_nvidia:
-            if len(self.sweeps) < (2 if self.label.endswith(VALUE) else 4):
-                found.append(f"has {len(self.sweeps)} loops; at t = 1 and at t < 1 it has two sweeps or three")
-            if exchanges := sum(sweep.exchanges for sweep in self.sweeps):
-                found.append(f"has {exchanges} barriers, shuffles and accesses to shared memory inside its sweeps")
-            stated = [count for count in ROW_INSTRUCTIONS.get(self.label.removesuffix(PLAIN), ()) if count]
-            if stated and (self.architecture, self.dtype) == COUNTED and self.label.endswith(PLAIN):
-                counted = [round(count) for count in per_logit(self)[1]]
-                if any(abs(one - other) > 3 for one, other in itertools.zip_longest(counted, stated, fillvalue=0)):
-                    found.append(f"takes {counted} instructions per logit in its sweeps; roofline.ROW_INSTRUCTIONS states {stated}")
-            narrow = sorted({bits for sweep in self.sweeps for bits in sweep.widths if bits < 128})
-            if narrow and not self.label.endswith(ODD):
-                found.append(f"accesses memory by {', '.join(map(str, narrow))} bits inside its sweeps")
-        if self.shared > TARGETS[self.architecture].shared:
-            found.append(f"takes {self.shared} bytes of shared memory of {TARGETS[self.architecture].shared}")
-        return [f"{self.architecture} {self.dtype} {self.kernel} {self.label}: {fault}" for fault in found]
-
-
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 
 
@@ -229,19 +137,7 @@ def _job(job: tuple[str, str, tuple[str, ...]]) -> list[Compiled]:
     knobs.compilation.always_compile = True  # what the cache holds has no log
     found = launches(architecture, DTYPES[dtype])
     made = [compiled(launch, architecture, dtype) for launch in found if launch.name in kernels]
-    return made + (clusters(architecture, dtype) if CLUSTER in kernels else [])
-
-
-def clusters(architecture: str, dtype: str) -> list[Compiled]:
-    """The cluster row kernels, where the architecture has any."""
-    limits = TARGETS[architecture]
-    if limits.backend != "cuda" or int(limits.number) < 90 or dtype != "bf16":
-        return []
-    found = static_cluster.kernels(architecture, DTYPES[dtype], limits.shared, limits.shared_all)
-    return [
-        Compiled(architecture, dtype, CLUSTER, one.label, one.blocks, one.registers, one.spilled, one.shared, 0, one.warps)
-        for one in found
-    ]
+    return made + (static_cluster.kernels(architecture, dtype) if CLUSTER in kernels else [])
 
 
 HEADER = ("architecture", "dtype", "kernel", "blocks", "of", "registers", "spilled", "shared", "tensor-core", "occupancy")
@@ -280,15 +176,6 @@ def aligned(lines: Sequence[Sequence[str]], names: int) -> str:
             yield cell.ljust(width) if at < names else cell.rjust(width)
 
     return "\n".join("  ".join(flush(line)) for line in lines)
-
-
-def per_logit(one: Compiled) -> tuple[list[float], list[float]]:
-    """Instructions per logit of each sweep, at t = 1 and at t < 1."""
-    from kdkernels.backends.triton.blocks import Row
-
-    counts = [sweep.instructions / Row().entries for sweep in one.sweeps]
-    halves = counts[: len(counts) // 2], counts[len(counts) // 2 :]
-    return (halves[0], halves[1]) if sum(halves[0]) <= sum(halves[1]) else (halves[1], halves[0])
 
 
 def row_table(found: Sequence[Compiled]) -> str:

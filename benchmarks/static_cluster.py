@@ -5,32 +5,21 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
 
 import kdkernels as kd
+from benchmarks.cases import DTYPES
+from benchmarks.compiled import CLUSTER, TARGETS, Compiled
+from benchmarks.static_launches import PLAIN
 from kdkernels.backends.cuda import compile, rows
 from kdkernels.divergences import resolve
 
 # Of Llama 3, whose slices leave room for three blocks on a multiprocessor, and of Qwen 3, whose do not.
 VOCABULARIES = (128256, 151936)
 ROWS = 2
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """blocks: of a cluster, times the columns of each. registers: of a thread. spilled: bytes out and in. shared: bytes of a block.
-    warps: of a block, the producer's too."""
-
-    label: str
-    blocks: str
-    registers: int
-    spilled: int
-    shared: int
-    warps: int
 
 
 @contextlib.contextmanager
@@ -52,7 +41,8 @@ def recorded() -> Iterator[list[tuple[str, rows.Macros, rows.Shape]]]:
 
 
 def launches(dtype: torch.dtype, of_block: int, of_multiprocessor: int) -> list[tuple[str, rows.Macros, rows.Shape]]:
-    """Every divergence with nothing and with everything that a loss can have, in both cuts. dtype: of dx."""
+    """Every divergence with nothing and with everything that a loss can have, in both cuts. dtype: of dx. of_block,
+    of_multiprocessor: bytes of shared memory."""
     with recorded() as found:
         for vocab in VOCABULARIES:
             x, z, dx = torch.empty(ROWS, vocab), torch.empty(ROWS, vocab), torch.empty(ROWS, vocab, dtype=dtype)
@@ -65,23 +55,29 @@ def launches(dtype: torch.dtype, of_block: int, of_multiprocessor: int) -> list[
     return found
 
 
-def compiled(divergence: str, macros: rows.Macros, shape: rows.Shape, architecture: str) -> Kernel:
+def compiled(divergence: str, macros: rows.Macros, shape: rows.Shape, architecture: str, dtype: str) -> Compiled:
     options = (*rows.OPTIONS, "--ptxas-options=-v")
     _, log = compile.compiled(rows.source(divergence, macros, shape), options, architecture)
     registers, static = (
         int(found[1]) if (found := re.search(form, log)) else 0 for form in (r"Used (\d+) reg", r"(\d+) bytes smem")
     )
-    dressing = "" if dict(macros)["KD_CE"] else ", plain"
-    return Kernel(
-        divergence + dressing,
+    return Compiled(
+        architecture,
+        dtype,
+        CLUSTER,
+        divergence + ("" if dict(macros)["KD_CE"] else PLAIN),
         f"{shape.cluster} x {shape.slice}",
         registers,
         sum(map(int, re.findall(r"(\d+) bytes spill", log))),
         shape.shared + static,
+        0,
         shape.threads // 32,
     )
 
 
-def kernels(architecture: str, dtype: torch.dtype, of_block: int, of_multiprocessor: int) -> list[Kernel]:
-    """of_block, of_multiprocessor: bytes of shared memory."""
-    return [compiled(*launch, architecture) for launch in launches(dtype, of_block, of_multiprocessor)]
+def kernels(architecture: str, dtype: str) -> list[Compiled]:
+    """Of an architecture that has clusters, the gradient stored as bf16."""
+    limits = TARGETS[architecture]
+    if limits.backend != "cuda" or int(limits.number) < 90 or dtype != "bf16":
+        return []
+    return [compiled(*launch, architecture, dtype) for launch in launches(DTYPES[dtype], limits.shared, limits.shared_all)]

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.static import TARGETS
+from benchmarks.compiled import TARGETS
 from kdkernels import backends
 from tests.support.cases import InsideOperators
 

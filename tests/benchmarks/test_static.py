@@ -19,8 +19,8 @@ from kdkernels.divergences import resolve
 pytest.importorskip("triton")
 
 from benchmarks import static, static_cluster, static_launches
+from benchmarks.compiled import CLUSTER, KERNELS, TARGETS, Compiled
 from benchmarks.machine_code import Sweep, stores_of, sweeps_of
-from benchmarks.static import Compiled
 from benchmarks.static_launches import BARE, ODD, PLAIN, VALUE, Launch, launches
 from kdkernels.backends.triton.blocks import LEAN, TABLE
 from kdkernels.planning.roofline import ROW_INSTRUCTIONS
@@ -38,7 +38,7 @@ def found() -> list[Launch]:
 
 class TestClusterKernel:
     def test_every_divergence_with_nothing_and_with_everything_in_both_cuts(self) -> None:
-        limits = static.TARGETS["sm_90"]
+        limits = TARGETS["sm_90"]
         found = static_cluster.launches(torch.bfloat16, limits.shared, limits.shared_all)
         switches = [name for name, _ in found[0][1] if name not in ("KD_PAIR", "KD_WEIGH", "KD_FLAT", "KD_GRAD", "KD_OUT")]
         settings = {(name, *(dict(macros)[one] for one in switches), shape.blocks) for name, macros, shape in found}
@@ -49,29 +49,29 @@ class TestClusterKernel:
 
     @pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
     def test_what_the_assembler_says_of_it(self, architecture: str) -> None:
-        limits = static.TARGETS[architecture]
+        limits = TARGETS[architecture]
         launch = static_cluster.launches(torch.bfloat16, limits.shared, limits.shared_all)[0]
-        made = static_cluster.compiled(*launch, architecture)
+        made = static_cluster.compiled(*launch, architecture, "bf16")
         assert 32 <= made.registers <= 72, "of three blocks of 9 warps"
         assert made.spilled == 0
         assert launch[2].shared < made.shared <= limits.shared_all // 3
         assert made.warps == 9
 
     def test_a_spill_is_a_fault_and_nothing_about_matrix_units_is(self) -> None:
-        good = replace(GOOD, kernel=static.CLUSTER, tensor_cores=0)
+        good = replace(GOOD, kernel=CLUSTER, tensor_cores=0)
         assert good.faults() == []
         assert replace(good, spilled=8).faults() == ["sm_90 bf16 cluster_row jsd: spills 8 bytes"]
 
     def test_architectures_without_clusters_have_none(self) -> None:
-        assert static.clusters("sm_80", "bf16") == static.clusters("gfx942", "bf16") == []
+        assert static_cluster.kernels("sm_80", "bf16") == static_cluster.kernels("gfx942", "bf16") == []
 
 
 class TestLaunches:
     def test_every_kernel_is_there(self, found: list[Launch]) -> None:
-        assert {launch.name for launch in found} == set(static.KERNELS)
+        assert {launch.name for launch in found} == set(KERNELS)
 
     def test_every_divergence_is_there_with_and_without_metrics(self, found: list[Launch]) -> None:
-        labels = {kernel: [launch.label for launch in found if launch.name == kernel] for kernel in static.KERNELS}
+        labels = {kernel: [launch.label for launch in found if launch.name == kernel] for kernel in KERNELS}
         names, measured = set(kd.divergences()), {f"{name}, metrics" for name in kd.divergences()}
         swept_twice = {name for name in names if not resolve(name).one_sweep}
         assert set(labels["row_loss"]) == names | measured | {name + kind for name in names for kind in (PLAIN, VALUE, ODD)}
@@ -95,7 +95,7 @@ class TestLaunches:
             assert arguments.get("labels_ptr", 0) is not None
 
     def test_blocks_are_those_of_the_architecture(self) -> None:
-        for architecture in static.TARGETS:
+        for architecture in TARGETS:
             for dtype in (torch.float32, torch.bfloat16):
                 entry = TABLE[architecture, dtype.itemsize]
                 for launch in launches(architecture, dtype):
