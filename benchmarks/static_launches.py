@@ -13,7 +13,7 @@ import torch
 
 import kdkernels as kd
 from kdkernels import backends
-from kdkernels.backends.base import Model, Step, Terms
+from kdkernels.backends.base import Model, Needs, Step, Terms
 from kdkernels.divergences import resolve
 
 TOKENS, VOCAB, DIMS = 256, 4096, (512, 1024)
@@ -94,7 +94,7 @@ def _step(divergence: str, dtype: torch.dtype, metrics: bool, dress: str = "") -
         terms=Terms(divergence, resolve(divergence).a, temperature, 1.0, ce, [0.5, softcap, 0.5, softcap]),
         rows=None,
         count=TOKENS,
-        needs=(True, True, True),
+        needs=Needs(True, True, True),
         metrics=metrics,
         alone=False,
         lift=None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -97,13 +97,21 @@ class Model:
         return self.hidden[index].to(self.dtype)
 
 
+class Needs(NamedTuple):
+    """Which of a learner's tensors take a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
 @dataclass(frozen=True)
 class Step:
     """A step after its checks. Of rows that do not count the values in ``hidden`` are never looked at.
 
     labels: [N] or None, counted from this rank's first column; -1 where another rank holds it. rows: indices of those that are
     worked on, None for all; count: how many. counts: [N], which of them count; None where all do. weights: [N], token weights;
-    scale: 0-dim, on top of them for gradients. needs: which of hidden, weight and bias take one. alone: the loss does not look at
+    scale: 0-dim, on top of them for gradients. needs: which tensors take one. alone: the loss does not look at
     the teacher, so its logits are not computed, and ``teacher`` is the student. ranks: over which the vocabulary is split.
     teacher_needs: as needs, of a teacher that learns in a step of its own; else None.
     """
@@ -117,14 +125,14 @@ class Step:
     terms: Terms
     rows: Tensor | None
     count: int
-    needs: tuple[bool, bool, bool]
+    needs: Needs
     metrics: bool
     alone: bool
     lift: Tensor | None
     backend: Backend
     budget: int
     ranks: Ranks = ALONE
-    teacher_needs: tuple[bool, bool, bool] | None = None
+    teacher_needs: Needs | None = None
     counts: Tensor | None = None
 
     @property

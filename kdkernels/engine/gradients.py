@@ -22,9 +22,9 @@ class Gradients:
     def __init__(self, step: Step, inputs: Inputs, cut: Cut) -> None:
         hidden, weight, bias = inputs
         self.step, self.vocab = step, step.vocab
-        self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if step.needs[0] else None
-        self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if step.needs[1] else None
-        self.bias = torch.zeros_like(bias, dtype=step.sum_dtype) if step.needs[2] and bias is not None else None
+        self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if step.needs.hidden else None
+        self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if step.needs.weight else None
+        self.bias = torch.zeros_like(bias, dtype=step.sum_dtype) if step.needs.bias and bias is not None else None
         self.bias_dtype = None if bias is None else bias.dtype
         self.weight_sum = None if self.weight is None else self.weight[: self.vocab]
         if self.weight_sum is not None and cut.chunks > 1 and weight.dtype.itemsize == 2:

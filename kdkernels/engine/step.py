@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdkernels import backends
-from kdkernels.backends.base import Model, Step, Terms
+from kdkernels.backends.base import Model, Needs, Step, Terms
 from kdkernels.backends.columns import ROW_COLUMNS, Row
 from kdkernels.backends.dtypes import DTYPES, accumulate_dtype, logits_dtype, product_dtype
 from kdkernels.divergences import divergences
@@ -20,8 +20,12 @@ from kdkernels.parallel.ranks import ALONE, LOSSES, Fact, Ranks, agree, one_of, 
 METRICS = (*ROW_COLUMNS, "tokens")
 
 
-# Hidden states, weight and bias of a model as they came.
-Inputs = tuple[Tensor, Tensor, Tensor | None]
+class Inputs(NamedTuple):
+    """Of a model, as they came."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,11 @@ def size_of(step: Step) -> Size:
         dtype=student.dtype,
         teacher_dtype=teacher.dtype,
         divergence=step.terms.divergence,
-        train_head=step.needs[1],
+        train_head=step.needs.weight,
         device=step.device,
         budget=step.budget,
         learners=1 if step.teacher_needs is None else 2,
-        train_teacher_head=step.teacher_needs is not None and step.teacher_needs[1],
+        train_teacher_head=step.teacher_needs is not None and step.teacher_needs.weight,
         alone=step.alone,
         shared=not step.ranks.alone,
         widest=step.ranks.widest,
@@ -139,7 +143,7 @@ def _shares(
 
 def _facts_of(terms: Terms, models: tuple[Inputs, Inputs], dtypes: tuple[torch.dtype, torch.dtype], metrics: bool) -> list[Fact]:
     """What ranks must agree on about a loss, apart from its tokens."""
-    device = models[0][0].device
+    device = models[0].hidden.device
     logits = [logits_dtype(dtype, device) for dtype in dtypes]
     floats = [str(dtype) for dtype in DTYPES]
     sides = dict(zip(("student", "teacher"), models, strict=True))
@@ -165,8 +169,8 @@ def _facts_of(terms: Terms, models: tuple[Inputs, Inputs], dtypes: tuple[torch.d
 class Options:
     """What a step was asked for besides its models and its loss.
 
-    vocab: None for all rows, with a ``Split`` only. dtypes: of both models' products. needs: which of a learner's hidden states,
-    weight and bias take a gradient, then the next learner's. budget: bytes of logits scratch. grad_scale: 0-dim, on top of the
+    vocab: None for all rows, with a ``Split`` only. dtypes: of both models' products. needs: of each learner.
+    budget: bytes of logits scratch. grad_scale: 0-dim, on top of the
     token weights for gradients; lift: a factor on top of that which only the gradient of the hidden states keeps. check_labels:
     whether the host may read how many rows count.
     """
@@ -175,7 +179,7 @@ class Options:
     ignore_index: int
     vocab: int | None
     dtypes: tuple[torch.dtype, torch.dtype]
-    needs: tuple[bool, ...]
+    needs: tuple[Needs, ...]
     metrics: bool
     budget: int
     grad_scale: Tensor
@@ -185,10 +189,6 @@ class Options:
     @property
     def scale(self) -> Tensor:
         return self.grad_scale if self.lift is None else self.grad_scale * self.lift
-
-    def needs_of(self, learner: int) -> tuple[bool, bool, bool]:
-        hidden, weight, bias = self.needs[3 * learner : 3 * learner + 3]
-        return hidden, weight, bias
 
 
 def prepare(
@@ -202,15 +202,15 @@ def prepare(
     split: Split | None = None,
 ) -> Step:
     """teacher: None where it is not a model; ``known`` is then what it left."""
-    dtypes, needs = options.dtypes, options.needs_of(0)
-    tokens, device = student[0].shape[0], student[0].device
+    dtypes, needs = options.dtypes, options.needs[0]
+    tokens, device = student.hidden.shape[0], student.hidden.device
     sum_dtype = accumulate_dtype(dtypes[0])
     if known is None:
         models = student, student if teacher is None else teacher
         same = [] if split is None else [
             *_facts_of(terms, models, dtypes, options.metrics),
-            whether("student_hidden requires grad", needs[0]),
-            whether("student_head requires grad", needs[1]),
+            whether("student_hidden requires grad", needs.hidden),
+            whether("student_head requires grad", needs.weight),
             Fact("t", t),
             Fact(_DIVISOR, options.grad_scale),
         ]  # fmt: skip
@@ -256,8 +256,8 @@ def prepare_both(
 
     models, token_weights, terms: the student's, then the teacher's.
     """
-    (student, teacher), dtypes, needs = models, options.dtypes, options.needs
-    device = student[0].device
+    (student, teacher), dtypes, (needs, teacher_needs) = models, options.dtypes, options.needs
+    device = student.hidden.device
     sum_dtype = accumulate_dtype(*dtypes)
     given = [weight for weight in token_weights if weight is not None]
     # A token counts if it does for either.
@@ -266,14 +266,14 @@ def prepare_both(
         *_facts_of(terms[0], (student, teacher), dtypes, options.metrics),
         Fact("teacher_alpha (times temperature² unless square_temperature=False)", terms[1].kd_scale),
         Fact("teacher_alpha", terms[1].ce_scale),
-        whether("student_hidden requires grad", needs[0]),
-        whether("teacher_hidden requires grad", needs[3]),
-        whether("student_head requires grad", needs[1]),
-        whether("teacher_head requires grad", needs[4]),
+        whether("student_hidden requires grad", needs.hidden),
+        whether("teacher_hidden requires grad", teacher_needs.hidden),
+        whether("student_head requires grad", needs.weight),
+        whether("teacher_head requires grad", teacher_needs.weight),
         Fact(_DIVISOR, options.grad_scale),
     ]  # fmt: skip
     shares = _shares(split, models, either, options, same)
-    kept, tokens = shares.kept, student[0].shape[0]
+    kept, tokens = shares.kept, student.hidden.shape[0]
     weights = [kept.weights(weight, tokens, sum_dtype, device) for weight in token_weights]
     learners = [_model(inputs, dtype, shares.vocab, sum_dtype) for inputs, dtype in zip((student, teacher), dtypes, strict=True)]
     one = Step(
@@ -287,14 +287,14 @@ def prepare_both(
         rows=kept.rows,
         count=tokens if kept.rows is None else kept.rows.shape[0],
         counts=kept.counts,
-        needs=options.needs_of(0),
+        needs=needs,
         metrics=options.metrics,
         alone=False,
         lift=options.lift,
         backend=backends.select(device, *(model.logits for model in learners)),
         budget=shares.budget,
         ranks=shares.ranks,
-        teacher_needs=options.needs_of(1),
+        teacher_needs=teacher_needs,
     )
     other = replace(
         one,
@@ -302,8 +302,8 @@ def prepare_both(
         teacher=learners[0],
         weights=weights[1],
         terms=terms[1],
-        needs=options.needs_of(1),
-        teacher_needs=one.needs,
+        needs=teacher_needs,
+        teacher_needs=needs,
         metrics=False,
     )
     return one, other

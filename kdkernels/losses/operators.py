@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.backends.base import Step, Terms
+from kdkernels.backends.base import Needs, Step, Terms
 from kdkernels.backends.dtypes import accumulate_dtype
 from kdkernels.backends.operators import library
 from kdkernels.engine import logits
@@ -73,25 +73,25 @@ class Given(SimpleNamespace):
 
     @property
     def student(self) -> Inputs:
-        return self.student_hidden, self.student_weight, self.student_bias
+        return Inputs(self.student_hidden, self.student_weight, self.student_bias)
 
     @property
     def teacher(self) -> Inputs:
-        return self.teacher_hidden, self.teacher_weight, self.teacher_bias
+        return Inputs(self.teacher_hidden, self.teacher_weight, self.teacher_bias)
 
     @property
     def terms(self) -> Terms:
         return Terms(self.divergence, self.a, self.temperature, self.kd_scale, self.ce_scale, self.head)
 
-    def options(self, dtypes: tuple[torch.dtype, torch.dtype]) -> Options:
-        """dtypes: of both models' products."""
+    def options(self, dtypes: tuple[torch.dtype, torch.dtype], *learners: str) -> Options:
+        """dtypes: of both models' products. learners: the models that learn."""
         return Options(
             labels=self.labels,
             ignore_index=self.ignore_index,
             check_labels=self.check_labels,
             vocab=self.vocab,
             dtypes=dtypes,
-            needs=tuple(self.needs),
+            needs=tuple(Needs(*(self.needs[f"{model}_{part}"] for part in Needs._fields)) for model in learners),
             metrics=self.metrics,
             budget=self.memory_budget or default_budget(self.student_hidden.device),
             grad_scale=self.grad_scale,
@@ -106,7 +106,7 @@ def linear_kd(given: Given) -> tuple[Tensor, ...]:
         given.token_weight,
         given.t,
         given.terms,
-        given.options((given.student_dtype, given.teacher_dtype)),
+        given.options((given.student_dtype, given.teacher_dtype), "student"),
         split=Split(given.group, "linear_kd_loss", given.strategy) if given.group else None,
     )
     (done,), means = _run(given.strategy, size_of(step), (step,), (given.student,))
@@ -123,7 +123,7 @@ def linear_okd(given: Given) -> tuple[Tensor, ...]:
         (given.student, given.teacher),
         (given.token_weight, given.teacher_token_weight),
         (terms, swapped),
-        given.options((given.student_dtype, given.teacher_dtype)),
+        given.options((given.student_dtype, given.teacher_dtype), "student", "teacher"),
         split=Split(given.group, "linear_okd_loss", given.strategy) if given.group else None,
     )
     (one, other), means = _run(given.strategy, size_of(steps[0]), steps, (given.student, given.teacher))
@@ -132,7 +132,7 @@ def linear_okd(given: Given) -> tuple[Tensor, ...]:
 
 def linear_topk_kd(given: Given) -> tuple[Tensor, ...]:
     known = given.topk_ids, given.topk_logprobs, given.topk_rest
-    options = given.options((given.student_dtype, given.student_dtype))
+    options = given.options((given.student_dtype, given.student_dtype), "student")
     step = prepare(given.student, None, given.token_weight, given.t, given.terms, options, known)
     # One sweep over the vocabulary gives the statistics, whatever the divergence; to the plan that is forward KL.
     size = replace(size_of(step), known=True, divergence="forward_kl")
@@ -152,7 +152,7 @@ def logits_kd(given: Given) -> tuple[Tensor, ...]:
         given.terms,
         given.ignore_index,
         given.check_labels,
-        given.needs[0],
+        given.needs["student_logits"],
         given.metrics,
     )
 
@@ -164,7 +164,7 @@ def _made(given: Given, dtype: torch.dtype, sources: tuple[Tensor | None, ...], 
     losses = [first.new_empty(first.shape[0], dtype=dtype) for _ in range(learners)]
     grads = [
         losses[0].new_empty(0) if not need or source is None else source.new_empty(source.shape)
-        for source, need in zip(sources, given.needs, strict=True)
+        for source, need in zip(sources, given.needs.values(), strict=True)
     ]
     return *losses, *grads, losses[0].new_empty(len(METRICS) if given.metrics else 0)
 
@@ -187,9 +187,11 @@ def _fake_logits_kd(given: Given) -> tuple[Tensor, ...]:
     return _made(given, accumulate_dtype(given.student_logits.dtype), (given.student_logits,))
 
 
-def _by_name(names: tuple[str, ...], function: Callable[[Given], tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+def _by_name(schema: Schema, function: Callable[[Given], tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
     def called(*arguments: Any) -> tuple[Tensor, ...]:
-        return function(Given(**dict(zip(names, arguments, strict=True))))
+        given = Given(**dict(zip(schema.names, arguments, strict=True)))
+        given.needs = dict(zip(schema.learned, given.needs, strict=True))
+        return function(given)
 
     return called
 
@@ -214,8 +216,8 @@ for _operator, _fake in {
 }.items():
     _name = _operator.__name__
     _schema = SCHEMAS[_name] = Schema(getattr(torch.ops.kdkernels, _name))
-    IMPLEMENTATIONS[_name] = _with_own_dtypes(_by_name(_schema.names, _operator))
+    IMPLEMENTATIONS[_name] = _with_own_dtypes(_by_name(_schema, _operator))
     library.impl(_name, IMPLEMENTATIONS[_name], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"kdkernels::{_name}", _by_name(_schema.names, _fake), lib=library)
+    torch.library.register_fake(f"kdkernels::{_name}", _by_name(_schema, _fake), lib=library)
     _setup, _backward = of_operator(_schema)
     torch.library.register_autograd(f"kdkernels::{_name}", _backward, setup_context=_setup, lib=library)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdkernels.backends.base import Step, Terms
+from kdkernels.backends.base import Needs, Step, Terms
 from kdkernels.backends.columns import STATS_COLUMNS
 from kdkernels.divergences import resolve
 from kdkernels.engine.step import Options as Asked
@@ -64,7 +64,7 @@ def step_of(case: Case, name: str, metrics: bool = False, dtype: torch.dtype = t
             ignore_index=-100,
             vocab=case.student_weight.shape[0],
             dtypes=(dtype, dtype),
-            needs=(True, True, True),
+            needs=Needs(True, True, True),
             metrics=metrics,
             budget=2**30,
             grad_scale=torch.ones(()),
