@@ -7,7 +7,7 @@ TORCH := 2.13.0
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.py) kdkernels/divergences.py \
 	$(addprefix kdkernels/backends/,functors.py columns.py polynomials.py)
 
-.PHONY: setup demo test bench static launch sanitize lint clean
+.PHONY: setup demo test bench docs static launch sanitize lint clean
 
 setup: .venv/.built
 
@@ -30,6 +30,11 @@ test: setup
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadscope
 
 # About two hours on 2 cores, which should have nothing else to do.
+# The documentation's site, with warnings as errors; NO_MKDOCS_2_WARNING: its makers' advice on another program.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet
+	@echo "build/site/index.html"
+
 bench: setup
 	$(PY) -m pytest -o addopts= benchmarks --benchmark-only
 	$(PY) -m benchmarks.linear

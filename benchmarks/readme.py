@@ -359,7 +359,7 @@ def door_table(path: Path, grown: dict[str, Any]) -> str:
     columns = {column(row): f"{machines[-1]['device']}, {row['loss']}" for row in timed}
     columns[column(on_cpu[0])] = f"CPU, {on_cpu[0]['loss']}"
     title = (
-        "Time, also over that of the bare products, and peak memory above the inputs. "
+        "Time, also over that of the bare products, and peak memory above the inputs, gradients included. "
         f"GPU: {other['student']} ← {other['teacher']}, {other['tokens']:,} tokens, {other['dtype']}; "
         f"CPU: V = {on_cpu[0]['vocab']:,}, {largest:,} tokens, {on_cpu[0]['dtype']}. `tokens` and `vocab` are this library's "
         "strategies, with the scratch that they take by default or 1 GiB; eager is PyTorch as one writes it."

@@ -18,3 +18,7 @@ __version__ = "0.1.0"
 
 # Not as an assignment, which type checkers would read and find no divergence in: they go by the imports.
 globals()["__all__"] = sorted(name for name, value in globals().items() if callable(value) and not name.startswith("_"))
+
+
+def __dir__() -> list[str]:
+    return [*globals()["__all__"], "__version__"]

@@ -97,7 +97,7 @@ def linear_kd_loss(
     divergence: a name of ``kd.divergences()`` or a Divergence such as ``kd.jsd(0.3)``.
     t: number in [0, 1] or 0-dim tensor (not range-checked). temperature: T, 1e-9 to 1e5; square_temperature=False leaves the
         T² out.
-    token_weight: (...) constant factors of each token's loss; a weight of 0 drops the token.
+    token_weight: (...) floats, constant factors of each token's loss, of any sign; a weight of 0 drops the token.
     reduction: "mean" = sum(token_weight loss) / sum(token_weight) over kept tokens, or / ``normalizer`` (a positive number or 0-dim
         tensor, e.g. the token count of an accumulated step), and 0 where that is 0; "sum"; "none", shaped like labels, with the
         token weights in and 0 at dropped tokens.

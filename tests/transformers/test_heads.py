@@ -321,11 +321,11 @@ def test_the_library_does_not_import_transformers() -> None:
     run_apart(code)
 
 
-def test_the_readme_counts_the_families() -> None:
-    assert (
-        " ".join(README.read_text().split()).count(f"go through {len({family for family, _ in MODELS.values()})} model families")
-        == 1
-    )
+def test_the_readme_counts_the_families_and_a_page_names_them() -> None:
+    families = sorted({family for family, _ in MODELS.values()})
+    assert " ".join(README.read_text().split()).count(f"go through {len(families)} model families") == 1
+    page = " ".join((README.parent / "docs" / "losses.md").read_text().split())
+    assert f"Families that the tests go through: {', '.join(families)}." in page
 
 
 def test_the_step_that_the_readme_shows_is_that_of_the_models_own_logits() -> None:
