@@ -181,9 +181,10 @@ def _machine(facts: Result) -> str:
 
 
 def latest(found: Iterable[Result]) -> list[Result]:
-    """Of each thing that was looked at the last result."""
+    """Of each thing that was looked at the last result; a candidate that was only compiled was not."""
     told = (row for row in found if {"check", "rate", "contender", "candidate"} & row.keys())
-    return list({(row["stage"], about(row)): row for row in told}.values())
+    looked_at = (row for row in told if "candidate" not in row or {"median_ms", "failed", "skipped"} & row.keys())
+    return list({(row["stage"], about(row)): row for row in looked_at}.values())
 
 
 def text(path: Path) -> str:

@@ -73,6 +73,11 @@ class TestReport:
         assert ["29.000", "20.00", "*9.00", "wide"] in words
         assert words.index(["*25.000", "*15.00", "10.00", "tall"]) < words.index(["29.000", "20.00", "*9.00", "wide"])
 
+    def test_a_candidate_that_was_only_compiled_replaces_no_time(self, tmp_path: Path) -> None:
+        timed = blocks_row("tall", 15.0, 10.0)
+        compiled = {name: timed[name] for name in ("stage", "head", "loss", "tokens", "candidate", "first_s")}
+        assert "*25.000" in self.text(tmp_path, H100, timed, compiled)
+
     def test_failed_checks_say_why_and_skipped_ones_are_counted(self, tmp_path: Path) -> None:
         check = {"stage": "checks", "check": "accuracy", "strategy": "vocab", "dtype": "bf16"}
         text = self.text(

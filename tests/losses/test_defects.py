@@ -163,7 +163,7 @@ def test_kept_rows_are_read_from_the_device_once(monkeypatch: pytest.MonkeyPatch
     for name in ("item", "__bool__", "__int__", "__float__", "nonzero"):
         monkeypatch.setattr(Tensor, name, lambda *_, name=name: waits.append(name))
     labels, weight = torch.tensor([1, -100, 3]), torch.tensor([1.0, 1.0, 0.0])
-    rows = kept_rows(labels, weight, -100, 10)
+    rows = kept_rows(labels, weight, -100, 10).rows
     assert waits == ["tolist"]
     monkeypatch.undo()
     assert rows is not None
