@@ -110,6 +110,7 @@ def linear_topk_kd_loss(
     topk_rest: (...,) floats, the log-probability of all other tokens together, for "bucket"; ``write_cache`` keeps it. -inf: they
         are banned by the teacher, and have no term. None: what the k leave of 1, and at least 2^-23, below which the k tell nothing
         when they are rounded to float32 (to 16 bits, far above): of a confident teacher the rest is best given.
+    check_labels: as there; False leaves the tokens unchecked too, and the loss NaN where one is out of range or twice.
     return_metrics: as there, with two differences: target_entropy is over the target's outcomes, and overlap is the sum of
         min(q, p) over the k tokens, which is a lower bound of that over the vocabulary.
     vocab_size: cut the head to its first rows (a padded vocabulary); the rest gets zero gradient.
