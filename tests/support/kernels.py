@@ -12,8 +12,8 @@ from torch import Tensor
 from kdkernels.backends.base import Needs, Step, Terms
 from kdkernels.backends.columns import STATS_COLUMNS
 from kdkernels.divergences import resolve
+from kdkernels.engine.step import Inputs, prepare
 from kdkernels.engine.step import Options as Asked
-from kdkernels.engine.step import prepare
 from tests.support.cases import Case, draw, dressed
 from tests.support.oracle import Options
 
@@ -54,8 +54,8 @@ def assert_close(found: dict[str, Tensor], right: dict[str, Tensor], terms: int 
 def step_of(case: Case, name: str, metrics: bool = False, dtype: torch.dtype = torch.float32) -> Step:
     options = case.options
     return prepare(
-        (case.student_hidden, case.student_weight, case.student_bias),
-        (case.teacher_hidden, case.teacher_weight, case.teacher_bias),
+        Inputs(case.student_hidden, case.student_weight, case.student_bias),
+        Inputs(case.teacher_hidden, case.teacher_weight, case.teacher_bias),
         case.token_weight,
         torch.tensor(options.t),
         Terms(name, resolve(name).a, options.temperature, options.kd_weight, options.ce_weight, [1.0, 0.0, 1.0, 0.0]),
@@ -64,7 +64,7 @@ def step_of(case: Case, name: str, metrics: bool = False, dtype: torch.dtype = t
             ignore_index=-100,
             vocab=case.student_weight.shape[0],
             dtypes=(dtype, dtype),
-            needs=Needs(True, True, True),
+            needs=(Needs(True, True, True),),
             metrics=metrics,
             budget=2**30,
             grad_scale=torch.ones(()),
