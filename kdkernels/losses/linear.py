@@ -1,4 +1,4 @@
-"""The public loss from hidden states and heads: checks, and the choice of dtypes. What it computes is in divergences.py.
+"""The public loss from hidden states and heads. Its checks are in the files beside it, the formulas in divergences.py.
 
 Notation: x student logits, z teacher logits, y = (1 - t) x + t z target logits with x held constant, q = softmax(x / T),
 p = softmax(y / T); N tokens, V vocabulary, D hidden size. Losses are in nats.
