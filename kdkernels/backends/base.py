@@ -27,6 +27,14 @@ class Sweeps(Protocol):
         """Learner, block of columns, its head there, and the gradient tile [count, Vb], valid until the next one."""
 
 
+class OffsetRows(Protocol):
+    """Both models' logits of a chunk's rows, as 16-bit offsets, and the row operation on them."""
+
+    def row_loss(self, at: int, weights: Tensor, dx: Tensor | None) -> Tensor:
+        """ROW_COLUMNS of a learner's rows. weights: [rows], factors of the gradient, which goes to dx [rows, V] (None for none):
+        that may lie over the learner's own logits."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """An implementation of the low-level operators, and what it can do.
@@ -37,6 +45,9 @@ class Backend:
 
     sweeps: of a backend that multiplies itself and keeps no logits: makes them from the learners' steps, both models' counted rows
     in their products' dtype, scratch [count, Vb] for the widest learner's gradient, and HeadProducts' buffer.
+    offsets: makes the logits of whole rows as 16-bit offsets in its own products: from the learners' steps, both models' rows in
+    their products' dtype, float16 scratch [rows, V] for each model, and labels [rows] or None. keeps_offsets: whether it does on a
+    device, for the models' dtypes.
     temporaries: [rows, V] tensors of accumulate_dtype that it holds beside the logits; most_rows: in one call of row_loss, where
     nothing else bounds them. row_copies: float32 rows that each thread keeps.
     """
@@ -49,6 +60,8 @@ class Backend:
     missing: str = ""
     get_it: str = ""
     sweeps: Callable[[Sequence[Step], tuple[Tensor, Tensor], Tensor, Tensor], Sweeps] | None = None
+    offsets: Callable[[Sequence[Step], Sequence[Tensor], Sequence[Tensor], Tensor | None], OffsetRows] | None = None
+    keeps_offsets: Callable[[torch.device, torch.dtype, torch.dtype], bool] = lambda *_: False
     temporaries: int = 0
     most_rows: int | None = None
     row_copies: int = 0

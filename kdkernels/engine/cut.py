@@ -34,7 +34,7 @@ class Size:
 
     learners: 2 where the teacher learns too (OKD), by forward KL to the student; train_teacher_head: whether its head does. alone:
     the loss does not look at a teacher's logits; known: but at some log-probabilities of its. shared: ranks share the vocabulary,
-    of which one holds ``widest`` columns at most.
+    of which one holds ``widest`` columns at most. metrics: whether they are asked for.
     """
 
     tokens: int
@@ -53,6 +53,7 @@ class Size:
     known: bool = False
     shared: bool = False
     widest: int = 0
+    metrics: bool = False
 
     @property
     def backend(self) -> Backend:
@@ -63,6 +64,14 @@ class Size:
         """Whether the sweeps' kernels multiply themselves; they take no vocabulary without a column, which a rank may be left
         with."""
         return self.backend.sweeps is not None and self.vocab > 0 and not self.known
+
+    @property
+    def offsets(self) -> bool:
+        """Whether the logits of whole rows are kept as 16-bit offsets (backends/triton/offsets.py). Their rows are described to the
+        hardware, so that they have to be aligned; metrics look at the teacher beside the target, which alone is there."""
+        both = not (self.alone or self.known or self.shared or self.metrics)
+        aligned = row_stride(self.vocab, self.device) % ROW_ELEMENTS == 0
+        return both and aligned and self.backend.keeps_offsets(self.device, self.dtype, self.teacher_dtype)
 
     @property
     def accumulators(self) -> tuple[tuple[int, bool], ...]:
@@ -186,9 +195,7 @@ class Cut:
     @property
     def logits_bytes(self) -> int:
         """Of the tiles, and of what lies beside them while they are worked on: the budget bounds it."""
-        size = self.size
-        per_logit = (logit_bytes if self.whole_rows else column_bytes)(size.dtype, size.teacher_dtype, size.device, size.learners)
-        return self.rows * row_stride(self.columns, size.device) * per_logit
+        return self.rows * row_stride(self.columns, self.size.device) * _entry_bytes(self.size, self.whole_rows)
 
     @property
     def accumulator_bytes(self) -> int:
@@ -223,6 +230,8 @@ class Cut:
 
 def _tiles(size: Size, whole_rows: bool) -> dict[str, torch.dtype]:
     models = ((size.dtype, "x", "dx"),) if size.alone else ((size.dtype, "x", "dx"), (size.teacher_dtype, "z", "dz"))
+    if whole_rows and size.offsets:  # a gradient takes as many bits
+        return {"x": torch.float16, "z": torch.float16, **({"dx": size.dtype} if size.learners == 2 else {})}
     tiles = {name: logits_dtype(dtype, size.device) for dtype, name, _ in models}
     learned = {name: product_dtype(dtype, size.device) for dtype, _, name in models[: size.learners]}
     # A gradient in the products' dtype lies over the logits where those have that dtype, beside them otherwise. The student's lies
@@ -251,7 +260,7 @@ def by_columns(size: Size) -> Cut:
 
 def _entry_bytes(size: Size, whole_rows: bool) -> int:
     """Scratch bytes per token and column."""
-    if size.known:
+    if size.known or (whole_rows and size.offsets):
         return sum(dtype.itemsize for dtype in _tiles(size, whole_rows).values())
     return (logit_bytes if whole_rows else column_bytes)(size.dtype, size.teacher_dtype, size.device, size.learners)
 

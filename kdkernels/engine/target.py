@@ -43,7 +43,7 @@ Target: TypeAlias = Callable[[tuple[Step, ...], Tiles, Chunk], Work]
 def of_teacher(steps: tuple[Step, ...], tiles: Tiles, chunk: Chunk) -> Work:
     """A teacher's hidden states and head."""
     if tiles.cut.whole_rows:
-        return WholeRows(steps, tiles, chunk)
+        return (RowsOfOffsets if tiles.cut.size.offsets else WholeRows)(steps, tiles, chunk)
     begin, end = chunk.counted.start, chunk.counted.stop
     return Swept(steps if tiles.cut.chunks == 1 else tuple(one.chunk(begin, end) for one in steps), tiles)
 
@@ -80,6 +80,22 @@ class WholeRows:
 
     def columns(self, at: int) -> Tensor:
         return self.found[at]
+
+
+class RowsOfOffsets(WholeRows):
+    """The same on logits that a backend multiplies itself and keeps in 16 bits."""
+
+    def gradients(self) -> Iterator[tuple[int, slice, HeadProducts, Tensor]]:
+        step, columns = self.steps[0], slice(0, self.steps[0].vocab)
+        codes = [tile for name in ("x", "z") if (tile := self.tiles.tile(name, columns)) is not None]
+        assert step.backend.offsets is not None
+        rows = step.backend.offsets(self.steps, self.tiles.hidden, codes, step.labels_at(self.chunk.index))
+        heads = self.tiles.heads(columns)
+        for at, (one, own, out) in enumerate(zip(self.steps, codes, ("dx", "dz"), strict=False)):
+            beside = self.tiles.tile(out, columns)
+            dx = own.view(one.student.dtype) if beside is None else beside
+            self.found.append(rows.row_loss(at, self.chunk.weights[at] * one.scale, dx if any(one.needs) else None))
+            yield at, columns, heads[at], dx
 
 
 class KnownRows:

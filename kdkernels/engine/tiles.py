@@ -55,10 +55,14 @@ class Tiles:
         found = self.scratch.get(name)
         return None if found is None else found[: len(self.hidden[0]), : columns.stop - columns.start]
 
+    def heads(self, columns: slice) -> list[HeadProducts]:
+        """Of the models, there."""
+        return [HeadProducts(model.weight[columns], model.dtype, self.buffer) for model in self.models]
+
     def blocks(self) -> Iterator[Block]:
         """Blocks with their logits; those that are still there from the last time are not multiplied again."""
         for columns in self.cut.block_slices():
-            heads = [HeadProducts(model.weight[columns], model.dtype, self.buffer) for model in self.models]
+            heads = self.heads(columns)
             logits = [tile for name in ("x", "z") if (tile := self.tile(name, columns)) is not None]
             if columns != self.multiplied:
                 for head, hidden, out in zip(heads, self.hidden, logits, strict=True):

@@ -23,9 +23,9 @@ from tests.support.oracle import Options
 
 Result = dict[str, Tensor]
 INSTRUCTION_SETS = ("avx512", "avx2", "plain")
-# By backend or instruction set; "-vocab" streams the vocabulary in blocks, the others take whole rows.
+# By backend or instruction set; "-vocab" streams the vocabulary in blocks, the others take whole rows, "-offsets" in 16 bits.
 BLOCK_VARIANTS = ("reference", *INSTRUCTION_SETS)
-VARIANTS = (*BLOCK_VARIANTS, "triton", "reference-vocab", "native-vocab", "triton-vocab")
+VARIANTS = (*BLOCK_VARIANTS, "triton", "reference-vocab", "native-vocab", "triton-vocab", "triton-offsets")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*NATIVE_DTYPES, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -41,7 +41,8 @@ every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 def choices(variants: tuple[str, ...]) -> list[tuple[str, torch.dtype]]:
     """Every variant with every dtype that it takes."""
     wide = [(variant, torch.float64) for variant in variants if variant.startswith("reference")]
-    return [(variant, dtype) for variant in variants for dtype in NATIVE_DTYPES] + wide
+    narrow = (torch.bfloat16, torch.float16)
+    return [(one, dtype) for one in variants for dtype in (narrow if one.endswith("-offsets") else NATIVE_DTYPES)] + wide
 
 
 CHOICES = choices(VARIANTS)
@@ -49,7 +50,7 @@ BLOCK_CHOICES = choices(BLOCK_VARIANTS)
 
 
 def skip_reason(variant: str) -> str | None:
-    if variant.removesuffix("-vocab") in (*backends.usable(), *native.instruction_sets()):
+    if variant.partition("-")[0] in (*backends.usable(), *native.instruction_sets()):
         return None
     if variant.startswith("triton"):
         return "Triton is not installed"
@@ -83,7 +84,9 @@ def running(variant: str) -> Iterator[None]:
             stack.enter_context(backends.use("native" if backend in INSTRUCTION_SETS else backend))
         if backend in INSTRUCTION_SETS:
             stack.enter_context(native.instruction_set(backend))
-        if strategy:
+        if strategy == "offsets":
+            stack.enter_context(mock.patch.dict("os.environ", KDKERNELS_LOGITS="offsets"))
+        elif strategy:
             stack.enter_context(mock.patch("kdkernels.losses.operators.choose", return_value=strategy))
             stack.enter_context(mock.patch("kdkernels.engine.cut.block_columns", lambda _, vocab, *__: max(1, vocab // 4 + 1)))
         yield

@@ -2,6 +2,7 @@
 
 - device.py: what is done to a tile of logits [rows, columns] in registers; every kernel is made of it.
 - rows.py: the row operation over logits in memory (strategy ``tokens``).
+- offsets.py: the same over logits of 16 bits, which its own products make (opt-in).
 - vocabulary.py: kernels that multiply hidden states and heads themselves and keep no logits (strategy ``vocab``).
 - arch.py: what a device is; blocks.py: block sizes for each architecture; autotune.py: the search around the table.
 - launch.py: how a kernel is started.
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.backends.base import Backend, Step, Sweeps
+from kdkernels.backends.base import Backend, OffsetRows, Step, Sweeps
 from kdkernels.backends.dtypes import FAST_DTYPES
 
 
@@ -49,6 +50,27 @@ def _sweeps(steps: Sequence[Step], hidden: tuple[Tensor, Tensor], tile: Tensor, 
     return FusedSweeps(steps, hidden, tile, buffer)
 
 
+def _offsets(steps: Sequence[Step], hidden: Sequence[Tensor], codes: Sequence[Tensor], labels: Tensor | None) -> OffsetRows:
+    from kdkernels.backends.triton.offsets import OffsetRows
+
+    return OffsetRows(steps, hidden, codes, labels)
+
+
+LOGITS = ("float32", "offsets")
+
+
+def _keeps_offsets(device: torch.device, *dtypes: torch.dtype) -> bool:
+    """On GPUs whose table has blocks for it, where it is asked for. Raises ValueError for an unknown KDKERNELS_LOGITS."""
+    asked = os.environ.get("KDKERNELS_LOGITS") or "float32"
+    if asked not in LOGITS:
+        raise ValueError(f"KDKERNELS_LOGITS is {asked!r}; accepted: {', '.join(LOGITS)}, or nothing, which is float32")
+    if asked == "float32" or any(dtype.itemsize != 2 for dtype in dtypes):
+        return False
+    from kdkernels.backends.triton import blocks
+
+    return blocks.entry(device, dtypes[0]).offsets is not None
+
+
 BACKEND = Backend(
     name="triton",
     operators=_operators,
@@ -58,4 +80,6 @@ BACKEND = Backend(
     missing="Triton is not installed",
     get_it="pip install triton",
     sweeps=_sweeps,
+    offsets=_offsets,
+    keeps_offsets=_keeps_offsets,
 )

@@ -34,6 +34,12 @@ def warp(device: torch.device) -> int:
     return 64 if architecture(device).startswith("gfx9") else 32
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Programs that take turns at many tiles start once on each; the interpreter runs a few, so that each has several."""
+    return 3 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def described(device: torch.device) -> bool:
     """Whether operands are loaded through tensor descriptors: compute capability 9.0 and later."""
     name = architecture(device)

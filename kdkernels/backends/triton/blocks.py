@@ -50,7 +50,10 @@ class Row:
 @dataclass(frozen=True)
 class Entry:
     """Blocks of each kernel. roomy: of the launches that hold more in registers than those blocks leave room for
-    (vocabulary.LearnerSweeps.matrix); None where every launch has it. measured: of the sums with metrics, which hold most."""
+    (vocabulary.LearnerSweeps.matrix); None where every launch has it. measured: of the sums with metrics, which hold most.
+
+    offsets, dressed_offsets: of the products that store logits in 16 bits, without and with a bias or a softcap; None where they
+    are not made that way (offsets.py)."""
 
     statistics: Matrix
     sums: Matrix
@@ -58,6 +61,8 @@ class Entry:
     row: Row = field(default_factory=Row)
     roomy: Matrix | None = None
     measured: Matrix | None = None
+    offsets: Matrix | None = None
+    dressed_offsets: Matrix | None = None
 
 
 # Divergences whose sums and gradient leave room in the blocks that are not the roomy ones; others' formulas hold more.
@@ -72,7 +77,13 @@ TABLE: dict[tuple[str, int], Entry] = {
     ("sm_80", 4): Entry(
         Matrix(32, 32, 32, 8, 2), Matrix(32, 32, 32, 8, 2), Matrix(32, 64, 32, 8, 2), measured=Matrix(16, 64, 32, 8, 2)
     ),
-    ("sm_90", 2): Entry(_WIDE, _WIDE, _WIDE, roomy=Matrix(128, 64, 64, 8, 4, group=8), measured=Matrix(64, 64, 64, 8, 4, group=8)),
+    ("sm_90", 2): Entry(
+        *(_WIDE, _WIDE, _WIDE),
+        roomy=Matrix(128, 64, 64, 8, 4, group=8),
+        measured=Matrix(64, 64, 64, 8, 4, group=8),
+        offsets=Matrix(128, 256, 64, 8, 3, group=8),
+        dressed_offsets=_WIDE,
+    ),
     ("sm_90", 4): Entry(Matrix(32, 64, 16, 8, 3), Matrix(32, 64, 16, 8, 3), Matrix(64, 64, 16, 8, 3)),
     ("sm_100", 2): Entry(Matrix(64, 32, 64, 8, 3), Matrix(64, 32, 64, 8, 3), Matrix(64, 32, 64, 8, 3)),
     ("sm_100", 4): Entry(Matrix(32, 64, 16, 8, 3), Matrix(32, 64, 16, 8, 3), Matrix(64, 64, 16, 8, 3)),

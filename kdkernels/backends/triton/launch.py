@@ -52,7 +52,7 @@ def term_arguments(divergence: Divergence, temperature: float, kd_scale: float, 
 
 
 def operands(hidden: Tensor, weight: Tensor, matrix: Matrix, device: torch.device) -> tuple[Any, ...]:
-    """Both operands of logits = hidden weightᵀ and their layout, as vocabulary._product takes them.
+    """Both operands of logits = hidden weightᵀ and their layout, as vocabulary.product takes them.
 
     A descriptor wants 16-byte rows that lie apart; others go by pointers.
     """

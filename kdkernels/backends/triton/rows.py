@@ -28,7 +28,7 @@ MOST_PARTS = 4
 
 
 @triton.jit
-def _tile(sides, t, temperature, v0, end, AT_ONE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+def of_logits(sides, t, temperature, v0, end, AT_ONE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
     """x, y and z [LANES, WIDTH] over the temperature, and their columns. sides: (x_row_ptr, z_row_ptr, x_head, z_head)."""
     x_row_ptr, z_row_ptr, x_head, z_head = sides
     columns = v0 + tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -42,7 +42,7 @@ def _tile(sides, t, temperature, v0, end, AT_ONE: tl.constexpr, LANES: tl.conste
 
 
 @triton.jit
-def _statistics(
+def statistics_of_logits(
     sides, t, temperature, end, WEIGH: tl.constexpr, CE: tl.constexpr, METRICS: tl.constexpr,
     AT_ONE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -50,31 +50,27 @@ def _statistics(
     state = device.no_statistics(LANES)
     first = tl.arange(0, LANES) * WIDTH
     for v0 in range(0, end, LANES * WIDTH):
-        x, y, z, columns = _tile(sides, t, temperature, v0, end, AT_ONE, LANES, WIDTH)
+        x, y, z, columns = of_logits(sides, t, temperature, v0, end, AT_ONE, LANES, WIDTH)
         state = device.add_statistics(state, x, y, z, None, v0 + first, columns, temperature, WEIGH, CE, METRICS)
     return device.merged(state, WEIGH)
 
 
 @triton.jit
-def _row(
-    sides, dx_row_ptr, row_ptr, label, weight, t, terms, vocab, PAIR: tl.constexpr, WEIGH: tl.constexpr, METRICS: tl.constexpr,
-    AT_ONE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+def one_row(
+    sides, dx_row_ptr, row_ptr, label, label_logit, weight, t, x_head, terms, vocab, TILE: tl.constexpr, STATISTICS: tl.constexpr,
+    PAIR: tl.constexpr, WEIGH: tl.constexpr, METRICS: tl.constexpr, AT_ONE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One row: its sweeps, its ROW_COLUMNS, its gradient. label: None where nobody asks for the cross-entropy."""
-    x_row_ptr, x_head = sides[0], sides[2]
+    """One row: its sweeps, its ROW_COLUMNS, its gradient.
+
+    label: None where nobody asks for the cross-entropy; its logit is at T = 1. TILE, STATISTICS: what reads ``sides``, as
+    ``of_logits`` and ``statistics_of_logits`` do.
+    """
     shares, temperature, kd = terms[0], terms[1], terms[2]
     CE: tl.constexpr = label is not None
     # A row of weight 0 is not computed: its sweeps are empty.
     live = weight != 0.0
     end = tl.where(live, vocab, 0)
-    label_logit = 0.0
-    if CE:
-        # Before any sweep: dx may lie over x, and other threads do not wait for this one before they write theirs.
-        in_row = live & (label >= 0) & (label < vocab)
-        own = tl.load(x_row_ptr + label, mask=in_row, other=0.0).to(tl.float32)
-        own = device.at_one(device.after_head(own, x_head, temperature, label, in_row), temperature)
-        label_logit = tl.where(in_row, own, 0.0)
-    stats = device.finished(_statistics(sides, t, temperature, end, WEIGH, CE, METRICS, AT_ONE, LANES, WIDTH), temperature, CE)
+    stats = device.finished(STATISTICS(sides, t, temperature, end, WEIGH, CE, METRICS, AT_ONE, LANES, WIDTH), temperature, CE)
 
     sums = (0.0, 0.0, 0.0, 0.0, 0.0)
     if WEIGH != device.NOTHING:
@@ -83,7 +79,7 @@ def _row(
         if kd is not None or METRICS:
             state = device.no_sums(LANES)
             for v0 in range(0, end, LANES * WIDTH):
-                x, y, z, _ = _tile(sides, t, temperature, v0, end, AT_ONE, LANES, WIDTH)
+                x, y, z, _ = TILE(sides, t, temperature, v0, end, AT_ONE, LANES, WIDTH)
                 state = device.add_sums(state, x, y, z, stats, shares, PAIR, METRICS)
             sums = (tl.sum(state[0], 0), tl.sum(state[1], 0), tl.sum(state[2], 0), tl.sum(state[3], 0), tl.sum(state[4], 0))
         value = sums[device.VALUE]
@@ -104,7 +100,7 @@ def _row(
 
     if dx_row_ptr is not None:
         for v0 in range(0, vocab, LANES * WIDTH):
-            x, y, z, columns = _tile(sides, t, temperature, v0, end, AT_ONE, LANES, WIDTH)
+            x, y, z, columns = TILE(sides, t, temperature, v0, end, AT_ONE, LANES, WIDTH)
             dx = device.gradient(x, y, stats, slope, label, weight, x_head, terms, columns, PAIR)
             device.store_gradient(dx_row_ptr + columns, dx, columns, vocab, WIDTH)
 
@@ -137,14 +133,25 @@ def row_loss_kernel(
     row_ptr = rows_ptr + row * device.ROW_COUNT
     weight = tl.load(weight_ptr + row)
     t = tl.load(t_ptr)
-    label = None
+    label, label_logit = None, 0.0
     if labels_ptr is not None:
         label = tl.load(labels_ptr + row)
+        # Before any sweep: dx may lie over x, and other threads do not wait for this one before they write theirs.
+        in_row = (weight != 0.0) & (label >= 0) & (label < vocab)
+        own = tl.load(sides[0] + label, mask=in_row, other=0.0).to(tl.float32)
+        own = device.at_one(device.after_head(own, x_head, terms[1], label, in_row), terms[1])
+        label_logit = tl.where(in_row, own, 0.0)
     # Both are there from the first launch on: a target that moves to t = 1 compiles nothing on its way.
     if t == 1.0:
-        _row(sides, dx_row_ptr, row_ptr, label, weight, t, terms, vocab, PAIR, WEIGH, METRICS, True, LANES, WIDTH)
+        one_row(
+            sides, dx_row_ptr, row_ptr, label, label_logit, weight, t, x_head, terms, vocab, of_logits, statistics_of_logits,
+            PAIR, WEIGH, METRICS, True, LANES, WIDTH,
+        )  # fmt: skip
     else:
-        _row(sides, dx_row_ptr, row_ptr, label, weight, t, terms, vocab, PAIR, WEIGH, METRICS, False, LANES, WIDTH)
+        one_row(
+            sides, dx_row_ptr, row_ptr, label, label_logit, weight, t, x_head, terms, vocab, of_logits, statistics_of_logits,
+            PAIR, WEIGH, METRICS, False, LANES, WIDTH,
+        )  # fmt: skip
 
 
 def row_loss(

@@ -29,13 +29,10 @@ PROGRAMS = 512
 
 
 @triton.jit
-def _place(GROUP: tl.constexpr):
-    """Token block and place in the grid's other dimension of this program. Programs that run at the same time share GROUP token
-    blocks, whose hidden states then stay in the cache while the heads stream past them once for each group; in the grid's own order
+def place(at, blocks, others, GROUP: tl.constexpr):
+    """Token block and place in the other dimension of the ``at``-th of blocks x others. Those that run at the same time share GROUP
+    token blocks, whose hidden states then stay in the cache while the heads stream past them once for each group; in another order
     all hidden states would stream past every tile of a head."""
-    blocks = tl.num_programs(0)
-    others = tl.num_programs(1)
-    at = tl.program_id(1) * blocks + tl.program_id(0)
     first = at // (GROUP * others) * GROUP
     inside = at - first * others
     size = min(blocks - first, GROUP)
@@ -43,7 +40,14 @@ def _place(GROUP: tl.constexpr):
 
 
 @triton.jit
-def _product(
+def _place(GROUP: tl.constexpr):
+    """Of this program, in its grid."""
+    blocks = tl.num_programs(0)
+    return place(tl.program_id(1) * blocks + tl.program_id(0), blocks, tl.num_programs(1), GROUP)
+
+
+@triton.jit
+def product(
     hidden, weight, layout, n0, v0, tokens, vocab, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """hidden[n0 :] weight[v0 :]ᵀ, a tile [BLOCK_N, BLOCK_V] in float32; 0 outside.
@@ -81,11 +85,11 @@ def _tile(
     """x, y and z [BLOCK_N, BLOCK_V] over the temperature. models: (layout, head) of student and teacher. Teacher's hidden states of
     None: y and z are x."""
     columns = (v0 + tl.arange(0, BLOCK_V))[None, :]
-    x = _product(student_hidden, student_weight, models[0][0], n0, v0, tokens, vocab, BLOCK_N, BLOCK_V, BLOCK_D)
+    x = product(student_hidden, student_weight, models[0][0], n0, v0, tokens, vocab, BLOCK_N, BLOCK_V, BLOCK_D)
     x = device.after_head(x, models[0][1], temperature, columns, columns < vocab)
     if teacher_hidden is None:  # Triton 3.6 cannot compare a tuple with None
         return x, x, x
-    z = _product(teacher_hidden, teacher_weight, models[1][0], n0, v0, tokens, vocab, BLOCK_N, BLOCK_V, BLOCK_D)
+    z = product(teacher_hidden, teacher_weight, models[1][0], n0, v0, tokens, vocab, BLOCK_N, BLOCK_V, BLOCK_D)
     z = device.after_head(z, models[1][1], temperature, columns, columns < vocab)
     return x, device.mixed(x, z, t), z
 

@@ -79,7 +79,7 @@ def cut_off(exact: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("width", "times"), [(16, 1.95), (24, 2.4), (96, 4.9), (160, 6.4)])
 def test_three_products_of_tf32_are_worse_than_float32_may_be(width: int, times: float) -> None:
-    """Why vocabulary._product multiplies float32 as it is: the error of a logit, over that of a float32 product."""
+    """Why vocabulary.product multiplies float32 as it is: the error of a logit, over that of a float32 product."""
     random = np.random.default_rng(0)
     left = random.standard_normal((64, width)).astype(np.float32)
     right = (random.standard_normal((width, 256)) * width**-0.5).astype(np.float32)

@@ -1,0 +1,292 @@
+"""Logits in 16 bits, straight out of their products: how far each one lies from the largest in its tile's row.
+
+A tile of a product is [BLOCK_N tokens, BLOCK_V columns]. Instead of float32 logits its epilogue stores, of each of the tile's rows:
+
+- codes, logit - (largest - 1) in float16: the largest itself is exact, and what lies up to 2 below it, which carries the
+  probability, is within 2^-12 (benchmarks/offsets.py has what that does to gradients);
+- the largest, and the sum of exp(logit - largest) over the logits as they are stored, so that no sweep is needed for normalisers,
+  and what comes out is the loss of logits that are off by no more than that.
+
+A logit is here what the softmax takes: after its head's bias, scale and softcap, and over the temperature. The second product is
+the target's: where that is not the teacher alone (t < 1) its epilogue reads the student's codes of the same tile and mixes. After
+that the row kernel reads codes once for the sums and once for the gradient, which lies over the learner's codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kdkernels.backends.base import Model, Step
+from kdkernels.backends.columns import ROW_COLUMNS
+from kdkernels.backends.triton import arch, blocks, device, launch, rows
+from kdkernels.backends.triton.functions import exp
+from kdkernels.backends.triton.vocabulary import place, product
+
+
+@triton.jit
+def _decoded(codes, largest):
+    """Logits. largest: in each code's row of its tile."""
+    return codes.to(tl.float32) + (largest - 1.0)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def product_kernel(
+    hidden,
+    weight,
+    codes,  # descriptor [tokens, vocab]
+    student_codes,  # descriptor, where the target mixes them in; else None
+    model,  # layout and head, as in vocabulary._tile
+    parts,  # pointers: largest, sums, and sums at T = 1 or None, each [tokens, tiles]
+    of_labels,  # pointers: labels, and their logits at T = 1, [tokens]; None where nobody asks for them
+    student_largest,  # pointer or None, as student_codes
+    t_ptr,  # None for the student's product
+    temperature,  # or None for 1
+    tokens,
+    vocab,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Each program does every so manieth tile. A launch for the teacher alone does nothing at t < 1, one that mixes nothing at 1."""
+    blocks = tl.cdiv(tokens, BLOCK_N)
+    tiles = tl.cdiv(vocab, BLOCK_V)
+    count = blocks * tiles
+    t = 1.0
+    if t_ptr is not None:
+        t = tl.load(t_ptr)
+        count = tl.where((t == 1.0) == (student_codes is None), count, 0)
+    largest_ptr, sums_ptr, sums_1_ptr = parts
+    labels_ptr, label_logits_ptr = of_labels
+    for number in tl.range(tl.program_id(0), count, tl.num_programs(0)):
+        block, tile = place(number, blocks, tiles, GROUP)
+        n0 = block * BLOCK_N
+        v0 = tile * BLOCK_V
+        v = product(hidden, weight, model[0], n0, v0, tokens, vocab, BLOCK_N, BLOCK_V, BLOCK_D)
+        columns = (v0 + tl.arange(0, BLOCK_V))[None, :]
+        v = device.after_head(v, model[1], temperature, columns, columns < vocab)
+        rows = n0 + tl.arange(0, BLOCK_N)
+        there = rows < tokens
+        at = rows.to(tl.int64) * tiles + tile
+        if student_codes is not None:
+            x_largest = tl.load(student_largest + at, mask=there, other=0.0)
+            x = _decoded(student_codes.load([n0, v0]), x_largest[:, None])
+            v = tl.where(columns < vocab, device.mixed(x, v, t), float("-inf"))
+        largest = tl.max(v, 1)
+        if student_codes is not None:  # at t = 0 the target is the student to the last bit
+            largest = tl.where(t == 0.0, x_largest, largest)
+        above = v - tl.where(largest == float("-inf"), 0.0, largest)[:, None]
+        rounded = (above + 1.0).to(tl.float16)
+        codes.store([n0, v0], rounded)
+        above = rounded.to(tl.float32) - 1.0
+        tl.store(largest_ptr + at, largest, mask=there)
+        tl.store(sums_ptr + at, tl.sum(exp(above), 1), mask=there)
+        if sums_1_ptr is not None:
+            tl.store(sums_1_ptr + at, tl.sum(exp(above * temperature), 1), mask=there)
+        if labels_ptr is not None:
+            labels = tl.load(labels_ptr + rows, mask=there, other=-1)
+            own = tl.sum(tl.where(columns == labels[:, None], v, 0.0), 1)
+            here = there & (labels >= v0) & (labels < min(v0 + BLOCK_V, vocab))
+            tl.store(label_logits_ptr + rows, device.at_one(own, temperature), mask=here)
+
+
+@triton.jit
+def _of_codes(sides, t, temperature, v0, end, AT_ONE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """As rows.of_logits. sides: codes of a row for x and y; the first of their parts, and its place in them; tiles, BLOCK_V."""
+    x_codes, y_codes, x_parts, y_parts, part, _, BLOCK_V = sides
+    first = v0 + tl.arange(0, LANES)[:, None] * WIDTH
+    columns = first + tl.arange(0, WIDTH)[None, :]
+    inside = columns < end
+    reach = device.reach(columns, end, WIDTH)
+    x = tl.load(x_codes + columns, mask=reach, other=0.0)
+    y = tl.load(y_codes + columns, mask=reach, other=0.0)
+    x = _decoded(x, tl.load(x_parts[0] + part + first // BLOCK_V, mask=first < end, other=0.0))
+    y = _decoded(y, tl.load(y_parts[0] + part + first // BLOCK_V, mask=first < end, other=0.0))
+    x = tl.where(inside, x, float("-inf"))
+    y = tl.where(inside, y, float("-inf"))
+    return x, y, y, columns
+
+
+@triton.jit
+def _log_sum(largest_ptr, sums_ptr, factor, end, tiles, LANES: tl.constexpr):
+    """Largest of a row's entries times ``factor``, and the sum of exp(entry - largest), from those of its tiles."""
+    state = (tl.zeros([LANES], tl.float32) - float("inf"), tl.zeros([LANES], tl.float32))
+    for at in range(0, tl.where(end > 0, tiles, 0), LANES):
+        places = at + tl.arange(0, LANES)
+        largest = tl.load(largest_ptr + places, mask=places < tiles, other=float("-inf")) * factor
+        sums = tl.load(sums_ptr + places, mask=places < tiles, other=0.0)
+        m, s = state
+        seen = tl.maximum(m, largest)
+        shift = tl.where(seen == float("-inf"), 0.0, seen)
+        state = (seen, s * exp(m - shift) + sums * exp(largest - shift))
+    return device.merged_log_sum(state)
+
+
+@triton.jit
+def _statistics_of_codes(
+    sides, t, temperature, end, WEIGH: tl.constexpr, CE: tl.constexpr, METRICS: tl.constexpr, AT_ONE: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """As rows.statistics_of_logits."""
+    _, _, x_parts, y_parts, part, tiles, _ = sides
+    x = _log_sum(x_parts[0] + part, x_parts[1] + part, 1.0, end, tiles, LANES)
+    y = _log_sum(y_parts[0] + part, y_parts[1] + part, 1.0, end, tiles, LANES)
+    x_1 = x
+    if CE:
+        if temperature is not None:
+            x_1 = _log_sum(x_parts[0] + part, x_parts[2] + part, temperature, end, tiles, LANES)
+    return x, y, x_1, y, x, y, 0.0, (0.0, 0.0)
+
+
+@triton.jit
+def row_kernel(
+    logits,  # pointers: the learner's codes, the other's, dx or None, which may be the learner's: [rows, vocab]
+    strides,  # of their rows, in elements
+    own,  # pointers: largest, sums, and sums at T = 1 or None, each [rows, tiles]
+    other,
+    rows_ptr,  # [rows, ROW_COLUMNS]
+    of_labels,  # pointers: labels, and their logits at T = 1, [rows]; or None
+    weight_ptr,  # [rows]
+    head,  # the learner's
+    terms,
+    tiles,
+    vocab,
+    PAIR: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr, y_ptr, dx_ptr = logits
+    sides = (x_ptr + row * strides[0], y_ptr + row * strides[1], own, other, row * tiles, tiles, BLOCK_V)
+    dx_row_ptr = None
+    if dx_ptr is not None:
+        dx_row_ptr = dx_ptr + row * strides[2]
+    labels_ptr, label_logits_ptr = of_labels
+    label, label_logit = None, 0.0
+    if labels_ptr is not None:
+        label = tl.load(labels_ptr + row)
+        label_logit = tl.load(label_logits_ptr + row)
+    rows.one_row(
+        sides, dx_row_ptr, rows_ptr + row * device.ROW_COUNT, label, label_logit,
+        tl.load(weight_ptr + row), 1.0, head, terms, vocab, _of_codes, _statistics_of_codes, PAIR, device.NOTHING, False, True,
+        LANES, WIDTH,
+    )  # fmt: skip
+
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A model's logits: codes [rows, vocab]; of each row's tiles the largest, and the sums at the temperature and at 1 (None where
+    nobody asks for them), [rows, tiles]; labels and their logits at T = 1, [rows], likewise."""
+
+    codes: Tensor
+    largest: Tensor
+    sums: Tensor
+    sums_1: Tensor | None
+    labels: Tensor | None
+    label_logits: Tensor | None
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.largest, self.sums, self.sums_1
+
+
+def matrix(step: Step) -> blocks.Matrix | None:
+    """The blocks of a step's products; None where they are not made on this device."""
+    entry = blocks.entry(step.device, step.student.dtype)
+    dressed = any(model.bias is not None for model in (step.student, step.teacher)) or any(step.terms.head[1::2])
+    return entry.dressed_offsets if dressed else entry.offsets
+
+
+class OffsetRows:
+    """Both models' logits of a chunk's rows, and the row operation on them. As base.OffsetRows."""
+
+    def __init__(
+        self, steps: Sequence[Step], hidden: Sequence[Tensor], codes: Sequence[Tensor], labels: Tensor | None
+    ) -> None:
+        self.steps = steps
+        step = steps[0]
+        found = matrix(step)
+        assert found is not None
+        self.matrix, self.t = found, step.t.to(torch.float32)
+        _, _, self.temperature, *_ = launch.term_arguments(step.terms.resolved(), step.terms.temperature, 1.0, 0.0)
+        self.tiles = triton.cdiv(step.vocab, found.block_v)
+        labels_of = [labels if one.terms.ce_scale else None for one in steps] + [None]
+        self.sides = [self._side(*pair) for pair in zip(codes, labels_of, strict=False)]
+        student, target = self.sides
+        self._multiply(step.student, step.terms.head[:2], hidden[0], student, None, None)
+        # Which of the two does the work is known where t is: on the device.
+        for mixed in (None, student):
+            self._multiply(step.teacher, step.terms.head[2:], hidden[1], target, self.t, mixed)
+
+    def _side(self, codes: Tensor, labels: Tensor | None) -> _Side:
+        largest, sums, sums_1 = self.t.new_empty((3, len(codes), self.tiles))
+        return _Side(
+            codes,
+            largest,
+            sums,
+            None if labels is None or self.temperature is None else sums_1,
+            labels,
+            None if labels is None else self.t.new_zeros(len(codes)),
+        )
+
+    def _multiply(
+        self, model: Model, head: Sequence[float], hidden: Tensor, side: _Side, t: Tensor | None, mixed: _Side | None
+    ) -> None:
+        """The product of one model. mixed: the student's, where the target has a part of it. t: None for the student's product."""
+        device, found = hidden.device, self.matrix
+        hidden, weight, layout = launch.operands(hidden.contiguous(), model.weight.to(model.dtype), found, device)
+        codes = [None if one is None else TensorDescriptor.from_tensor(one.codes, [found.block_n, found.block_v]) for one in (side, mixed)]
+        count = triton.cdiv(len(side.codes), found.block_n) * self.tiles
+        with arch.on(device):
+            product_kernel[(min(count, arch.multiprocessors(device)),)](
+                *(hidden, weight, *codes),
+                (layout, launch.head_arguments(model.bias, *head)),
+                side.parts,
+                (side.labels, side.label_logits),
+                None if mixed is None else mixed.largest,
+                t,
+                self.temperature,
+                *side.codes.shape,
+                **found.blocks(),
+                **found.options(),
+            )
+
+    def row_loss(self, at: int, weights: Tensor, dx: Tensor | None) -> Tensor:
+        """ROW_COLUMNS of a learner's rows. weights: [rows], factors of the gradient, which goes to dx [rows, vocab] (None for none):
+        that may lie over the learner's own codes."""
+        step, own, other = self.steps[at], self.sides[at], self.sides[1 - at]
+        count, vocab = own.codes.shape
+        columns = torch.empty((count, len(ROW_COLUMNS)), dtype=torch.float32, device=step.device)
+        terms, entry = step.terms, blocks.row_entry(step.device)
+        logits = (own.codes, other.codes, dx)
+        with arch.on(step.device):
+            row_kernel[(count,)](
+                logits,
+                tuple(0 if one is None else one.stride(0) for one in logits),
+                own.parts,
+                other.parts,
+                columns,
+                (own.labels, own.label_logits),
+                weights.to(torch.float32),
+                launch.head_arguments(None, *terms.head[:2]),
+                launch.term_arguments(
+                    terms.resolved(), terms.temperature, terms.kd_scale, 0.0 if own.labels is None else terms.ce_scale
+                ),
+                self.tiles,
+                vocab,
+                PAIR=launch.pair_function(terms.divergence, terms.temperature),
+                BLOCK_V=self.matrix.block_v,
+                LANES=entry.num_warps * arch.warp(step.device),
+                WIDTH=entry.entries,
+                **entry.options(step.device),
+            )
+        return columns
