@@ -217,7 +217,7 @@ class OffsetRows:
         found = matrix(step)
         assert found is not None
         self.matrix, self.t = found, step.t.to(torch.float32)
-        _, _, self.temperature, *_ = launch.term_arguments(step.terms.resolved(), step.terms.temperature, 1.0, 0.0)
+        self.temperature = None if step.terms.temperature == 1.0 else step.terms.temperature
         self.tiles = triton.cdiv(step.vocab, found.block_v)
         labels_of = [labels if one.terms.ce_scale else None for one in steps] + [None]
         self.sides = [self._side(*pair) for pair in zip(codes, labels_of, strict=False)]
