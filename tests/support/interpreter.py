@@ -158,9 +158,7 @@ def as_on_a_gpu(
     many should run side by side, which decides the splits of the vocabulary.
     """
     matrix = Matrix(*blocks, num_warps=4, num_stages=1, group=2)
-    entry = Entry(
-        *(matrix, matrix, matrix), row=Row(num_warps=1, entries=row // 32), offsets=matrix, dressed_offsets=matrix
-    )
+    entry = Entry(*(matrix, matrix, matrix), row=Row(num_warps=1, entries=row // 32), offsets=matrix, dressed_offsets=matrix)
     replaced: dict[str, Any] = {
         **GPU_CHOICES,
         "kdkernels.backends.products.multiply": _multiply,

@@ -25,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kdkernels.backends.base import Model, Step
 from kdkernels.backends.columns import ROW_COLUMNS
+from kdkernels.backends.head import apply_head
 from kdkernels.backends.triton import arch, blocks, device, launch, rows
 from kdkernels.backends.triton.functions import exp
 from kdkernels.backends.triton.vocabulary import place, product
@@ -44,7 +45,6 @@ def product_kernel(
     student_codes,  # descriptor, where the target mixes them in; else None
     model,  # layout and head, as in vocabulary._tile
     parts,  # pointers: largest, sums, and sums at T = 1 or None, each [tokens, tiles]
-    of_labels,  # pointers: labels, and their logits at T = 1, [tokens]; None where nobody asks for them
     student_largest,  # pointer or None, as student_codes
     t_ptr,  # None for the student's product
     temperature,  # or None for 1
@@ -64,7 +64,6 @@ def product_kernel(
         t = tl.load(t_ptr)
         count = tl.where((t == 1.0) == (student_codes is None), count, 0)
     largest_ptr, sums_ptr, sums_1_ptr = parts
-    labels_ptr, label_logits_ptr = of_labels
     for number in tl.range(tl.program_id(0), count, tl.num_programs(0)):
         block, tile = place(number, blocks, tiles, GROUP)
         n0 = block * BLOCK_N
@@ -90,11 +89,6 @@ def product_kernel(
         tl.store(sums_ptr + at, tl.sum(exp(above), 1), mask=there)
         if sums_1_ptr is not None:
             tl.store(sums_1_ptr + at, tl.sum(exp(above * temperature), 1), mask=there)
-        if labels_ptr is not None:
-            labels = tl.load(labels_ptr + rows, mask=there, other=-1)
-            own = tl.sum(tl.where(columns == labels[:, None], v, 0.0), 1)
-            here = there & (labels >= v0) & (labels < min(v0 + BLOCK_V, vocab))
-            tl.store(label_logits_ptr + rows, device.at_one(own, temperature), mask=here)
 
 
 @triton.jit
@@ -139,9 +133,9 @@ def _statistics_of_codes(
     x = _log_sum(x_parts[0] + part, x_parts[1] + part, 1.0, end, tiles, LANES)
     y = _log_sum(y_parts[0] + part, y_parts[1] + part, 1.0, end, tiles, LANES)
     x_1 = x
-    if CE:
-        if temperature is not None:
-            x_1 = _log_sum(x_parts[0] + part, x_parts[2] + part, temperature, end, tiles, LANES)
+    # Only where the cross-entropy is asked for at another temperature are these sums there.
+    if x_parts[2] is not None:
+        x_1 = _log_sum(x_parts[0] + part, x_parts[2] + part, temperature, end, tiles, LANES)
     return x, y, x_1, y, x, y, 0.0, (0.0, 0.0)
 
 
@@ -181,11 +175,10 @@ def row_kernel(
     )  # fmt: skip
 
 
-
 @dataclass(frozen=True)
 class _Side:
     """A model's logits: codes [rows, vocab]; of each row's tiles the largest, and the sums at the temperature and at 1 (None where
-    nobody asks for them), [rows, tiles]; labels and their logits at T = 1, [rows], likewise."""
+    nobody asks for them), [rows, tiles]; labels and their logits at T = 1, which are not rounded, [rows], likewise."""
 
     codes: Tensor
     largest: Tensor
@@ -206,12 +199,20 @@ def matrix(step: Step) -> blocks.Matrix | None:
     return entry.dressed_offsets if dressed else entry.offsets
 
 
+def _label_logits(hidden: Tensor, model: Model, head: Sequence[float], labels: Tensor | None) -> Tensor | None:
+    """The labels' own logits at T = 1, [rows] float32, from products of their own. Of a label that is out of range another's."""
+    if labels is None:
+        return None
+    at = labels.clamp(0, len(model.weight) - 1)
+    logits = (hidden.float() * model.weight[at].float()).sum(-1)
+    scale, softcap = head
+    return apply_head(logits, None if model.bias is None else model.bias[at], scale, softcap)
+
+
 class OffsetRows:
     """Both models' logits of a chunk's rows, and the row operation on them. As base.OffsetRows."""
 
-    def __init__(
-        self, steps: Sequence[Step], hidden: Sequence[Tensor], codes: Sequence[Tensor], labels: Tensor | None
-    ) -> None:
+    def __init__(self, steps: Sequence[Step], hidden: Sequence[Tensor], codes: Sequence[Tensor], labels: Tensor | None) -> None:
         self.steps = steps
         step = steps[0]
         found = matrix(step)
@@ -219,15 +220,19 @@ class OffsetRows:
         self.matrix, self.t = found, step.t.to(torch.float32)
         self.temperature = None if step.terms.temperature == 1.0 else step.terms.temperature
         self.tiles = triton.cdiv(step.vocab, found.block_v)
+        models = (step.student, step.terms.head[:2]), (step.teacher, step.terms.head[2:])
         labels_of = [labels if one.terms.ce_scale else None for one in steps] + [None]
-        self.sides = [self._side(*pair) for pair in zip(codes, labels_of, strict=False)]
+        self.sides = [
+            self._side(of, own, _label_logits(rows, *model, own))
+            for of, own, rows, model in zip(codes, labels_of, hidden, models, strict=False)
+        ]
         student, target = self.sides
-        self._multiply(step.student, step.terms.head[:2], hidden[0], student, None, None)
+        self._multiply(*models[0], hidden[0], student, None, None)
         # Which of the two does the work is known where t is: on the device.
         for mixed in (None, student):
-            self._multiply(step.teacher, step.terms.head[2:], hidden[1], target, self.t, mixed)
+            self._multiply(*models[1], hidden[1], target, self.t, mixed)
 
-    def _side(self, codes: Tensor, labels: Tensor | None) -> _Side:
+    def _side(self, codes: Tensor, labels: Tensor | None, label_logits: Tensor | None) -> _Side:
         largest, sums, sums_1 = self.t.new_empty((3, len(codes), self.tiles))
         return _Side(
             codes,
@@ -235,7 +240,7 @@ class OffsetRows:
             sums,
             None if labels is None or self.temperature is None else sums_1,
             labels,
-            None if labels is None else self.t.new_zeros(len(codes)),
+            label_logits,
         )
 
     def _multiply(
@@ -244,14 +249,16 @@ class OffsetRows:
         """The product of one model. mixed: the student's, where the target has a part of it. t: None for the student's product."""
         device, found = hidden.device, self.matrix
         hidden, weight, layout = launch.operands(hidden.contiguous(), model.weight.to(model.dtype), found, device)
-        codes = [None if one is None else TensorDescriptor.from_tensor(one.codes, [found.block_n, found.block_v]) for one in (side, mixed)]
+        codes = [
+            None if one is None else TensorDescriptor.from_tensor(one.codes, [found.block_n, found.block_v])
+            for one in (side, mixed)
+        ]
         count = triton.cdiv(len(side.codes), found.block_n) * self.tiles
         with arch.on(device):
             product_kernel[(min(count, arch.multiprocessors(device)),)](
                 *(hidden, weight, *codes),
                 (layout, launch.head_arguments(model.bias, *head)),
                 side.parts,
-                (side.labels, side.label_logits),
                 None if mixed is None else mixed.largest,
                 t,
                 self.temperature,
@@ -261,8 +268,6 @@ class OffsetRows:
             )
 
     def row_loss(self, at: int, weights: Tensor, dx: Tensor | None) -> Tensor:
-        """ROW_COLUMNS of a learner's rows. weights: [rows], factors of the gradient, which goes to dx [rows, vocab] (None for none):
-        that may lie over the learner's own codes."""
         step, own, other = self.steps[at], self.sides[at], self.sides[1 - at]
         count, vocab = own.codes.shape
         columns = torch.empty((count, len(ROW_COLUMNS)), dtype=torch.float32, device=step.device)
