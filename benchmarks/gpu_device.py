@@ -1,4 +1,4 @@
-"""What stands for the GPU in a run of the suite, and how its cluster kernel is asked for."""
+"""What stands for the GPU in a run of the suite, and how what is not the default is asked for."""
 
 from __future__ import annotations
 
@@ -54,4 +54,23 @@ def cluster_rows(shape: tuple[int, int, int] | None = None) -> Iterator[list[int
         stack.enter_context(mock.patch.dict(os.environ, KDKERNELS_ROWS="cluster"))
         stack.enter_context(mock.patch.object(cuda, "row_loss", counted))
         stack.enter_context(mock.patch.object(cuda.rows, "_shape", cut))
+        yield started
+
+
+@contextmanager
+def offset_logits() -> Iterator[list[int]]:
+    """Inside, logits are kept as 16-bit offsets where they can be; yields the rows of each chunk of them."""
+    from kdkernels.backends.triton import offsets
+
+    started: list[int] = []
+    row_loss = offsets.OffsetRows.row_loss
+
+    def counted(rows: Any, *rest: Any) -> torch.Tensor:
+        found = row_loss(rows, *rest)
+        started.append(len(found))
+        return found
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, KDKERNELS_LOGITS="offsets"))
+        stack.enter_context(mock.patch.object(offsets.OffsetRows, "row_loss", counted))
         yield started

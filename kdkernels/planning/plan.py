@@ -102,7 +102,7 @@ def _passes(way: str, size: Size, on: devices.Device) -> tuple[roofline.Pass, ..
         return roofline.eager_passes(size.tokens, *of_tokens, **loss, cached_row=on.cached_row)
     cut = CUTS[way](size)
     if cut.whole_rows:
-        return roofline.tokens_passes(size.tokens, *of_tokens, **loss, chunk_rows=cut.rows)
+        return roofline.tokens_passes(size.tokens, *of_tokens, **loss, chunk_rows=cut.rows, offsets=size.offsets)
     passes: list[roofline.Pass] = []
     for rows, count in roofline.parts(size.tokens, cut.rows):
         chunk = roofline.vocab_passes(rows, *of_tokens, **loss, block_columns=cut.columns, shared=not size.fused)

@@ -38,7 +38,7 @@ def _decoded(codes, largest):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def product_kernel(
+def offsets_product_kernel(
     hidden,
     weight,
     codes,  # descriptor [tokens, vocab]
@@ -55,7 +55,7 @@ def product_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """The programs take turns at the tiles. A launch for the teacher alone does nothing at t < 1, one that mixes nothing at t = 1."""
+    """Programs take turns at the tiles. A launch for the teacher alone does nothing at t < 1, one that mixes nothing at t = 1."""
     blocks = tl.cdiv(tokens, BLOCK_N)
     tiles = tl.cdiv(vocab, BLOCK_V)
     count = blocks * tiles
@@ -140,7 +140,7 @@ def _statistics_of_codes(
 
 
 @triton.jit
-def row_kernel(
+def offsets_row_kernel(
     logits,  # pointers: the learner's codes, the other's, dx or None, which may be the learner's: [rows, vocab]
     strides,  # of their rows, in elements
     own,  # pointers: largest, sums, and sums at T = 1 or None, each [rows, tiles]
@@ -255,7 +255,7 @@ class OffsetRows:
         ]
         count = triton.cdiv(len(side.codes), found.block_n) * self.tiles
         with arch.on(device):
-            product_kernel[(min(count, arch.multiprocessors(device)),)](
+            offsets_product_kernel[(min(count, arch.multiprocessors(device)),)](
                 *(hidden, weight, *codes),
                 (layout, launch.head_arguments(model.bias, *head)),
                 side.parts,
@@ -274,7 +274,7 @@ class OffsetRows:
         terms, entry = step.terms, blocks.row_entry(step.device)
         logits = (own.codes, other.codes, dx)
         with arch.on(step.device):
-            row_kernel[(count,)](
+            offsets_row_kernel[(count,)](
                 logits,
                 tuple(0 if one is None else one.stride(0) for one in logits),
                 own.parts,
