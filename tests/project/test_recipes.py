@@ -41,6 +41,11 @@ HALVES = f"""first, last = ({{name: part[rows] for name, part in batch.items()}}
         with student.no_sync():
             (distillation_loss(student, first, tokens) * ranks).backward()
         {STEP.replace("batch", "last")}"""
+SHARDED_TEACHER = (
+    "student = tiny(32, seed=1)\nfor layer in student.model.layers:",
+    "student = tiny(32, seed=1)\nfor layer in teacher.model.layers: fully_shard(layer)\nfully_shard(teacher)\n"
+    "for layer in student.model.layers:",
+)
 POLICY = "mp_policy=torch.distributed.fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16)"
 SHARDS = [("fully_shard(layer)", f"fully_shard(layer, {POLICY})"), ("fully_shard(student)", f"fully_shard(student, {POLICY})")]
 HEAD_APART = ("fully_shard(student", f"fully_shard(student.lm_head, {POLICY}); fully_shard(student")
@@ -80,14 +85,16 @@ import torch
 rank, folder, *ports = sys.argv[1:]
 torch.set_num_threads(1)
 os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-from tests.project.test_recipes import HALVES, PAIRS, SPLIT, STEP, run, weights
+from tests.project.test_recipes import HALVES, PAIRS, SHARDED_TEACHER, SPLIT, STEP, run, weights
 
-for section, port in zip((*PAIRS, SPLIT, "no_sync"), ports, strict=True):
+for section, port in zip((*PAIRS, SPLIT, "no_sync", "sharded teacher"), ports, strict=True):
     os.environ["MASTER_PORT"] = port
     # the page ends its group; FSDP's weights are gathered before that
     replaced = [] if section == "Accelerate" else [("dist.destroy_process_group()", "")]
     if section == "no_sync":
         found = run("DistributedDataParallel", *replaced, (STEP, HALVES))
+    elif section == "sharded teacher":
+        found = run("FSDP2", *replaced, SHARDED_TEACHER)
     else:
         found = run(section, *replaced)
     torch.save(weights(found), Path(folder) / f"{section}-{rank}.pt")
@@ -114,7 +121,7 @@ run("FSDP2", in_group, *SHARDS, HEAD_APART, (STEP, f"with torch.autocast('cpu', 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place, sockets = tmp_path_factory.mktemp("recipes"), [socket.socket() for _ in range(len(PAIRS) + 2)]
+    place, sockets = tmp_path_factory.mktemp("recipes"), [socket.socket() for _ in range(len(PAIRS) + 3)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
     ports = [str(one.getsockname()[1]) for one in sockets]
@@ -149,8 +156,9 @@ def test_ranks_that_share_the_vocabulary_do_what_one_process_does(folder: Path) 
     close({**first, "lm_head.weight": torch.cat(heads)}, weights(alone))
 
 
-def test_micro_batches_of_a_rank_are_one_batch_where_all_but_the_last_are_under_no_sync(folder: Path) -> None:
-    for one, other in zip(ends(folder, "no_sync"), ends(folder, "DistributedDataParallel"), strict=True):
+@pytest.mark.parametrize(("changed", "section"), [("no_sync", "DistributedDataParallel"), ("sharded teacher", "FSDP2")])
+def test_micro_batches_under_no_sync_and_a_sharded_teacher_change_nothing(changed: str, section: str, folder: Path) -> None:
+    for one, other in zip(ends(folder, changed), ends(folder, section), strict=True):
         close(one, other)
 
 
