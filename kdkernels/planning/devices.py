@@ -14,6 +14,7 @@ import torch
 
 from kdkernels.backends.dtypes import product_dtype
 from kdkernels.backends.products import HeadProducts, add_head_grad, block_size
+from kdkernels.errors import nearest
 
 # Kernels that follow each other in a stream: the gap between two, not the time the host takes to launch one.
 LAUNCH_SECONDS = 3e-6
@@ -139,7 +140,7 @@ def check_name(name: str) -> str:
     for known in device_names():
         if known.lower() == name.lower():
             return known
-    raise ValueError(f"device is {name!r}; accepted: {', '.join(device_names())}")
+    raise ValueError(f"device is {name!r}; accepted: {', '.join(device_names())}{nearest(name, device_names())}")
 
 
 def device(name: str) -> Device:
@@ -212,7 +213,8 @@ def resolve_device(named: torch.device | str) -> tuple[torch.device, Device | No
     try:
         where = torch.device(named)
     except RuntimeError:
-        raise ValueError(f"device is {named!r}; accepted: {', '.join(device_names())}, or a torch device") from None
+        accepted = f"{', '.join(device_names())}, or a torch device{nearest(str(named), device_names())}"
+        raise ValueError(f"device is {named!r}; accepted: {accepted}") from None
     return where, measured_cpu() if where.type == "cpu" else this_gpu(where)
 
 
