@@ -29,6 +29,7 @@ from typing import TypedDict
 import torch
 
 from kdkernels.divergences import resolve
+from kdkernels.engine.cut import OFFSETS_COLUMNS
 from kdkernels.planning import traffic
 from kdkernels.planning.devices import Device
 
@@ -67,8 +68,6 @@ OFFSETS_INSTRUCTIONS: dict[str, tuple[int, int]] = {
 # And of the epilogue that makes them, which nothing overlaps: a program has one tile at a time (all instructions of the kernel for
 # sm_90, over the logits of a tile).
 OFFSETS_EPILOGUE = 14
-# Columns of its tiles, each of which keeps two numbers of a row.
-OFFSETS_TILE = 256
 # Tokens that the bare products are made for at a time (benchmarks/contenders.py).
 PRODUCTS_BLOCK = 4096
 # What kernels that stream large tensors reach of the datasheet's bandwidth: 0.92 to 0.95 in the forward rows of Liger's table for
@@ -283,7 +282,7 @@ def tokens_passes(
             one += [Pass(0.0, 0.0, instructions=rows * vocab * OFFSETS_EPILOGUE, launches=0)] * 2
         for dim, learned, head in learners:
             if offsets:
-                moved = traffic.offsets_row(rows, vocab, OFFSETS_TILE, dtype.itemsize).total
+                moved = traffic.offsets_row(rows, vocab, OFFSETS_COLUMNS, dtype.itemsize).total
                 issued = sum(OFFSETS_INSTRUCTIONS.get(learned, max(OFFSETS_INSTRUCTIONS.values(), key=sum)))
             else:
                 moved = traffic.row_loss(rows, vocab, (logit, logit), dtype.itemsize, sweeps=traffic.sweeps(learned)).total

@@ -59,8 +59,9 @@ def _offsets(steps: Sequence[Step], hidden: Sequence[Tensor], codes: Sequence[Te
 LOGITS = ("float32", "offsets")
 
 
-def _keeps_offsets(device: torch.device, *dtypes: torch.dtype) -> bool:
-    """On GPUs whose table has blocks for it, where it is asked for. Raises ValueError for an unknown KDKERNELS_LOGITS."""
+def _keeps_offsets(device: torch.device, architecture: str, *dtypes: torch.dtype) -> bool:
+    """On GPUs whose table has blocks for it, where it is asked for: of older ones' blocks a newer one takes none. Raises ValueError
+    for an unknown KDKERNELS_LOGITS."""
     asked = os.environ.get("KDKERNELS_LOGITS") or "float32"
     if asked not in LOGITS:
         raise ValueError(f"KDKERNELS_LOGITS is {asked!r}; accepted: {', '.join(LOGITS)}, or nothing, which is float32")
@@ -68,7 +69,8 @@ def _keeps_offsets(device: torch.device, *dtypes: torch.dtype) -> bool:
         return False
     from kdkernels.backends.triton import blocks
 
-    return blocks.entry(device, dtypes[0]).offsets is not None
+    entry = blocks.entry_of(architecture, dtypes[0]) if architecture else blocks.entry(device, dtypes[0])
+    return entry.offsets is not None
 
 
 BACKEND = Backend(

@@ -233,15 +233,9 @@ class OffsetRows:
             self._multiply(*models[1], hidden[1], target, self.t, mixed)
 
     def _side(self, codes: Tensor, labels: Tensor | None, label_logits: Tensor | None) -> _Side:
-        largest, sums, sums_1 = self.t.new_empty((3, len(codes), self.tiles))
-        return _Side(
-            codes,
-            largest,
-            sums,
-            None if labels is None or self.temperature is None else sums_1,
-            labels,
-            label_logits,
-        )
+        tempered = labels is not None and self.temperature is not None
+        largest, sums, *sums_1 = self.t.new_empty((3 if tempered else 2, len(codes), self.tiles))
+        return _Side(codes, largest, sums, sums_1[0] if tempered else None, labels, label_logits)
 
     def _multiply(
         self, model: Model, head: Sequence[float], hidden: Tensor, side: _Side, t: Tensor | None, mixed: _Side | None
