@@ -110,19 +110,19 @@ def _shape(vocab: int, device: torch.device) -> Shape | None:
 
 
 @functools.cache
-def _sources() -> tuple[str, str]:
-    folder = Path(__file__).parent
-    return (folder / "math.cuh").read_text(), (folder / "rows.cu").read_text()
+def _sources() -> tuple[str, str, str]:
+    math, machine, rows = (Path(__file__).with_name(name).read_text() for name in ("math.cuh", "machine.cuh", "rows.cu"))
+    return math, machine, rows
 
 
 def source(divergence: str, macros: Macros, shape: Shape) -> str:
     """What a compiler gets for a kernel."""
-    math, rows = _sources()
+    math, machine, rows = _sources()
     pair = functors.functor(importlib.import_module("kdkernels.divergences"), divergence)
     sizes = {"CLUSTER": shape.cluster, "SLICE": shape.slice, "WARPS": shape.warps, "CHUNK": shape.chunk, "BLOCKS": shape.blocks}
     places = {"ROW_COLUMNS": len(ROW_COLUMNS), **{f"ROW_{name.upper()}": at for at, name in enumerate(ROW_COLUMNS)}}
     defined = [*macros, *polynomials.macros(), *((f"KD_{name}", value) for name, value in (sizes | places).items())]
-    return "\n".join([*(f"#define {name} {value}" for name, value in defined), math, pair, rows])
+    return "\n".join([*(f"#define {name} {value}" for name, value in defined), math, pair, machine, rows])
 
 
 @functools.cache
