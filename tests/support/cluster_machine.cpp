@@ -5,7 +5,8 @@
 // accesses is followed by vector clocks, as in race detectors: every thread knows of every other how much of its past lies behind what
 // it does now, by the barriers, warps' and blocks', that it has passed. A shuffle passes values on, and orders nothing. Copies read
 // and write through a proxy of their own: of the threads' accesses they come after those alone that were fenced (before_copies) and
-// then ordered. A send is released by its thread, with all that this has behind it. So a missing barrier is found whatever the order in which the threads happened to run.
+// then ordered. A send is released by its thread, with all that this has behind it. So a missing barrier is found whatever the order
+// in which the threads happened to run.
 #include "cluster_machine.h"
 
 #include <setjmp.h>
@@ -125,8 +126,9 @@ std::string name(int who) {
 
 std::string place(unsigned address) {
   const unsigned at = address % BLOCK_BYTES, slices = cluster->launch.slices;
-  const std::string where = at < slices ? "float " + std::to_string(at / 4) + " of the slices" : "byte " + std::to_string(at - slices) + " of Shared";
-  return where + " of block " + std::to_string(address / BLOCK_BYTES);
+  const bool in_slices = at < slices;
+  return (in_slices ? "float " : "byte ") + std::to_string(in_slices ? at / 4 : at - slices) +
+         (in_slices ? " of the slices" : " of Shared") + " of block " + std::to_string(address / BLOCK_BYTES);
 }
 
 void hold(const Access& before, const Clock& past, unsigned address, int who, const char* did, const char* does) {
@@ -325,7 +327,6 @@ unsigned address(const void* place) { return static_cast<unsigned>(static_cast<c
 unsigned in_block(unsigned place, int block) { return place % BLOCK_BYTES + block * BLOCK_BYTES; }
 void* slices() { return &cluster->memory[current->block * BLOCK_BYTES]; }
 void* shared_by_block() { return static_cast<char*>(slices()) + cluster->launch.slices; }
-int lane() { return current->thread % 32; }
 
 void set_up(unsigned address, int arrivals) {
   const int index = static_cast<int>(cluster->barriers.size());
@@ -373,7 +374,7 @@ void before_copies() {
 
 float of_lane(float v, int lane) {
   float* values = current->warp->values[current->shuffles++ % 2];
-  values[machine::lane()] = v;
+  values[current->thread % 32] = v;
   meet(*current->warp, 32, false);
   return values[lane];
 }

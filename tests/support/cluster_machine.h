@@ -42,7 +42,6 @@ void together();
 void cluster_together();
 void before_copies();
 float of_lane(float v, int lane);
-int lane();
 
 struct Place {
   unsigned x;
@@ -56,8 +55,8 @@ inline void __syncwarp() { machine::warp_together(); }
 
 namespace kd {
 
-using machine::address, machine::before_copies, machine::cluster_together, machine::in_block, machine::send, machine::together,
-    std::max, std::min;
+using machine::address, machine::before_copies, machine::cluster_together, machine::in_block, machine::of_lane, machine::send,
+    machine::together, std::max, std::min;
 typedef unsigned long long barrier;
 
 inline void set_up(barrier* b, int arrivals) { machine::set_up(address(b), arrivals); }
@@ -65,8 +64,6 @@ inline void arrive(barrier* b) { machine::arrive(address(b), 0); }
 inline void expect(barrier* b, int bytes) { machine::arrive(address(b), bytes); }
 inline void await(barrier* b, int parity) { machine::await(address(b), parity); }
 inline void copy(float* to, const float* from, int bytes, barrier* b) { machine::copy(address(to), from, bytes, address(b)); }
-inline float exchanged(float v, int mask) { return machine::of_lane(v, machine::lane() ^ mask); }
-inline float of_first(float v) { return machine::of_lane(v, 0); }
 inline void barriers_are_set_up() {}
 inline float* slices() { return static_cast<float*>(machine::slices()); }
 template <class T>

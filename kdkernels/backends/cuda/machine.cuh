@@ -49,10 +49,8 @@ __device__ __forceinline__ void cluster_together() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ float exchanged(float v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
-
-// Lane 0's, in every lane.
-__device__ __forceinline__ float of_first(float v) { return __shfl_sync(~0u, v, 0); }
+// What that lane of the warp brings; all lanes call it.
+__device__ __forceinline__ float of_lane(float v, int lane) { return __shfl_sync(~0u, v, lane); }
 
 // What this thread did to shared memory comes before copies to it that are started after this.
 __device__ __forceinline__ void before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -3,8 +3,13 @@
 //
 // Clusters are persistent: each takes every so many-th row. A warp of its own, the producer, copies a chunk of the next row to where
 // the gradient pass has just left one of this row, so that memory is read while the others compute. What a block found of its slice it
-// sends to all blocks of the cluster, and each merges all of it in the same order; two sets of places, by turns, keep a block that is
-// a row ahead from writing over what another still reads.
+// sends to all blocks of the cluster, and each merges all of it in the same order.
+//
+// Two sets of places, by turns, are enough for what is sent: a block sends its part of row r + 2 only when it has all parts of row
+// r + 1, and each block sent its own only when all its warps were past row r (together). So the places of row r have been read, and
+// its barrier has completed: bytes that come before their block has announced them count for row r + 2. All warps of a block also
+// meet between a sweep and the next, so that a thread reads the logits and slopes that others wrote.
+// (tests/backends/test_cuda_cluster.py holds every access to shared memory to what orders it.)
 //
 // Macros besides math.cuh's: KD_PAIR (the functor), KD_CLUSTER (blocks of a cluster), KD_WARPS (that compute), KD_CHUNK (logits of a
 // model that are copied together), KD_SLICE (of a block, at most), KD_BLOCKS (that a multiprocessor holds), KD_SCALED (a head's scale is
@@ -17,19 +22,24 @@ constexpr int WIDE = 8;  // entries of dx that a thread stores together
 constexpr bool ONE_SWEEP = KD_WEIGH != 0;
 typedef long long int64;
 
-// Of the parts that the lanes of a warp hold, in every lane.
+__device__ __forceinline__ Statistics of_lane(const Statistics& of, int lane) {
+  return {of_lane(of.x_max, lane),   of_lane(of.x_sum, lane), of_lane(of.y_max, lane),  of_lane(of.y_sum, lane),
+          of_lane(of.one_sum, lane), of_lane(of.mass, lane),  of_lane(of.moment, lane), of_lane(of.label_logit, lane)};
+}
+
+// Of the parts that the lanes of a warp hold, in every lane the same: the first one's, since two lanes that merge the same two parts
+// may differ in the last bit, where a compiler fuses the product of one part with the addition of the other.
 __device__ __forceinline__ void merge_lanes(Statistics& of, float temperature) {
-  for (int mask = 16; mask; mask /= 2)
-    merge(of,
-          {exchanged(of.x_max, mask), exchanged(of.x_sum, mask), exchanged(of.y_max, mask), exchanged(of.y_sum, mask),
-           exchanged(of.one_sum, mask), exchanged(of.mass, mask), exchanged(of.moment, mask), exchanged(of.label_logit, mask)},
-          temperature);
+  const int lane = threadIdx.x % 32;
+  for (int mask = 16; mask; mask /= 2) merge(of, of_lane(of, lane ^ mask), temperature);
+  of = of_lane(of, 0);
 }
 
 __device__ __forceinline__ void merge_lanes(Sums& of) {
+  const int lane = threadIdx.x % 32;
   for (int mask = 16; mask; mask /= 2) {
-    of.value += exchanged(of.value, mask);
-    of.slope += exchanged(of.slope, mask);
+    of.value += of_lane(of.value, lane ^ mask);
+    of.slope += of_lane(of.slope, lane ^ mask);
   }
 }
 
@@ -283,5 +293,5 @@ extern "C" __global__ void __cluster_dims__(KD_CLUSTER, 1, 1) __launch_bounds__(
       compute<false>(x, z, begin, count, t, shared, of);
   }
   __syncwarp();
-  cluster_together();  // until then others may send to this block
+  cluster_together();  // no block ends while another may send to it
 }
