@@ -63,6 +63,7 @@ struct Fiber {
 struct Barrier {
   int index, arrivals, pending, bytes = 0;
   unsigned phase = 0;
+  bool sent = false;
   Past now, passed;
   std::vector<Fiber*> waiting;
 };
@@ -220,6 +221,7 @@ void land(const Transfer& transfer) {
     b.now.join(transfer.past);
   }
   b.bytes -= transfer.bytes;
+  b.sent |= !transfer.from;
   move_on(b);
 }
 
@@ -330,7 +332,7 @@ void* shared_by_block() { return static_cast<char*>(slices()) + cluster->launch.
 
 void set_up(unsigned address, int arrivals) {
   const int index = static_cast<int>(cluster->barriers.size());
-  cluster->barriers[address] = {index, arrivals, arrivals, 0, 0, nothing(), nothing(), {}};
+  cluster->barriers[address] = {index, arrivals, arrivals, 0, 0, false, nothing(), nothing(), {}};
 }
 
 void arrive(unsigned address, int bytes) {
@@ -342,12 +344,13 @@ void arrive(unsigned address, int bytes) {
   move_on(b);
 }
 
-void await(unsigned address, int parity) {
+void await(unsigned address, int parity, bool sent) {
   Barrier& b = barrier_at(address);
   while (static_cast<int>(b.phase & 1) == parity) {
     b.waiting.push_back(current);
     leave();
   }
+  if (b.sent && !sent) fail(place(address) + " is of sends, which an acquire of this block alone does not order");
   if (cluster->checked) current->past.join(b.passed);
 }
 

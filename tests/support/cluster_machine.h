@@ -34,7 +34,7 @@ void* shared_by_block();
 void* slices();
 void set_up(unsigned barrier, int arrivals);
 void arrive(unsigned barrier, int bytes);
-void await(unsigned barrier, int parity);
+void await(unsigned barrier, int parity, bool sent);
 void copy(unsigned to, const void* from, int bytes, unsigned barrier);
 void send(unsigned to, float4 values, unsigned barrier);
 void warp_together();
@@ -62,7 +62,8 @@ typedef unsigned long long barrier;
 inline void set_up(barrier* b, int arrivals) { machine::set_up(address(b), arrivals); }
 inline void arrive(barrier* b) { machine::arrive(address(b), 0); }
 inline void expect(barrier* b, int bytes) { machine::arrive(address(b), bytes); }
-inline void await(barrier* b, int parity) { machine::await(address(b), parity); }
+inline void await(barrier* b, int parity) { machine::await(address(b), parity, false); }
+inline void await_sent(barrier* b, int parity) { machine::await(address(b), parity, true); }
 inline void copy(float* to, const float* from, int bytes, barrier* b) { machine::copy(address(to), from, bytes, address(b)); }
 inline void barriers_are_set_up() {}
 inline float* slices() { return static_cast<float*>(machine::slices()); }

@@ -27,7 +27,14 @@ __device__ __forceinline__ void expect(barrier* b, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address(b)), "r"(bytes) : "memory");
 }
 
+// For threads of this block, and its copies.
 __device__ __forceinline__ void await(barrier* b, int parity) {
+  asm volatile("{\n.reg .pred done;\nWAIT: mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n@!done bra WAIT;\n}" ::
+                   "r"(address(b)), "r"(parity) : "memory");
+}
+
+// For what the cluster's blocks send; this one throws the first-level cache away.
+__device__ __forceinline__ void await_sent(barrier* b, int parity) {
   asm volatile("{\n.reg .pred done;\nWAIT: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n@!done bra WAIT;\n}" ::
                    "r"(address(b)), "r"(parity) : "memory");
 }

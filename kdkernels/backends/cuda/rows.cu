@@ -209,7 +209,7 @@ __device__ __forceinline__ void compute(float* x, float* y, int begin, int count
         send(place + 16, {found.one_sum, found.mass, found.moment, found.label_logit}, sent);
       }
     }
-    await(shared.statistics_sent + parity, used);
+    await_sent(shared.statistics_sent + parity, used);
     found = no_statistics();
     if (lane < CLUSTER) {
       const float4 a = shared.statistics[parity][lane][0], b = shared.statistics[parity][lane][1];
@@ -233,7 +233,7 @@ __device__ __forceinline__ void compute(float* x, float* y, int begin, int count
           send(in_block(address(shared.sums[parity] + rank), lane), {total.value, total.slope, 0.f, 0.f},
                in_block(address(shared.sums_sent + parity), lane));
       }
-      await(shared.sums_sent + parity, used);
+      await_sent(shared.sums_sent + parity, used);
       const float4 part = lane < CLUSTER ? shared.sums[parity][lane] : float4{0.f, 0.f, 0.f, 0.f};
       total = {part.x, part.y};
       merge_lanes(total);
