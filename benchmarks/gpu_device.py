@@ -31,12 +31,12 @@ def interpreted() -> Iterator[None]:
 
 @contextmanager
 def cluster_rows(shape: tuple[int, int, int] | None = None) -> Iterator[list[int]]:
-    """Inside, the cluster kernel does the rows that it can; yields the rows of each of its starts. shape: blocks that share a row,
-    warps of a block, blocks of a multiprocessor, instead of what the library chooses."""
+    """Inside, the cluster kernel does the rows that it can, slower or not; yields the rows of each of its starts. shape: blocks
+    that share a row, warps of a block, blocks of a multiprocessor, instead of what the library chooses."""
     from kdkernels.backends import cuda
 
     started: list[int] = []
-    row_loss, chosen = cuda.row_loss, cuda.rows._shape
+    row_loss, chosen = cuda.row_loss, cuda.rows._shapes
 
     def counted(x: torch.Tensor, *rest: Any) -> torch.Tensor | None:
         found = row_loss(x, *rest)
@@ -48,10 +48,11 @@ def cluster_rows(shape: tuple[int, int, int] | None = None) -> Iterator[list[int
         if shape is None:
             return chosen(vocab, device)
         asked = cuda.rows.cut(vocab, *shape)
-        return asked if asked.fits(*cuda.rows.shared_memory(device)) else None
+        return (asked,) if asked.fits(*cuda.rows.shared_memory(device)) else ()
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, KDKERNELS_ROWS="cluster"))
         stack.enter_context(mock.patch.object(cuda, "row_loss", counted))
-        stack.enter_context(mock.patch.object(cuda.rows, "_shape", cut))
+        stack.enter_context(mock.patch.object(cuda.rows, "_shapes", cut))
+        stack.enter_context(mock.patch.object(cuda.rows, "is_worth_it", return_value=True))
         yield started

@@ -107,7 +107,9 @@ def cut(cluster: int, warps: int, on: Machine | None = None) -> Iterator[None]:
     with (
         mock.patch.object(rows, "why_not", return_value=""),
         mock.patch.object(rows, "_kernel", kernel),
-        mock.patch.object(rows, "_shape", lambda vocab, device: rows.cut(vocab, cluster, warps, 1)),
+        mock.patch.object(rows, "_shapes", lambda vocab, device: (rows.cut(vocab, cluster, warps, 1),)),
+        mock.patch.object(rows, "is_worth_it", return_value=True),
+        mock.patch.object(rows, "_multiprocessors"),
         mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
         mock.patch.object(torch.cuda, "current_stream", return_value=mock.Mock(cuda_stream=0)),
     ):
