@@ -183,8 +183,8 @@ class LongRows:
 
 
 def may_differ(dx: Tensor, student: Tensor) -> Tensor:
-    """By how much two float32 computations of dx may, entry by entry, besides its own rounding. dx is slope - q sum slope, both about
-    as large as q (``student``) and, in a row of JSD, up to a hundred times as large as what they leave."""
+    """By how much two float32 computations of dx may, entry by entry, besides its own rounding. dx is slope - q sum slope, both
+    about as large as q (``student``) and, in a row of JSD, up to a hundred times as large as what they leave."""
     return (dx.abs().amax(1, keepdim=True) + student) * 1e-5 + 1e-30
 
 
