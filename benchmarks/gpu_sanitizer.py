@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu_checks import Setting, SkippedError, cases, checked, moved
-from benchmarks.gpu_device import cluster_rows, device_of
+from benchmarks.gpu_device import cluster_rows, device_of, offset_logits
 from benchmarks.runner import Result
 from kdkernels.backends import cuda
 
@@ -27,7 +27,7 @@ INSTALLED = Path("/usr/local/cuda")
 TOOLS = ("memcheck", "racecheck", "synccheck")
 LAUNCHES = "launches"  # without a tool: what the tools start is compiled then
 # Parts of the kernels' names; those of PyTorch and of the matrix libraries are not looked at.
-KERNELS = ("row_loss", "statistics_kernel", "sums_kernel", "gradient_kernel")
+KERNELS = ("row_loss", "statistics_kernel", "sums_kernel", "gradient_kernel", "offsets_product", "offsets_row")
 # Blocks that share a row, warps of a block, blocks of a multiprocessor. Few clusters at a time, so that each takes several rows,
 # and in several chunks where a block has much of a row.
 CLUSTERS, AT_A_TIME = ((1, 8, 3), (2, 8, 3), (8, 8, 3)), 2
@@ -44,6 +44,10 @@ def launch() -> None:
             (case,) = (moved(case, "cuda") for case in cases(setting, divergence, torch.bfloat16, 3.0))
             for strategy in ("vocab", "tokens"):
                 case.run(strategy=strategy)
+            with offset_logits() as started:
+                case.run(strategy="tokens")
+            if not started:
+                raise LookupError("no logits of 16 bits were made")
             for shape in CLUSTERS if not cuda.compile.missing(torch.device("cuda")) else ():
                 with cluster_rows(shape, AT_A_TIME) as started:
                     case.run(strategy="tokens")
