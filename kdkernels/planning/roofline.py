@@ -7,7 +7,8 @@ the three, and each of its kernels costs a launch:
                     instructions / (issue rate · ISSUE_EFFICIENCY),
                     bytes / (bandwidth · MEMORY_EFFICIENCY)) + launches · overhead
 
-``filled`` is what a library product loses to tiles that hang over its result and to waves that do not fill the device.
+``filled`` is what a library product loses to tiles that hang over its result and to waves that do not fill the device; and EXPOSED
+of the shorter of its first and last part it does not hide behind the longer one.
 
 On a processor a product takes both, one after the other: a matrix library copies its operands into its own order before it
 multiplies, and the same cores do both. (A chunk of ``tokens`` took a time for the heads and one for each of its rows, from 4 rows
@@ -33,10 +34,11 @@ from kdkernels.engine.cut import OFFSETS_COLUMNS
 from kdkernels.planning import traffic
 from kdkernels.planning.devices import Device
 
-# What large products reach of the dense rate where their tiles fill the device. With what ``filled`` takes off that is 728 of 989
-# Tflop/s on an H100 (the bare head products of huggingface/trl#7244, a row of benchmarks/published.csv). The clock falls under
-# a full matrix load, so no library reaches the datasheet's rate.
-MATRIX_EFFICIENCY = 0.744
+# What large products reach of the dense rate where their tiles fill the device and nothing else holds them up, and how much of
+# moving operands and results they leave exposed: logits of a small hidden size take as long to write as to multiply. Both were
+# fitted to the steps of both strategies on an H100 (benchmarks/results/gpu-h100.jsonl), of which docs/memory-planning.md has the
+# errors. The clock falls under a full matrix load, so no library reaches the datasheet's rate.
+MATRIX_EFFICIENCY, EXPOSED = 0.78, 0.5
 # Tiles that matrix libraries cut results into, and what the small one reaches of the rate: it waits for its operands. Where there
 # are fewer tiles than multiprocessors the inner size is split, into parts of at least SPLIT_INNER, and the parts are added up. The
 # two shares are estimates.
@@ -112,7 +114,9 @@ def _on_gpu(step: Pass, on: Device) -> float:
         reached = MATRIX_EFFICIENCY * share
         multiplying = step.flops / (on.rate(step.dtype) * reached)
     issuing = step.instructions / (on.issue * ISSUE_EFFICIENCY)
-    return max(multiplying, issuing, step.bytes / (on.bandwidth * MEMORY_EFFICIENCY))
+    moving = step.bytes / (on.bandwidth * MEMORY_EFFICIENCY)
+    exposed = EXPOSED * min(multiplying, moving) if step.shape else 0.0
+    return max(multiplying, issuing, moving) + exposed
 
 
 def filled(shape: tuple[int, int, int], units: int) -> float:

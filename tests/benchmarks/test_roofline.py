@@ -111,7 +111,7 @@ def test_bare_products_are_those_that_the_benchmarks_time(tokens: int) -> None:
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 def test_the_predicted_step_is_near_the_bare_products(head: Head) -> None:
-    for name, most in (("forward_kl", 1.45), ("jsd", 1.65)):
+    for name, most in (("forward_kl", 1.5), ("jsd", 1.65)):
         plan = kd.plan(8192, head.vocab, head.student_dim, head.teacher_dim, torch.bfloat16, device="H100", divergence=name)
         assert plan.seconds is not None
         assert plan.products_seconds is not None

@@ -183,8 +183,8 @@ class TestBytes:
 
 class TestSeconds:
     def test_of_a_product_and_of_a_copy(self) -> None:
-        """Units: 989.4 Tflop at 0.744 of 989.4 Tflop/s; 3.35 TB at 0.92 of 3.35 TB/s."""
-        assert seconds([Pass(989.4e12, 0, torch.bfloat16, 0)], H100) == pytest.approx(1 / 0.744)
+        """Units: 989.4 Tflop at 0.78 of 989.4 Tflop/s; 3.35 TB at 0.92 of 3.35 TB/s."""
+        assert seconds([Pass(989.4e12, 0, torch.bfloat16, 0)], H100) == pytest.approx(1 / 0.78)
         assert seconds([Pass(0, 3.35e12, launches=0)], H100) == pytest.approx(1 / 0.92)
         assert seconds([Pass(0, 0, launches=1, times=1000)], H100) == pytest.approx(1000 * H100.overhead)
 
@@ -193,6 +193,14 @@ class TestSeconds:
         both = replace(products, bytes=1e12)
         assert seconds([both], H100) == max(seconds([products], H100), seconds([copies], H100))
         assert seconds([products, copies], H100) == pytest.approx(seconds([products], H100) + seconds([copies], H100))
+
+    def test_a_library_product_leaves_half_of_the_shorter_exposed(self) -> None:
+        shape = 8192, 131_072, 4096  # whole tiles, in whole waves but for one
+        flops, moved = 2.0 * math.prod(shape), 2.0 * (shape[0] * shape[1] + shape[2] * (shape[0] + shape[1]))
+        whole, bare = (Pass(flops, bytes_, torch.bfloat16, 0, shape=shape) for bytes_ in (moved, 0.0))
+        copied = seconds([Pass(0.0, moved, launches=0)], H100)
+        multiplied = seconds([bare], H100)
+        assert seconds([whole], H100) == pytest.approx(max(multiplied, copied) + 0.5 * min(multiplied, copied))
 
     @pytest.mark.parametrize("name", DEVICES)
     @pytest.mark.parametrize("passes", [eager_passes, tokens_passes, vocab_passes])
@@ -292,7 +300,7 @@ def test_a_kernel_that_multiplies_itself_is_counted_at_its_own_rate() -> None:
     assert total_flops(own) == total_flops(shared) == 4 * US + 2 * UT
     fused = [sum(step.flops * step.times for step in passes if step.fused) for passes in (own, shared)]
     assert fused == [2 * (US + UT), 0]
-    for name, part in (("H100", 0.8), ("A100-80", 0.32)):
+    for name, part in (("H100", 0.7), ("A100-80", 0.32)):
         by_library, by_kernel = (seconds([Pass(1e15, 0.0, torch.bfloat16, 0, fused=one)], DEVICES[name]) for one in (False, True))
         assert by_kernel == pytest.approx(by_library / part)
 
