@@ -152,7 +152,7 @@ def test_a_plan_says_which_estimates_a_gpus_times_rest_on(
 ) -> None:
     monkeypatch.setitem(roofline.ROW_INSTRUCTIONS, "forward_kl", (11, 0, 22))
     monkeypatch.setitem(roofline.ROW_INSTRUCTIONS, "jsd", (44, 55, 66))
-    row, kernels = "tokens: its row kernel is counted at", "vocab: its kernels are counted at 0.8 of the rate of library products"
+    row, kernels = "tokens: its row kernel is counted at", "vocab: its kernels are counted at 0.7 of the rate of library products"
     for options, counted in (
         ({}, "33 instructions a logit: statistics 11, gradient 22."),
         ({"divergence": "jsd"}, "165 instructions a logit: statistics 44, sums 55, gradient 66."),
