@@ -83,9 +83,11 @@ def compare(
         assert products is not None
         return Predicted(name, peak, seconds, seconds / products, flops, cut, "" if on.measured else note, name == auto)
 
-    row_note = f"its row kernel is counted at {_instructions(divergence)}"
+    row_note = f"its row kernel is counted at {_instructions(divergence, chunked.offsets)}"
     if online_teacher:
-        row_note += f"; the teacher's at {_instructions('forward_kl')}"
+        row_note += f"; the teacher's at {_instructions('forward_kl', chunked.offsets)}"
+    if chunked.offsets:
+        row_note += "; logits are kept in 16 bits"
     source = "an estimate" if on.fused_efficiency == FUSED_EFFICIENCY else "as measured on an H100"
     vocab_note = f"its kernels are counted at {on.fused_efficiency} of the rate of library products, {source}"
     return (
@@ -95,8 +97,8 @@ def compare(
     )
 
 
-def _instructions(divergence: str) -> str:
-    counts = dict(zip(("statistics", "sums", "gradient"), row_instructions(divergence), strict=True))
+def _instructions(divergence: str, offsets: bool) -> str:
+    counts = dict(zip(("statistics", "sums", "gradient"), row_instructions(divergence, offsets), strict=True))
     listed = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
     return f"{sum(counts.values())} instructions a logit: {listed}"
 

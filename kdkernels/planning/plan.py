@@ -34,6 +34,7 @@ class Plan:
 
     strategy: "tokens" or "vocab". chunk_rows: tokens per chunk, of ``chunks`` in all. block_columns: vocabulary columns per block,
         of ``blocks`` in all. The one that the strategy does not cut is whole.
+    offsets: whether the logits of "tokens" are kept as 16-bit offsets (KDKERNELS_LOGITS, docs/gpus.md).
     logits_bytes: the reused scratch for logits and their gradients, and what pads its rows on a GPU: the memory budget bounds it.
     accumulator_bytes: float32 sums of a 16-bit gradient that several chunks or blocks add to: the head's, or the hidden states'.
     scratch_bytes: all of the step's own memory, at its peak. peak_bytes: scratch, inputs and returned gradients together.
@@ -47,6 +48,7 @@ class Plan:
     chunks: int
     block_columns: int
     blocks: int
+    offsets: bool
     logits_bytes: int
     accumulator_bytes: int
     scratch_bytes: int
@@ -215,6 +217,7 @@ def _planned(strategy: str, size: Size, on: devices.Device | None) -> Plan:
         chunks=cut.chunks,
         block_columns=cut.columns,
         blocks=cut.blocks,
+        offsets=cut.whole_rows and size.offsets,
         logits_bytes=cut.logits_bytes,
         accumulator_bytes=cut.accumulator_bytes,
         scratch_bytes=cut.scratch_bytes,

@@ -286,12 +286,10 @@ def tokens_passes(
             one += [Pass(0.0, 0.0, instructions=rows * vocab * OFFSETS_EPILOGUE, launches=0)] * 2
         for dim, learned, head in learners:
             if offsets:
-                moved = traffic.offsets_row(rows, vocab, OFFSETS_COLUMNS, dtype.itemsize).total
-                issued = sum(OFFSETS_INSTRUCTIONS.get(learned, max(OFFSETS_INSTRUCTIONS.values(), key=sum)))
+                row = traffic.offsets_row(rows, vocab, OFFSETS_COLUMNS, dtype.itemsize)
             else:
-                moved = traffic.row_loss(rows, vocab, (logit, logit), dtype.itemsize, sweeps=traffic.sweeps(learned)).total
-                issued = sum(row_instructions(learned))
-            one += [Pass(0.0, moved, instructions=rows * vocab * issued)]
+                row = traffic.row_loss(rows, vocab, (logit, logit), dtype.itemsize, sweeps=traffic.sweeps(learned))
+            one += [Pass(0.0, row.total, instructions=rows * vocab * sum(row_instructions(learned, offsets)))]
             one += _gradients(rows, vocab, dim, dtype, head, head_bytes=8 * vocab * dim if summed else None)
         passes += repeated(count, one)
     if summed and dtype.itemsize < 4:
@@ -299,8 +297,10 @@ def tokens_passes(
     return tuple(passes)
 
 
-def row_instructions(divergence: str) -> tuple[int, int, int]:
+def row_instructions(divergence: str, offsets: bool = False) -> tuple[int, int, int]:
     """Of the row kernel for each logit: statistics, sums (0 where the value needs none), gradient."""
+    if offsets:
+        return 0, *OFFSETS_INSTRUCTIONS.get(check_divergence(divergence), max(OFFSETS_INSTRUCTIONS.values(), key=sum))
     most = tuple(max(counts) for counts in zip(*ROW_INSTRUCTIONS.values(), strict=True))
     statistics, sums, gradient = ROW_INSTRUCTIONS.get(check_divergence(divergence), most)
     return statistics, sums if traffic.sweeps(divergence) == 2 else 0, gradient
