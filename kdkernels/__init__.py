@@ -17,15 +17,12 @@ from kdkernels.losses.topk import linear_topk_kd_loss as linear_topk_kd_loss
 from kdkernels.planning.plan import Plan as Plan
 from kdkernels.planning.plan import plan as plan
 
-if TYPE_CHECKING:
-    from kdkernels import compat as compat
-    from kdkernels import transformers as transformers
-
 __version__ = "0.1.0"
 
 # Not as an assignment, which type checkers would read and find no divergence in: they go by the imports.
 globals()["__all__"] = sorted(name for name, value in globals().items() if callable(value) and not name.startswith("_"))
-# Imported when they are first asked for, since they take long, and what they need may not be installed.
+# Imported when they are first asked for, since they take long, and what they need may not be installed. Type checkers want them
+# imported by name.
 _PARTS = ("compat", "transformers")
 
 

@@ -31,6 +31,7 @@ SNIPPET = """
 import torch
 from torch import Tensor
 import kdkernels as kd
+import kdkernels.transformers
 x, z, ids = torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64)
 flag: bool = bool(x.sum() > 0)
 reveal_type(kd.kd_loss(x, z))  # Tensor

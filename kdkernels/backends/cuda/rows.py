@@ -181,7 +181,11 @@ def _give_up(setting: Setting, error: Exception) -> None:
     logger.warning(
         "kdkernels: the cluster row kernel of %s, in clusters of %d blocks with %d logits each, cannot run on %s, so another one "
         "does its work: the results are as exact, a loss takes up to a tenth longer. %s",
-        *(divergence, shape.cluster, shape.slice, device, error),
+        divergence,
+        shape.cluster,
+        shape.slice,
+        device,
+        error,
     )
 
 
@@ -190,7 +194,10 @@ def _say_slow(shape: Shape, clusters: int, device: torch.device) -> None:
     """Once."""
     logger.info(
         "kdkernels: %s runs %d clusters of %d blocks at a time, too few for the cluster row kernel with %d logits in each block",
-        *(device, clusters, shape.cluster, shape.slice),
+        device,
+        clusters,
+        shape.cluster,
+        shape.slice,
     )
 
 

@@ -78,7 +78,9 @@ TABLE: dict[tuple[str, int], Entry] = {
         Matrix(32, 32, 32, 8, 2), Matrix(32, 32, 32, 8, 2), Matrix(32, 64, 32, 8, 2), measured=Matrix(16, 64, 32, 8, 2)
     ),
     ("sm_90", 2): Entry(
-        *(_WIDE, _WIDE, _WIDE),
+        _WIDE,
+        _WIDE,
+        _WIDE,
         roomy=Matrix(128, 64, 64, 8, 4, group=8),
         measured=Matrix(64, 64, 64, 8, 4, group=8),
         offsets=Matrix(128, 256, 64, 8, 3, group=8),

@@ -250,7 +250,9 @@ class OffsetRows:
         count = triton.cdiv(len(side.codes), found.block_n) * self.tiles
         with arch.on(device):
             offsets_product_kernel[(min(count, arch.multiprocessors(device)),)](
-                *(hidden, weight, *codes),
+                hidden,
+                weight,
+                *codes,
                 (layout, launch.head_arguments(model.bias, *head)),
                 side.parts,
                 None if mixed is None else mixed.largest,
