@@ -10,9 +10,9 @@ __device__ __forceinline__ unsigned shared_memory() {
   return (unsigned)__cvta_generic_to_shared(memory);
 }
 
-// Barriers. Arrivals and waits order what the block's threads do, and no more: of the other block come copies, and word that products
-// have read their tiles, which the barrier's completion and the wait for the products order themselves. Semantics of the whole
-// cluster would wait for all memory, and drop the first-level cache, at every step.
+// Barriers. Arrivals and waits order what the block's threads do, and no more: from the other block come copies, and word that
+// products have read their tiles, which the barrier's completion and the wait for the products order themselves. Semantics of the
+// whole cluster would wait for all memory, and drop the first-level cache, at every step.
 __device__ __forceinline__ void set_up(unsigned barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
@@ -30,9 +30,10 @@ __device__ __forceinline__ void arrive_in(unsigned barrier, int block) {
       : "memory");
 }
 __device__ __forceinline__ void await(unsigned barrier, int parity) {
-  asm volatile("{\n.reg .pred done;\nWAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra WAIT;\n}" ::"r"(barrier),
-               "r"(parity)
-               : "memory");
+  asm volatile(
+      "{\n.reg .pred done;\nWAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra WAIT;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
 }
 __device__ __forceinline__ void cluster_together() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -53,9 +54,10 @@ __device__ __forceinline__ void load_for_both(unsigned to, const Map* map, int c
       : "memory");
 }
 __device__ __forceinline__ void store(const Map* map, unsigned from, int column, int row) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\ncp.async.bulk.commit_group;" ::"l"(map),
-               "r"(from), "r"(column), "r"(row)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\ncp.async.bulk.commit_group;" ::"l"(map),
+      "r"(from), "r"(column), "r"(row)
+      : "memory");
 }
 // Waits until this thread's stores, but for the last ones, have read shared memory.
 template <int PENDING>

@@ -1,5 +1,5 @@
-// Logits of a plain head in 16 bits, straight out of their products: as product_kernel in backends/triton/offsets.py, which says what
-// codes, largest and sums are, without a target that is mixed.
+// Logits of a plain head in 16 bits, straight out of their products: as product_kernel in backends/triton/offsets.py, which says
+// what codes, largest and sums are, without a target that is mixed.
 //
 // - A tile is KD_BLOCK_N tokens by KD_BLOCK_V columns. Blocks are in clusters of two, that take tiles one above the other: each
 //   copies its own tokens, and half of the head's rows for both.
@@ -76,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(KD_THREADS, 1) __cluster_dims__(CLU
     more_registers<232>();
     const int own = warp - 4, half = own / 4;
     const unsigned boxes = base + STAGES * STAGE + own * BOXES * BOX;
-    // Where this lane's 16 bytes of a 16 x 16 block lie: row lane % 16, columns 8 (lane / 16) on. A row's eight places are swizzled.
+    // Where this lane's 16 bytes of a 16 x 16 block lie: row lane % 16, columns 8 (lane / 16) on, swizzled over eight places.
     const unsigned row_place = lane % 16 * 128, swizzle = lane % 8, column_half = lane / 16;
     for (int at = blockIdx.x / CLUSTER; at < count; at += gridDim.x / CLUSTER) {
       const Tile to = place(at, pairs, tiles, rank);

@@ -99,8 +99,8 @@ def stored(
 ) -> bool:
     """Stores logits = factor hidden weightᵀ as offsets; False, and nothing done, for what the kernel does not take.
 
-    hidden [N, D], weight [V, D], codes [N, V] float16; largest and sums, of each row's tiles of BLOCK_V columns, [N, tiles] float32,
-    contiguous (backends/triton/offsets.py says what they are). t: [] float32; at another value than 1 nothing is stored.
+    hidden [N, D], weight [V, D], codes [N, V] float16; largest and sums, float32 [N, tiles], of each row's tiles of BLOCK_V
+    columns, contiguous (backends/triton/offsets.py says what they are). t: [] float32; at another value than 1 nothing is stored.
     """
     if not _takes(hidden, weight, factor, codes, largest):
         return False

@@ -60,8 +60,9 @@ LOGITS = ("float32", "offsets", "offsets-cuda")
 
 
 def logits_asked_for() -> str:
-    """How logits of whole rows are kept; in "offsets-cuda" CUDA C++ makes the products that it can. Raises ValueError for an unknown
-    KDKERNELS_LOGITS."""
+    """How logits of whole rows are kept; for "offsets-cuda" CUDA C++ makes the products that it can.
+
+    Raises ValueError for an unknown KDKERNELS_LOGITS."""
     asked = os.environ.get("KDKERNELS_LOGITS") or "float32"
     if asked not in LOGITS:
         raise ValueError(f"KDKERNELS_LOGITS is {asked!r}; accepted: {', '.join(LOGITS)}, or nothing, which is float32")

@@ -57,7 +57,7 @@ def product_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Each program does every so manieth tile. A launch for the teacher alone does nothing at t < 1, one that mixes nothing at 1."""
+    """Each program does every so many-th tile. A launch for the teacher alone does nothing at t < 1, one that mixes none at 1."""
     blocks = tl.cdiv(tokens, BLOCK_N)
     tiles = tl.cdiv(vocab, BLOCK_V)
     count = blocks * tiles
