@@ -1,5 +1,5 @@
-"""The CUDA product that stores 16-bit offsets (product.cu), on a CPU (tests/support/hopper.cpp): in whatever order its threads, copies
-and products go on, it stores what a float64 product has."""
+"""The CUDA product that stores 16-bit offsets (product.cu), on a CPU (tests/support/hopper.cpp): in whatever order its threads,
+copies and products go on, it stores what a float64 product has."""
 
 from __future__ import annotations
 
