@@ -119,6 +119,29 @@ class TestLoss:
         for learner, result in found.items():
             assert_as_good_as_eager({0: ratios([result], [eager[learner]], [exact[learner]])})
 
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what the interpreter's NumPy says
+    @pytest.mark.parametrize("model", ["student", "teacher"])
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    def test_what_is_not_finite_does_what_it_does_in_tritons(
+        self, value: float, model: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """NaN and +inf make their rows NaN and no other; a logit of -inf, by overflow too, and a tile of nothing else are banned."""
+        case = case_of("reverse_kl")
+        hidden, weight = (getattr(case, f"{model}_{part}") for part in ("hidden", "weight"))
+        hidden[:, 0], hidden[:, 1] = 1.0, 100.0
+        if value == -torch.inf:
+            weight[7, 0] = weight[256:, 0] = -torch.inf
+            weight[8, 1] = -3e38
+        else:
+            hidden[[3, 7], 5] = value
+        losses = []
+        for asked in ("offsets-cuda", "offsets"):
+            monkeypatch.setenv("KDKERNELS_LOGITS", asked)
+            with both_kernels():
+                losses.append(case.run()["losses"])
+        assert losses[0].isnan().sum() == (0 if value == -torch.inf else 2)
+        torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3, equal_nan=True)
+
 
 @needs_compiler
 class TestWhatTritonMakes:
