@@ -184,8 +184,10 @@ class TestSpecialValues:
         ((("stores_read<BOXES - 1>()", "stores_read<BOXES>()"),), "WRONG"),
         ((("swizzle = lane % 8", "swizzle = lane / 2 % 8"),), "WRONG"),
         ((("      multiplied<0>();\n", ""),), "WRONG"),
+        ((("    if (lane == 0) stores_read<0>();\n", ""),), "a thread ends"),
+        ((("  cluster_together();  // nobody leaves", "  // nobody leaves"),), "has ended"),
     ],
-    ids=["stage given back too early", "the other block is not told", "no fence", "a box too early", "swizzle", "last products"],
+    ids=["stage too early", "other block not told", "fence", "box too early", "swizzle", "products", "stores", "end"],
 )  # fmt: skip
 def test_the_machine_finds_what_is_broken(changes: Changes, found: str) -> None:
     one = problem(300, 600, 200)

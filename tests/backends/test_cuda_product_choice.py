@@ -125,7 +125,7 @@ class TestLoss:
     def test_what_is_not_finite_does_what_it_does_in_tritons(
         self, value: float, model: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """NaN and +inf make their rows NaN and no other; a logit of -inf, by overflow too, and a tile of nothing else are banned."""
+        """NaN and +inf make their rows NaN and no other; -inf bans, by overflow too, and where a tile has nothing else."""
         case = case_of("reverse_kl")
         hidden, weight = (getattr(case, f"{model}_{part}") for part in ("hidden", "weight"))
         hidden[:, 0], hidden[:, 1] = 1.0, 100.0

@@ -47,6 +47,7 @@ struct Product {  // of a warp; d and group of each lane
   std::shared_ptr<int> group[32];
 };
 struct Block {
+  unsigned running;  // threads
   std::vector<char> memory;
   std::vector<bool> unshown;  // of every 16 bytes
   std::map<unsigned, Barrier> barriers;
@@ -88,6 +89,7 @@ void until(F holds) {
 
 Barrier& barrier_of(int block, unsigned at) {
   static Barrier none;
+  require(blocks[block].running, "a barrier of a block that has ended");
   const auto found = blocks[block].barriers.find(at);
   require(found != blocks[block].barriers.end(), "a barrier that was not set up");
   return found == blocks[block].barriers.end() ? none : found->second;
@@ -186,7 +188,9 @@ bool all_but(int pending, const std::vector<std::shared_ptr<T>>& of, Done done) 
 
 void begin() {
   (*body)();
+  require(all_but(0, me->stores, [](bool read) { return read; }), "a thread ends while a store reads what it wrote");
   me->over = true;
+  mine().running--;
   progress++;
   leave();
 }
@@ -224,7 +228,7 @@ const char* run(unsigned grid, unsigned threads, unsigned shared, unsigned seed,
   dice.seed(seed), met = meetings = 0, threads_of_block = threads, gridDim.x = grid, is_bfloat16 = of_bfloat16, body = &kernel;
   for (auto& b : blocks) {
     b.memory.assign(shared, 0x7f), b.unshown.assign(shared / 16, false);  // 0x7f7f: near the largest number, or NaN
-    b.warps.resize(threads / 32), b.products.resize(threads / 32);
+    b.running = threads, b.warps.resize(threads / 32), b.products.resize(threads / 32);
   }
   for (unsigned i = 0; i < grid * threads; i++) {
     fibers.emplace_back(new Fiber);
@@ -257,7 +261,7 @@ const char* run(unsigned grid, unsigned threads, unsigned shared, unsigned seed,
   }
   while (wrong.empty() && !events.empty()) happen(-1, true);
   for (auto& b : blocks)
-    for (auto& [_, barrier] : b.barriers) require(!barrier.bytes, "a barrier still expects bytes at the end");
+    for (const auto& [_, barrier] : b.barriers) require(!barrier.bytes, "a barrier still expects bytes at the end");
   return wrong.c_str();
 }
 
