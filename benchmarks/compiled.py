@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from benchmarks.machine_code import Sweep
 from benchmarks.static_launches import ODD, PLAIN, VALUE
-from kdkernels.planning.roofline import ROW_INSTRUCTIONS
+from kdkernels.planning.roofline import OFFSETS_INSTRUCTIONS, ROW_INSTRUCTIONS
 
-KERNELS = ("row_loss", "statistics", "sums", "gradient")
+ROW_KERNELS = ("row_loss", "offsets_row")
 CLUSTER = "cluster_row"  # in CUDA C++, from compute capability 9.0 on; its gradient is stored as bf16
 
 
@@ -68,12 +68,17 @@ class Compiled:
         )
         return fit * threads / limits.threads
 
+    @property
+    def narrowest(self) -> int:
+        """Bits of an access in a sweep: a tile's largest is one number for each of its lanes."""
+        return 32 if self.kernel == "offsets_row" else 128
+
     def faults(self) -> list[str]:
         found = []
         if self.spilled:
             found.append(f"spills {self.spilled} bytes")
         on_nvidia = TARGETS[self.architecture].backend == "cuda"
-        if self.kernel not in ("row_loss", CLUSTER):
+        if self.kernel not in (*ROW_KERNELS, CLUSTER):
             if on_nvidia and self.dtype == "fp32":
                 if self.tensor_cores:
                     found.append("multiplies float32 by matrix units, which cut it to TF32")
@@ -81,17 +86,18 @@ class Compiled:
                 found.append("has no tensor-core instruction")
         if narrow := [bits for bits in self.stores if bits < 128]:
             found.append(f"stores the gradient by {', '.join(map(str, narrow))} bits")
-        if self.kernel == "row_loss" and on_nvidia:
+        if self.kernel in ROW_KERNELS and on_nvidia:
             if len(self.sweeps) < (2 if self.label.endswith(VALUE) else 4):
-                found.append(f"has {len(self.sweeps)} loops; at t = 1 and at t < 1 it has two sweeps or three")
+                found.append(f"has {len(self.sweeps)} loops, fewer than it has sweeps")
             if exchanges := sum(sweep.exchanges for sweep in self.sweeps):
                 found.append(f"has {exchanges} barriers, shuffles and accesses to shared memory inside its sweeps")
-            stated = [count for count in ROW_INSTRUCTIONS.get(self.label.removesuffix(PLAIN), ()) if count]
+            of = ROW_INSTRUCTIONS if self.kernel == "row_loss" else OFFSETS_INSTRUCTIONS
+            stated = [count for count in of.get(self.label.removesuffix(PLAIN), ()) if count]
             if stated and (self.architecture, self.dtype) == COUNTED and self.label.endswith(PLAIN):
                 counted = [round(count) for count in per_logit(self)[1]]
                 if any(abs(one - other) > 3 for one, other in itertools.zip_longest(counted, stated, fillvalue=0)):
-                    found.append(f"takes {counted} instructions per logit in its sweeps; roofline.ROW_INSTRUCTIONS states {stated}")
-            narrow = sorted({bits for sweep in self.sweeps for bits in sweep.widths if bits < 128})
+                    found.append(f"takes {counted} instructions per logit in its sweeps; the roofline states {stated}")
+            narrow = sorted({bits for sweep in self.sweeps for bits in sweep.widths if bits < self.narrowest})
             if narrow and not self.label.endswith(ODD):
                 found.append(f"accesses memory by {', '.join(map(str, narrow))} bits inside its sweeps")
         if self.shared > TARGETS[self.architecture].shared:
@@ -104,5 +110,7 @@ def per_logit(one: Compiled) -> tuple[list[float], list[float]]:
     from kdkernels.backends.triton.blocks import Row
 
     counts = [sweep.instructions / Row().entries for sweep in one.sweeps]
+    if one.kernel == "offsets_row":  # the target's t is in its product; normalisers come from loops over tiles, not over logits
+        return counts[-2:], counts[-2:]
     halves = counts[: len(counts) // 2], counts[len(counts) // 2 :]
     return (halves[0], halves[1]) if sum(halves[0]) <= sum(halves[1]) else (halves[1], halves[0])

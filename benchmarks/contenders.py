@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -27,12 +28,13 @@ from torch.utils.checkpoint import checkpoint
 
 import kdkernels as kd
 from benchmarks.cases import GIB, IGNORED, ONLINE, Case, Problem
-from benchmarks.gpu_device import cluster_rows
+from benchmarks.gpu_device import cluster_rows, offset_logits
 from kdkernels.backends.dtypes import product_dtype
 from kdkernels.backends.products import block_rows, cut_for_logits
 
 STRATEGIES = ("tokens", "vocab", "auto")
-CLUSTERED, BUDGETED = "tokens, cluster rows", "tokens 1 GiB"  # on a GPU, where a default scratch is larger
+# On a GPU, where a default scratch is larger; and what has to be asked for.
+BUDGETED, CLUSTERED, OFFSETS = "tokens 1 GiB", "tokens, cluster rows", "tokens, 16-bit logits"
 TAID_T = 0.4  # the teacher's share in the target at the start of one of the published runs
 BLOCK = 512  # tokens per block of the bare products, on a CPU
 CHECKPOINTED_TOKENS = 256  # per chunk
@@ -112,14 +114,14 @@ def ours(loss: str, strategy: Any = "auto", memory_budget: int | None = None, so
     return both if loss == ONLINE else run
 
 
-def _with_cluster_rows(loss: Loss) -> Loss:
-    """Raises LookupError where the cluster kernel took no row."""
+def _asking(for_it: Callable[[], AbstractContextManager[list[int]]], loss: Loss) -> Loss:
+    """for_it: yields the rows that it took. Raises LookupError where there were none."""
 
     def run(given: Problem) -> Tensor:
-        with cluster_rows() as started:
+        with for_it() as started:
             value = loss(given)
         if not started:
-            raise LookupError("the cluster kernel takes no rows here")
+            raise LookupError("what was asked for takes no rows here")
         return value
 
     return run
@@ -267,7 +269,8 @@ def _trl(loss: str) -> Loss:
 CONTENDERS: dict[str, Callable[..., Loss]] = {
     **{strategy: partial(ours, strategy=strategy) for strategy in STRATEGIES},
     BUDGETED: partial(ours, strategy="tokens", memory_budget=GIB),
-    CLUSTERED: lambda loss: _with_cluster_rows(ours(loss, "tokens")),
+    CLUSTERED: lambda loss: _asking(cluster_rows, ours(loss, "tokens")),
+    OFFSETS: lambda loss: _asking(offset_logits, ours(loss, "tokens")),
     "eager": _eager,
     "compiled": _compiled,
     "checkpointed": _checkpointed,

@@ -1,9 +1,9 @@
 """Checks and times of ``linear_kd_loss`` on the GPU of this machine, and of what else computes the same loss, in stages that fit a
 short lease.
 
-    python -m benchmarks.gpu --out FILE                             # all stages: planned to take at most 11 minutes on an H100
+    python -m benchmarks.gpu --out FILE                             # all stages: planned to take at most 12 minutes on an H100
     python -m benchmarks.gpu --out FILE --stages smoke,checks,ours,profile                   # at most 5.5 minutes of them
-    python -m benchmarks.gpu --out FILE --append --stages rows,blocks,others                 # the rest, into the same file
+    python -m benchmarks.gpu --out FILE --append --stages rows,blocks,others,sanitizer       # the rest, into the same file
     python -m benchmarks.gpu --out FILE --only "gemma3 8192 jsd"    # the items whose name contains this
     python -m benchmarks.gpu --out FILE --full                      # more settings, token counts and losses: hours
     python -m benchmarks.gpu --out FILE --interpret                 # the same code at toy size on the CPU, in Triton's interpreter
@@ -17,6 +17,7 @@ Stages, in order of worth:
     rows     the row kernel alone, with the table's sizes and others
     blocks   the kernels of the strategy vocab with other blocks than the table's
     others   Liger's losses, TRL's, and torch.compile
+    sanitizer  every kernel under compute-sanitizer, where it is found (gpu_sanitizer.py)
 
 FILE is JSON Lines: the machine's facts, then each result as soon as it is known. Each stage and each item has a time limit of its
 own; what hangs, or takes its process down, costs only its item, and a stage ends with what it had no time for. The exit status is 1
@@ -49,7 +50,7 @@ from typing import Any
 import torch
 
 import kdkernels as kd
-from benchmarks import gpu_checks, gpu_kernels, gpu_report, gpu_smoke, gpu_times
+from benchmarks import gpu_checks, gpu_kernels, gpu_report, gpu_sanitizer, gpu_smoke, gpu_times
 from benchmarks.cases import DTYPES
 from benchmarks.gpu_device import interpreted
 from benchmarks.gpu_report import line
@@ -58,8 +59,8 @@ from benchmarks.runner import Part, Result, results
 from kdkernels.console import info
 from kdkernels.divergences import resolve
 
-# Seconds of each stage on a GPU: the first four, and the last three, are to fit 5.5 minutes.
-LIMITS = {"smoke": 65, "checks": 125, "ours": 90, "profile": 45, "rows": 70, "blocks": 90, "others": 165}
+# Seconds of each stage on a GPU: the first four, and the next three, are to fit 5.5 minutes.
+LIMITS = {"smoke": 65, "checks": 125, "ours": 90, "profile": 45, "rows": 70, "blocks": 90, "others": 165, "sanitizer": 60}
 # How much longer each stage, and each item, may take.
 SLOWER = {"short": (1, 1), "full": (60, 4), "toy": (3, 3)}
 STRATEGIES = ("vocab", "tokens")  # the one that compiles more first
@@ -88,13 +89,11 @@ def _checks(size: str) -> list[Part]:
     """One for each strategy, divergence and dtype, then those of each dtype; at toy size one for each strategy."""
     divergences = gpu_checks.TOY_DIVERGENCES if size == "toy" else sorted(kd.divergences(), key=_cost)
     dtypes = DTYPES
-    strategies = (*STRATEGIES, gpu_checks.CLUSTER)
+    strategies = (*STRATEGIES, gpu_checks.CLUSTER, gpu_checks.OFFSETS)
+    taken = [pair for pair in itertools.product(strategies, dtypes) if pair != (gpu_checks.OFFSETS, "fp32")]
     shards = [
-        *(
-            (strategy, gpu_checks.items(size, dtype, of))
-            for strategy, of, dtype in itertools.product(strategies, divergences, dtypes)
-        ),
-        *((strategy, gpu_checks.items_of_dtype(dtype, strategy)) for strategy, dtype in itertools.product(strategies, dtypes)),
+        *((strategy, gpu_checks.items(size, dtype, of)) for of in divergences for strategy, dtype in taken),
+        *((strategy, gpu_checks.items_of_dtype(dtype, strategy)) for strategy, dtype in taken),
     ]
     if size == "toy":
         shards = [(strategy, [item for of, items in shards if of == strategy for item in items]) for strategy in strategies]
@@ -148,6 +147,13 @@ def parts(size: str) -> dict[str, list[Part]]:
         ),
         "blocks": compiled_then_timed("blocks", gpu_kernels.opened_blocks, blocks, blocks),
         "others": [Part(f"time {head}", gpu_times.opened, (size, head), others, 75) for head in extent.other_heads],
+        "sanitizer": [
+            Part("sanitizer", gpu_sanitizer.opened, (size,), ((gpu_sanitizer.LAUNCHES,),), 45),
+            *(
+                Part("check sanitizer", gpu_sanitizer.opened, (size,), ((tool,),), 45, together=True)
+                for tool in gpu_sanitizer.TOOLS
+            ),
+        ],
     }
     if not toy:
         return found

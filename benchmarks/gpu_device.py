@@ -1,4 +1,4 @@
-"""What stands for the GPU in a run of the suite, and how its cluster kernel is asked for."""
+"""What stands for the GPU in a run of the suite, and how what is not the default is asked for."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ def interpreted() -> Iterator[None]:
 
 
 @contextmanager
-def cluster_rows(shape: tuple[int, int, int] | None = None) -> Iterator[list[int]]:
-    """Inside, the cluster kernel does the rows that it can; yields the rows of each of its starts. shape: blocks that share a row,
-    warps of a block, blocks of a multiprocessor, instead of what the library chooses."""
+def cluster_rows(shape: tuple[int, int, int] | None = None, at_a_time: int | None = None) -> Iterator[list[int]]:
+    """Inside, the cluster kernel does the rows that it can, slower or not; yields the rows of each of its starts. shape: blocks
+    that share a row, warps of a block, blocks of a multiprocessor, instead of what the library chooses. at_a_time: clusters,
+    at most, instead of all that the device runs."""
     from kdkernels.backends import cuda
 
     started: list[int] = []
-    row_loss, chosen = cuda.row_loss, cuda.rows._shape
+    row_loss, chosen, compiled = cuda.row_loss, cuda.rows._shapes, cuda.rows._kernel
 
     def counted(x: torch.Tensor, *rest: Any) -> torch.Tensor | None:
         found = row_loss(x, *rest)
@@ -48,10 +49,35 @@ def cluster_rows(shape: tuple[int, int, int] | None = None) -> Iterator[list[int
         if shape is None:
             return chosen(vocab, device)
         asked = cuda.rows.cut(vocab, *shape)
-        return asked if asked.fits(*cuda.rows.shared_memory(device)) else None
+        return (asked,) if asked.fits(*cuda.rows.shared_memory(device)) else ()
+
+    def kernel(*setting: Any) -> tuple[Any, int]:
+        made, clusters = compiled(*setting)
+        return made, clusters if at_a_time is None else min(clusters, at_a_time)
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, KDKERNELS_ROWS="cluster"))
+        stack.enter_context(mock.patch.object(cuda.rows, "_kernel", kernel))
         stack.enter_context(mock.patch.object(cuda, "row_loss", counted))
-        stack.enter_context(mock.patch.object(cuda.rows, "_shape", cut))
+        stack.enter_context(mock.patch.object(cuda.rows, "_shapes", cut))
+        stack.enter_context(mock.patch.object(cuda.rows, "is_worth_it", return_value=True))
+        yield started
+
+
+@contextmanager
+def offset_logits() -> Iterator[list[int]]:
+    """Inside, logits are kept as 16-bit offsets where they can be; yields the rows of each chunk of them."""
+    from kdkernels.backends.triton import offsets
+
+    started: list[int] = []
+    row_loss = offsets.OffsetRows.row_loss
+
+    def counted(rows: Any, *rest: Any) -> torch.Tensor:
+        found = row_loss(rows, *rest)
+        started.append(len(found))
+        return found
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, KDKERNELS_LOGITS="offsets"))
+        stack.enter_context(mock.patch.object(offsets.OffsetRows, "row_loss", counted))
         yield started

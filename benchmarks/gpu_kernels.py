@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 
 from benchmarks.cases import Case, problem
-from benchmarks.contenders import CLUSTERED, CONTENDERS, ours
+from benchmarks.contenders import CLUSTERED, CONTENDERS, OFFSETS, ours
 from benchmarks.gpu_device import cluster_rows, device_of
 from benchmarks.gpu_times import EXTENTS, SPREAD, milliseconds, spread
 from benchmarks.measure import stepped
@@ -30,7 +30,7 @@ from benchmarks.runner import Result, told
 from kdkernels.divergences import resolve
 from kdkernels.planning import traffic
 
-PROFILED = ("tokens", CLUSTERED, "vocab")
+PROFILED = ("tokens", CLUSTERED, OFFSETS, "vocab")
 PROFILED_HEADS = ("qwen2.5", "gemma3")
 SHOWN = 14  # kernels of a profile
 # How the row operation is done: by Triton's kernel; by the cluster kernel as it cuts rows by itself; by it with other clusters

@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -34,17 +35,21 @@ from torch import Tensor
 import kdkernels as kd
 from benchmarks import gpu_checks, static
 from benchmarks.cases import DTYPES, HEADS, MIB, Head
-from benchmarks.compiled import KERNELS, TARGETS
+from benchmarks.compiled import TARGETS
+from benchmarks.gpu_device import offset_logits
+from benchmarks.static_launches import KERNELS, jit_function
 from benchmarks.stub_driver import CompilerMissingError, Stub, as_on_a_gpu, built
 from tests.support.cases import Case
 
 ARCHITECTURES = tuple(name for name, limits in TARGETS.items() if limits.backend == "cuda")
-STRATEGIES = ("tokens", "vocab")
+OFFSETS = "offsets"  # ``tokens`` with logits of 16 bits
+STRATEGIES = ("tokens", "vocab", OFFSETS)
 FULL = "sm_90"  # the others launch what --quick does: compiling takes the time
 QUICK_DIVERGENCES = ("forward_kl", "jsd")
-# Kept tokens of a run's steps, and how many a kernel may be compiled for: those that 16 divides, and those that it does not.
+# Kept tokens of a run's steps, and how often a kernel may be compiled for them: for those that 16 divides, and for those that it
+# does not. The product of offsets does not care, and is one kernel each for the student, the teacher and both mixed.
 RUN_TOKENS = (300, 301, 304, 305, 1023, 1024)
-RUN_COMPILATIONS = 2
+RUN_COMPILATIONS, OFFSETS_COMPILATIONS = 2, 3
 # A vocabulary that 16 does not divide, so that its last block has another width than the others; the smaller budget makes several.
 RUN_VOCAB, RUN_BUDGETS = 5003, (None, 4 * MIB)
 REAL_BUDGET = 4096 * MIB
@@ -91,9 +96,7 @@ def _innermost(error: BaseException) -> str:
 
 
 def jit_functions() -> dict[str, Any]:
-    from kdkernels.backends.triton import rows, vocabulary
-
-    return {name: getattr(rows if name == "row_loss" else vocabulary, f"{name}_kernel") for name in KERNELS}
+    return {name: jit_function(name) for name in KERNELS}
 
 
 class Watch:
@@ -144,8 +147,9 @@ class Watch:
             kernel.device_caches.clear()
         self.run(setting, problem)
         for name, kernel in self.report.kernels.items():
-            if len(kernel.keys) > RUN_COMPILATIONS:
-                fault = f"compiled {len(kernel.keys)} times over steps of {RUN_TOKENS} tokens, at most {RUN_COMPILATIONS}"
+            most = OFFSETS_COMPILATIONS if name == "offsets_product" else RUN_COMPILATIONS
+            if len(kernel.keys) > most:
+                fault = f"compiled {len(kernel.keys)} times over steps of {RUN_TOKENS} tokens, at most {most}"
                 self.report.faults.append(f"{self.architecture}, {name}, {setting}: {fault}")
         self.report.add(before)
 
@@ -177,14 +181,18 @@ Problem = tuple[str, Callable[[], object]]
 
 @dataclass(frozen=True)
 class Job:
-    """What one process starts at a time. size: of the GPU checks; setting: if not all."""
+    """What one process starts at a time. variant: one of STRATEGIES. size: of the GPU checks; setting: if not all."""
 
     part: str
-    strategy: str
+    variant: str
     dtype: str
     divergence: Any
     size: str
     setting: str | None = None
+
+    @property
+    def strategy(self) -> str:
+        return "tokens" if self.variant == OFFSETS else self.variant
 
 
 def stepped(case: Case, **more: Any) -> None:
@@ -263,7 +271,12 @@ PARTS: dict[str, Callable[[Job], Iterator[Problem]]] = {"checks": checks, "real 
 
 
 def jobs(
-    size: str, divergences: Sequence[str], dtypes: Sequence[str], strategies: Sequence[str], setting: str | None = None
+    architecture: str,
+    size: str,
+    divergences: Sequence[str],
+    dtypes: Sequence[str],
+    strategies: Sequence[str],
+    setting: str | None = None,
 ) -> list[Job]:
     """The longest first. Sizes and token counts are launched alike for every dtype and divergence: those parts take a few only."""
     return [
@@ -273,6 +286,7 @@ def jobs(
         for dtype in dtypes
         for divergence in divergences
         if part == "checks" or (dtype == "bf16" and divergence in QUICK_DIVERGENCES)
+        if strategy != OFFSETS or (architecture, dtype) == (FULL, "bf16")
     ]
 
 
@@ -289,10 +303,10 @@ def _prepare(architecture: str) -> None:
 def _done(job: Job) -> Report:
     assert _watch is not None
     run = _watch.run_anew if job.part == "training run" else _watch.run
-    with as_on_a_gpu(_watch.architecture):
+    with as_on_a_gpu(_watch.architecture), offset_logits() if job.variant == OFFSETS else nullcontext():
         for setting, problem in PARTS[job.part](job):
             if job.setting in (None, setting):
-                run(f"{job.strategy}, {job.dtype}, {job.divergence}, {setting}", problem)
+                run(f"{job.variant}, {job.dtype}, {job.divergence}, {setting}", problem)
     return _watch.taken()
 
 
@@ -345,6 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         thorough = architecture == FULL and not chosen.quick
         divergences = (chosen.divergence,) if chosen.divergence else kd.divergences() if thorough else QUICK_DIVERGENCES
         wanted = jobs(
+            architecture,
             "full" if thorough else "quick",
             divergences,
             (chosen.dtype,) if chosen.dtype else tuple(DTYPES),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_report, gpu_times, limits, linear
+from benchmarks import gpu_report, gpu_times, limits, linear, offsets
 from benchmarks.cases import GIB, LOSSES, MIB, ONLINE, Case, key
 from benchmarks.contenders import BUDGETED
 from benchmarks.rows import RESULTS, Row
@@ -380,6 +380,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "limits": ("limits.json", limits_table),
     "measured": ("linear.json", linear_table),
     "methods": ("methods.json", methods_table),
+    "offsets": ("offsets.json", offsets.error_table),
 }
 
 
@@ -389,6 +390,7 @@ def updated(page: str) -> str:
         page = _between(page, mark, make(json.loads((RESULTS / file).read_text())))
     on_gpu = RESULTS / "gpu-h100.jsonl"
     page = _between(page, "door", door_table(on_gpu, json.loads((RESULTS / "growth.json").read_text())))
+    page = _between(page, "predicted", offsets.predicted_table())
     return _between(page, "gpu", gpu_table(on_gpu))
 
 

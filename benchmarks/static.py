@@ -11,8 +11,9 @@ instructions, and occupancy, the share of the multiprocessor's warps that fit.
 The cluster row kernel (static_cluster.py) is compiled by NVRTC for sm_90 and sm_100, of a plain loss and of one with everything,
 for rows that leave room for three blocks on a multiprocessor and for longer ones.
 
-For Triton's row kernel a second table, of NVIDIA's machine code: instructions per logit in each sweep of a plain loss (float32
-logits, no bias, softcap, temperature or cross-entropy), at t = 1 and at t < 1, and the widths in bits of the accesses in them.
+For Triton's row kernels a second table, of NVIDIA's machine code: instructions per logit in each sweep of a plain loss (no bias,
+softcap, temperature or cross-entropy; float32 logits, or 16-bit offsets), at t = 1 and at t < 1, and the widths in bits of the
+accesses in them.
 
 Then, for the whole report, the bytes that both strategies move per token, counted in Triton's interpreter (benchmarks/traffic.py),
 beside the least possible and beside Liger's.
@@ -41,9 +42,9 @@ import torch
 
 from benchmarks import static_cluster
 from benchmarks.cases import DTYPES
-from benchmarks.compiled import CLUSTER, KERNELS, TARGETS, Compiled, per_logit
+from benchmarks.compiled import CLUSTER, ROW_KERNELS, TARGETS, Compiled, per_logit
 from benchmarks.machine_code import Sweep, disassembled, stores_of, sweeps_of
-from benchmarks.static_launches import PLAIN, Launch, launches
+from benchmarks.static_launches import KERNELS, PLAIN, Launch, launches
 
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma_|v_smfmac_)")
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
@@ -102,7 +103,7 @@ def compiled(launch: Launch, architecture: str, dtype: str) -> Compiled:
     stores: tuple[int, ...] = ()
     if limits.backend == "cuda":
         text, found = made.asm["ptx"], log.getvalue()
-        if launch.name == "row_loss":
+        if launch.name in ROW_KERNELS:
             sweeps = sweeps_of(disassembled(made.asm["cubin"]))
         elif launch.name == "gradient":
             stores = stores_of(disassembled(made.asm["cubin"]))
@@ -180,14 +181,14 @@ def aligned(lines: Sequence[Sequence[str]], names: int) -> str:
 
 def row_table(found: Sequence[Compiled]) -> str:
     """The plain row kernels: what their sweeps take."""
-    lines: list[tuple[str, ...]] = [("architecture", "dx", "divergence", "registers", "t = 1", "t < 1", "bits")]
+    lines: list[tuple[str, ...]] = [("architecture", "dx", "kernel", "divergence", "registers", "t = 1", "t < 1", "bits")]
     for one in found:
         if one.sweeps and one.label.endswith(PLAIN):
             counts = [" + ".join(f"{count:.0f}" for count in half) for half in per_logit(one)]
             bits = sorted({bits for sweep in one.sweeps for bits in sweep.widths})
             name = one.label.removesuffix(PLAIN)
-            lines.append((one.architecture, one.dtype, name, str(one.registers), *counts, ", ".join(map(str, bits))))
-    return aligned(lines, 3)
+            lines.append((one.architecture, one.dtype, one.kernel, name, str(one.registers), *counts, ", ".join(map(str, bits))))
+    return aligned(lines, 4)
 
 
 def count_traffic() -> int:
@@ -219,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"Triton {importlib.metadata.version('triton')}")
     print(table(found, arguments.all))
     if any(one.sweeps for one in found):
-        print(f"\nrow kernel: instructions per logit in each sweep\n{row_table(found)}")
+        print(f"\nrow kernels: instructions per logit in each sweep\n{row_table(found)}")
     faults = [fault for one in found for fault in one.faults()]
     print(f"\n{len(found)} kernels compiled, {len(faults)} faults" + "".join(f"\n  {fault}" for fault in faults), flush=True)
     failed = 0

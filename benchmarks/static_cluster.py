@@ -34,6 +34,8 @@ def recorded() -> Iterator[list[tuple[str, rows.Macros, rows.Shape]]]:
     with (
         mock.patch.object(rows, "_kernel", kernel),
         mock.patch.object(rows, "why_not", return_value=""),
+        mock.patch.object(rows, "is_worth_it", return_value=True),
+        mock.patch.object(rows, "_multiprocessors"),
         mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
         mock.patch.object(torch.cuda, "current_stream"),
     ):
@@ -47,7 +49,7 @@ def launches(dtype: torch.dtype, of_block: int, of_multiprocessor: int) -> list[
         for vocab in VOCABULARIES:
             x, z, dx = torch.empty(ROWS, vocab), torch.empty(ROWS, vocab), torch.empty(ROWS, vocab, dtype=dtype)
             bias, labels = torch.empty(vocab), torch.zeros(ROWS, dtype=torch.int64)
-            with mock.patch.object(rows, "_shape", return_value=rows.shape_of(vocab, of_block, of_multiprocessor)):
+            with mock.patch.object(rows, "_shapes", return_value=rows.shapes_of(vocab, of_block, of_multiprocessor)[:1]):
                 for name in kd.divergences():
                     weights, a = (torch.ones(ROWS), torch.ones(()), name), resolve(name).a
                     rows.row_loss(x, z, None, None, None, *weights, a, 1.0, 1.0, 0.0, [1.0, 0.0, 1.0, 0.0], dx, False)

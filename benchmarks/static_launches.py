@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,11 @@ from kdkernels import backends
 from kdkernels.backends.base import Model, Needs, Step, Terms
 from kdkernels.divergences import resolve
 
+# Kernels, by the file of kdkernels/backends/triton that each is in.
+KERNELS = {
+    **{"row_loss": "rows", "statistics": "vocabulary", "sums": "vocabulary", "gradient": "vocabulary"},
+    **{"offsets_product": "offsets", "offsets_row": "offsets"},
+}
 TOKENS, VOCAB, DIMS = 256, 4096, (512, 1024)
 PLAIN = ", plain"
 BARE = ", bare heads"
@@ -38,6 +44,11 @@ class Launch:
         return str(self.kernel.fn.__name__).removesuffix("_kernel")
 
 
+def jit_function(name: str) -> Any:
+    """A kernel, by its name in KERNELS."""
+    return getattr(importlib.import_module(f"kdkernels.backends.triton.{KERNELS[name]}"), f"{name}_kernel")
+
+
 class Recorder:
     """Stands for a kernel and keeps what it is started with."""
 
@@ -51,16 +62,10 @@ class Recorder:
 @contextlib.contextmanager
 def recorded(architecture: str) -> Iterator[tuple[list[Launch], Callable[[str], None]]]:
     """Launches for that architecture are kept instead of run; the second gives the following ones a label."""
-    from kdkernels.backends.triton import rows, vocabulary
-
     launches: list[Launch] = []
     recorders = {
-        f"{module.__name__}.{name}": Recorder(getattr(module, name), launches)
-        for module, names in (
-            (rows, ("row_loss_kernel",)),
-            (vocabulary, ("statistics_kernel", "sums_kernel", "gradient_kernel")),
-        )
-        for name in names
+        f"kdkernels.backends.triton.{module}.{name}_kernel": Recorder(jit_function(name), launches)
+        for name, module in KERNELS.items()
     }
 
     def label(text: str) -> None:
@@ -133,9 +138,31 @@ def _record_vocabulary(dtype: torch.dtype, dress: str, label: Callable[[str], No
         sweeps(_step("jsd", dtype, metrics, dress)).statistics(weigh, dress != PLAIN)
 
 
+def _record_offsets(dtype: torch.dtype, dress: str, found: list[Launch], label: Callable[[str], None]) -> None:
+    """The launches of whole rows that are kept in 16 bits: the products, and the rows of every divergence."""
+    from kdkernels.backends.triton.offsets import OffsetRows
+
+    steps = {name: _step(name, dtype, False, dress) for name in kd.divergences()}
+    one, codes, weights = next(iter(steps.values())), torch.empty(2, TOKENS, VOCAB, dtype=torch.float16), torch.ones(TOKENS)
+    labels = None if dress == PLAIN else one.labels
+    rows = OffsetRows((one,), (one.student.hidden, one.teacher.hidden), codes.unbind(), labels)
+    found[-3:] = [
+        replace(launch, label=f"of {side}{dress}")
+        for launch, side in zip(found[-3:], ("the student", "the teacher", "both"), strict=True)
+    ]
+    for name, step in steps.items():
+        rows.steps = (step,)
+        label(name + dress)
+        rows.row_loss(0, weights, codes[0].view(dtype))
+        if dress == PLAIN:
+            label(name + VALUE)
+            rows.row_loss(0, weights, None)
+
+
 def launches(architecture: str, dtype: torch.dtype) -> list[Launch]:
     """Every kernel with every divergence, with and without metrics where that matters to it."""
     from kdkernels.backends.triton import rows
+    from kdkernels.backends.triton.blocks import TABLE
 
     row_loss: Callable[..., Any] = rows.row_loss
     with recorded(architecture) as (found, label):
@@ -161,4 +188,6 @@ def launches(architecture: str, dtype: torch.dtype) -> list[Launch]:
                     label(name)
         for dress in _dresses(architecture, dtype):
             _record_vocabulary(dtype, dress, label)
+            if TABLE[architecture, dtype.itemsize].offsets:
+                _record_offsets(dtype, dress, found, label)
     return found

@@ -157,6 +157,7 @@ def as_on_a_gpu(architecture: str) -> Iterator[None]:
     replaced = {
         **GPU_CHOICES,
         **{f"kdkernels.backends.triton.{module}.architecture": lambda _: architecture for module in ("arch", "blocks")},
+        "kdkernels.backends.triton.arch.multiprocessors": lambda _: 132,
         "kdkernels.backends.usable": lambda: backends.NAMES,
     }
     with contextlib.ExitStack() as stack:

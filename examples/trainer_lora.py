@@ -37,3 +37,9 @@ with tempfile.TemporaryDirectory() as folder:
     )
     trainer.train()
     trainer.save_model()  # the adapters
+
+print(
+    "\nHow to read it: only the adapters moved. kd is the Jensen-Shannon divergence to the teacher, in nats a token, at most\n"
+    "ln 2 = 0.69; ce is the cross-entropy on the text, and the loss is kd + 0.1 ce. The lines with eval_ are of text that was\n"
+    "held out: what falls there too was not learned by heart."
+)

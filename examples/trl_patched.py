@@ -39,3 +39,8 @@ with tempfile.TemporaryDirectory() as folder, gkd_trainer_patched():  # the bloc
         train_dataset=Dataset.from_list(chats),
     )
     trainer.train()
+
+print(
+    "\nHow to read it: the loss is GKDTrainer's own, the Jensen-Shannon divergence of beta = 0.5 to the teacher, in nats a token;\n"
+    "without the patch it has the same values up to rounding, and takes the memory of both models' logits besides."
+)

@@ -183,7 +183,10 @@ def resolve(divergence: Divergence | str, parameter: float | None = None) -> Div
             + (f" (did you mean {divergence.__name__}()?)" if callable(divergence) and hasattr(divergence, "__name__") else "")
         )
     if divergence not in _factories:
-        raise ValueError(f"divergence {divergence!r} is not known; accepted: {', '.join(_factories)}")
+        from kdkernels.errors import nearest  # here, for the build
+
+        accepted = f"{', '.join(_factories)}{nearest(divergence, _factories)}"
+        raise ValueError(f"divergence {divergence!r} is not known; accepted: {accepted}")
     factory = _factories[divergence]
     if parameter is None:
         return factory()

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from kdkernels.divergences import is_number
+from kdkernels.errors import nearest
 
 
 def number(
@@ -69,7 +70,8 @@ def flag(name: str, value: Any) -> bool:
 
 def one_of(name: str, value: Any, accepted: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in accepted:
-        raise ValueError(f"{name} {value!r} is not known; accepted: {', '.join(accepted)}")
+        near = nearest(value, accepted) if isinstance(value, str) else ""
+        raise ValueError(f"{name} {value!r} is not known; accepted: {', '.join(accepted)}{near}")
     return value
 
 

@@ -47,7 +47,7 @@ class Backend:
     in their products' dtype, scratch [count, Vb] for the widest learner's gradient, and HeadProducts' buffer.
     offsets: makes the logits of whole rows as 16-bit offsets in its own products: from the learners' steps, both models' rows in
     their products' dtype, float16 scratch [rows, V] for each model, and labels [rows] or None. keeps_offsets: whether it does on a
-    device, for the models' dtypes.
+    device (or on one of an architecture that need not be here, such as "sm_90"; else ""), for the models' dtypes.
     temporaries: [rows, V] tensors of accumulate_dtype that it holds beside the logits; most_rows: in one call of row_loss, where
     nothing else bounds them. row_copies: float32 rows that each thread keeps.
     """
@@ -61,7 +61,7 @@ class Backend:
     get_it: str = ""
     sweeps: Callable[[Sequence[Step], tuple[Tensor, Tensor], Tensor, Tensor], Sweeps] | None = None
     offsets: Callable[[Sequence[Step], Sequence[Tensor], Sequence[Tensor], Tensor | None], OffsetRows] | None = None
-    keeps_offsets: Callable[[torch.device, torch.dtype, torch.dtype], bool] = lambda *_: False
+    keeps_offsets: Callable[[torch.device, str, torch.dtype, torch.dtype], bool] = lambda *_: False
     temporaries: int = 0
     most_rows: int | None = None
     row_copies: int = 0

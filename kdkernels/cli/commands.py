@@ -182,7 +182,9 @@ def _plan(arguments: argparse.Namespace) -> None:
         online_teacher=arguments.okd,
     )
     if arguments.json:
-        print(json.dumps({"inputs": _inputs(arguments, vocab, compared), "predicted": {way.name: way.figures(on) for way in ways}}))
+        predicted = {way.name: way.figures(on) for way in ways}
+        (auto,) = (way.name for way in ways if way.auto)
+        print(json.dumps({"inputs": _inputs(arguments, vocab, compared), "predicted": predicted, "auto": auto}))
         return
     head = ", frozen head" if arguments.frozen_head else ""
     loss = f"OKD with {arguments.divergence}, losses" if arguments.okd else f"{arguments.divergence}, loss"

@@ -20,7 +20,7 @@ class Predicted:
     """One way to compute the step. peak_bytes: with inputs and returned gradients. seconds, flops: of loss and gradients.
 
     over_products: seconds over those of the bare products. cut: into how many pieces, in words. note: what to know about the
-    figures, or nothing.
+    figures, or nothing. auto: whether strategy="auto" of the loss takes it.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Predicted:
     flops: float
     cut: str
     note: str = ""
+    auto: bool = False
 
     def figures(self, on: Device) -> dict[str, Any]:
         """Plain values, ready for JSON. fits: in the device's memory; None where that is not known."""
@@ -75,12 +76,12 @@ def compare(
         online_teacher=online_teacher,
     )
     chunked, streamed = make(strategy="tokens"), make(strategy="vocab")
-    products = chunked.products_seconds
+    products, auto = chunked.products_seconds, make(strategy="auto").strategy
 
     def predicted(name: str, peak: int, seconds: float | None, flops: int, cut: str, note: str = "") -> Predicted:
         assert seconds is not None
         assert products is not None
-        return Predicted(name, peak, seconds, seconds / products, flops, cut, "" if on.measured else note)
+        return Predicted(name, peak, seconds, seconds / products, flops, cut, "" if on.measured else note, name == auto)
 
     row_note = f"its row kernel is counted at {_instructions(divergence)}"
     if online_teacher:
@@ -121,7 +122,7 @@ def table(ways: Sequence[Predicted], on: Device) -> str:
         time = f"{way.seconds * 1e3:,.2f} ms"
         cells = _size(way.peak_bytes), time, f"{way.over_products:,.2f}", f"{way.flops / 1e12:,.3f}"
         row = "".join(f"{cell:>{width}}" for cell, width in zip(cells, columns.values(), strict=True))
-        lines.append(f"{way.name:8}{row}  {way.cut}")
+        lines.append(f"{way.name:8}{row}  {way.cut}{'  <- auto' if way.auto else ''}")
         if way.note:
             notes.append(f"{way.name}: {way.note}.")
         if 0 < on.memory < way.peak_bytes:

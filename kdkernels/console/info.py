@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 import kdkernels as kd
-from kdkernels.backends import cuda, native
+from kdkernels.backends import cuda, native, triton
+from kdkernels.backends.dtypes import logits_dtype
 
 OPTIONAL = ("triton", "transformers", "tokenizers", "safetensors")
 
@@ -45,6 +46,7 @@ def facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "backends": {device: kd.backend(device) for device in devices},
         "rows": _row_kernel() if "cuda" in devices else None,
+        "logits": _logits() if "cuda" in devices else None,
         "instruction_set": sets[0] if sets else None,
         "instruction_sets": list(sets),
         "divergences": list(kd.divergences()),
@@ -55,6 +57,12 @@ def _row_kernel() -> str:
     """Which kernel does the row operation on the GPU, and why it is not the one that reads each logit once."""
     why_not = cuda.why_not(torch.device("cuda", torch.cuda.current_device()))
     return f"{kd.backend('cuda')}: {why_not}" if why_not else "cluster"
+
+
+def _logits() -> str:
+    """What a GPU keeps the logits of bfloat16 models in."""
+    keeps = triton.BACKEND.keeps_offsets(torch.device("cuda", torch.cuda.current_device()), "", torch.bfloat16, torch.bfloat16)
+    return "16-bit offsets" if keeps else str(logits_dtype(torch.bfloat16, torch.device("cuda"))).removeprefix("torch.")
 
 
 def _version(library: str) -> str | None:
@@ -72,8 +80,7 @@ def text() -> str:
     lines |= {name: known[name] or "not installed" for name in OPTIONAL}
     lines |= {name: known[name] for name in ("system", "processor", "threads")}
     lines |= {f"backend, {device}": name for device, name in known["backends"].items()}
-    if known["rows"] is not None:
-        lines["rows, cuda"] = known["rows"]
+    lines |= {f"{name}, cuda": known[name] for name in ("rows", "logits") if known[name] is not None}
     if in_use is None:
         lines["instruction set"] = (
             f"none: {native.missing or native.NOT_BUILT}, so plain PyTorch does the work; {native.BACKEND.get_it}"

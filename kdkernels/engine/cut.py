@@ -26,6 +26,8 @@ GPU_MULTIPLES = (128, 64, 32, 16, 8)
 # Float64 copies of a row's statistics at the vocab strategy's peak: those of the blocks so far and of the next one, both
 # merged, and about two of what merging takes. Those of another learner are kept beside them.
 STATISTICS_COPIES = 5
+# Columns of a tile of 16-bit offsets, of which two float32 numbers are kept for each row and model (backends/triton/offsets.py).
+OFFSETS_COLUMNS = 256
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Size:
 
     learners: 2 where the teacher learns too (OKD), by forward KL to the student; train_teacher_head: whether its head does. alone:
     the loss does not look at a teacher's logits; known: but at some log-probabilities of its. shared: ranks share the vocabulary,
-    of which one holds ``widest`` columns at most. metrics: whether they are asked for.
+    of which one holds ``widest`` columns at most. metrics: whether they are asked for. architecture: of a GPU that is planned for
+    and need not be here.
     """
 
     tokens: int
@@ -54,6 +57,7 @@ class Size:
     shared: bool = False
     widest: int = 0
     metrics: bool = False
+    architecture: str = ""
 
     @property
     def backend(self) -> Backend:
@@ -71,7 +75,7 @@ class Size:
         hardware, so that they have to be aligned; metrics look at the teacher beside the target, which alone is there."""
         both = not (self.alone or self.known or self.shared or self.metrics)
         aligned = row_stride(self.vocab, self.device) % ROW_ELEMENTS == 0
-        return both and aligned and self.backend.keeps_offsets(self.device, self.dtype, self.teacher_dtype)
+        return both and aligned and self.backend.keeps_offsets(self.device, self.architecture, self.dtype, self.teacher_dtype)
 
     @property
     def accumulators(self) -> tuple[tuple[int, bool], ...]:
@@ -220,6 +224,8 @@ class Cut:
         if not self.whole_rows:
             copies_of = STATISTICS_COPIES + size.learners - 1
             statistics = rows * (copies_of * len(STATS_COLUMNS) + 2 * size.learners * len(SUMS_COLUMNS)) * 8
+        elif size.offsets:
+            statistics = rows * math.ceil(size.vocab / OFFSETS_COLUMNS) * 2 * 2 * 4
         return 4 * self.buffer + threads + widened + statistics
 
     @property

@@ -26,7 +26,8 @@ def tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor:
 def float_tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor:
     found = tensor(name, value, device)
     if found.dtype not in DTYPES:
-        raise TypeError(f"{name} is {found.dtype}; accepted: {', '.join(map(str, DTYPES))}")
+        mask = f"; of a mask pass {name}.to(torch.float32)" if found.dtype == torch.bool else ""
+        raise TypeError(f"{name} is {found.dtype}; accepted: {', '.join(map(str, DTYPES))}{mask}")
     return found
 
 

@@ -14,6 +14,7 @@ import torch
 
 from kdkernels.backends.dtypes import product_dtype
 from kdkernels.backends.products import HeadProducts, add_head_grad, block_size
+from kdkernels.errors import nearest
 
 # Kernels that follow each other in a stream: the gap between two, not the time the host takes to launch one.
 LAUNCH_SECONDS = 3e-6
@@ -38,6 +39,7 @@ class Device:
     operand_bandwidth: bytes/s by dtype at which products get through their operands and results, where that comes before
         multiplying; where there is none they arrive meanwhile, at ``bandwidth``.
     fused_efficiency: what the vocab strategy's kernels, which multiply themselves, reach of what library products do.
+    architecture: of a GPU, as kernels are chosen by it: "sm_90" for compute capability 9.0, "gfx942".
     """
 
     name: str
@@ -51,6 +53,7 @@ class Device:
     measured: bool = False
     operand_bandwidth: dict[torch.dtype, float] = field(default_factory=dict, hash=False)
     fused_efficiency: float = FUSED_EFFICIENCY
+    architecture: str = ""
 
     @property
     def cached_row(self) -> int:
@@ -66,6 +69,7 @@ class Device:
 
 def _gpu(
     name: str,
+    architecture: str,
     bandwidth: float,
     float32: float,
     half: float,
@@ -91,6 +95,7 @@ def _gpu(
         units=units,
         issue=units * lanes * clock * 1e9,
         fused_efficiency=fused_efficiency,
+        architecture=architecture,
     )
 
 
@@ -98,33 +103,33 @@ def _gpu(
 # The clock is the boost clock that this rate is stated for: the rate over units and float32 operations of a unit in a cycle.
 _GPUS = (
     # NVIDIA A100 datasheet, 40 GB: 1,555 GB/s, the rates and multiprocessors of the one of 80 GB
-    _gpu("A100-40", 1.555, 19.5, 312, 40, 40, 108, 1.41),
+    _gpu("A100-40", "sm_80", 1.555, 19.5, 312, 40, 40, 108, 1.41),
     # NVIDIA A100 datasheet, SXM 80 GB: 2,039 GB/s, 19.5 / 312 Tflop/s; whitepaper: 40 MB L2, 108 SMs, 1.41 GHz
-    _gpu("A100-80", 2.039, 19.5, 312, 80, 40, 108, 1.41),
+    _gpu("A100-80", "sm_80", 2.039, 19.5, 312, 80, 40, 108, 1.41),
     # NVIDIA H100 datasheet, SXM5: 3.35 TB/s, 67 / 989.4 Tflop/s; whitepaper: 50 MB L2, 132 SMs of 128 float32 units
-    _gpu("H100", 3.35, 67, 989.4, 80, 50, 132, 1.98, fused_efficiency=HOPPER_FUSED_EFFICIENCY),
+    _gpu("H100", "sm_90", 3.35, 67, 989.4, 80, 50, 132, 1.98, fused_efficiency=HOPPER_FUSED_EFFICIENCY),
     # NVIDIA H100 datasheet, PCIe: 2 TB/s, 51 / 756 Tflop/s; whitepaper: 50 MB L2, 114 SMs
-    _gpu("H100-PCIe", 2.0, 51, 756, 80, 50, 114, 1.755, fused_efficiency=HOPPER_FUSED_EFFICIENCY),
+    _gpu("H100-PCIe", "sm_90", 2.0, 51, 756, 80, 50, 114, 1.755, fused_efficiency=HOPPER_FUSED_EFFICIENCY),
     # NVIDIA H200 datasheet, SXM: 4.8 TB/s, the H100's rates
-    _gpu("H200", 4.8, 67, 989.4, 141, 50, 132, 1.98, fused_efficiency=HOPPER_FUSED_EFFICIENCY),
+    _gpu("H200", "sm_90", 4.8, 67, 989.4, 141, 50, 132, 1.98, fused_efficiency=HOPPER_FUSED_EFFICIENCY),
     # NVIDIA DGX B200 datasheet, an eighth of it: 8 TB/s, 180 GB, 75 / 2,250 Tflop/s; Blackwell tuning guide: 126 MB L2, 148 SMs
-    _gpu("B200", 8.0, 75, 2250, 180, 126, 148, 1.98),
+    _gpu("B200", "sm_100", 8.0, 75, 2250, 180, 126, 148, 1.98),
     # NVIDIA L4 datasheet: 300 GB/s, 30.3 / 121 Tflop/s, 24 GB, 7,424 CUDA cores of 128 in a multiprocessor; 48 MB L2, 2.04 GHz
-    _gpu("L4", 0.300, 30.3, 121, 24, 48, 58, 2.04),
+    _gpu("L4", "sm_89", 0.300, 30.3, 121, 24, 48, 58, 2.04),
     # NVIDIA L40S datasheet: 864 GB/s, 91.6 / 362.05 Tflop/s, 48 GB, 18,176 CUDA cores; 96 MB L2, 2.52 GHz
-    _gpu("L40S", 0.864, 91.6, 362.05, 48, 96, 142, 2.52),
+    _gpu("L40S", "sm_89", 0.864, 91.6, 362.05, 48, 96, 142, 2.52),
     # NVIDIA GeForce RTX 3090: 936 GB/s, 35.6 Tflop/s, 24 GB, 6 MB L2, 82 SMs, 1.695 GHz; 142 Tflop/s with sums in float16, half of
     # it in float32
-    _gpu("RTX3090", 0.936, 35.6, 71, 24, 6, 82, 1.695),
+    _gpu("RTX3090", "sm_86", 0.936, 35.6, 71, 24, 6, 82, 1.695),
     # NVIDIA Ada whitepaper, GeForce RTX 4090: 1,008 GB/s, 82.6 / 165.2 Tflop/s with sums in float32, 72 MB L2, 128 SMs, 2.52 GHz
-    _gpu("RTX4090", 1.008, 82.6, 165.2, 24, 72, 128, 2.52),
+    _gpu("RTX4090", "sm_89", 1.008, 82.6, 165.2, 24, 72, 128, 2.52),
     # NVIDIA GeForce RTX 5090: 1,792 GB/s, 104.8 / 209.5 Tflop/s with sums in float32, 32 GB, 96 MB L2, 170 SMs, 2.407 GHz
-    _gpu("RTX5090", 1.792, 104.8, 209.5, 32, 96, 170, 2.407),
+    _gpu("RTX5090", "sm_120", 1.792, 104.8, 209.5, 32, 96, 170, 2.407),
     # NVIDIA RTX PRO 6000 Blackwell, Workstation Edition: 1,792 GB/s, 126 / 503.8 Tflop/s, 96 GB, 128 MB L2, 188 SMs, 2.617 GHz
-    _gpu("RTXPRO6000", 1.792, 126, 503.8, 96, 128, 188, 2.617),
+    _gpu("RTXPRO6000", "sm_120", 1.792, 126, 503.8, 96, 128, 188, 2.617),
     # AMD Instinct MI300X datasheet: 5.3 TB/s, 163.4 / 1,307.4 Tflop/s, 304 compute units, 256 MB Infinity Cache, 2.1 GHz; CDNA 3:
     # four units of 16 lanes
-    _gpu("MI300X", 5.3, 163.4, 1307.4, 192, 256, 304, 2.1, lanes=64),
+    _gpu("MI300X", "gfx942", 5.3, 163.4, 1307.4, 192, 256, 304, 2.1, lanes=64),
 )
 DEVICES = {gpu.name: gpu for gpu in _GPUS}
 
@@ -139,7 +144,7 @@ def check_name(name: str) -> str:
     for known in device_names():
         if known.lower() == name.lower():
             return known
-    raise ValueError(f"device is {name!r}; accepted: {', '.join(device_names())}")
+    raise ValueError(f"device is {name!r}; accepted: {', '.join(device_names())}{nearest(name, device_names())}")
 
 
 def device(name: str) -> Device:
@@ -212,7 +217,8 @@ def resolve_device(named: torch.device | str) -> tuple[torch.device, Device | No
     try:
         where = torch.device(named)
     except RuntimeError:
-        raise ValueError(f"device is {named!r}; accepted: {', '.join(device_names())}, or a torch device") from None
+        accepted = f"{', '.join(device_names())}, or a torch device{nearest(str(named), device_names())}"
+        raise ValueError(f"device is {named!r}; accepted: {accepted}") from None
     return where, measured_cpu() if where.type == "cpu" else this_gpu(where)
 
 

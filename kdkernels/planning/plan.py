@@ -102,7 +102,7 @@ def _passes(way: str, size: Size, on: devices.Device) -> tuple[roofline.Pass, ..
         return roofline.eager_passes(size.tokens, *of_tokens, **loss, cached_row=on.cached_row)
     cut = CUTS[way](size)
     if cut.whole_rows:
-        return roofline.tokens_passes(size.tokens, *of_tokens, **loss, chunk_rows=cut.rows)
+        return roofline.tokens_passes(size.tokens, *of_tokens, **loss, chunk_rows=cut.rows, offsets=size.offsets)
     passes: list[roofline.Pass] = []
     for rows, count in roofline.parts(size.tokens, cut.rows):
         chunk = roofline.vocab_passes(rows, *of_tokens, **loss, block_columns=cut.columns, shared=not size.fused)
@@ -174,6 +174,7 @@ def plan(
         raise ValueError("train_teacher_head is True; accepted only with online_teacher=True")
     runs_on, on = devices.resolve_device(device)
     named = on if on is not None and not on.measured and on.name.lower() == str(device).lower() else None
+    absent = devices.nominal(runs_on) if named is None and runs_on.type == "cuda" and not torch.cuda.is_available() else named
     size = Size(
         tokens=tokens,
         vocab=vocab,
@@ -187,6 +188,7 @@ def plan(
         budget=default_budget(runs_on, named) if memory_budget is None else memory_budget,
         learners=2 if online_teacher else 1,
         train_teacher_head=train_teacher_head,
+        architecture="" if absent is None else absent.architecture,
     )
     return _planned(choose(strategy, size, named), size, on)
 

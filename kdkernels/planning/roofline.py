@@ -29,6 +29,7 @@ from typing import TypedDict
 import torch
 
 from kdkernels.divergences import resolve
+from kdkernels.engine.cut import OFFSETS_COLUMNS
 from kdkernels.planning import traffic
 from kdkernels.planning.devices import Device
 
@@ -55,6 +56,18 @@ ROW_INSTRUCTIONS: dict[str, tuple[int, int, int]] = {
     "skew_reverse_kl": (28, 66, 66),
     "total_variation": (28, 37, 41),
 }
+# The same of the row kernel over 16-bit offsets, which has no statistics to make: sums, gradient.
+OFFSETS_INSTRUCTIONS: dict[str, tuple[int, int]] = {
+    "forward_kl": (28, 29),
+    "reverse_kl": (29, 29),
+    "jsd": (56, 56),
+    "skew_forward_kl": (58, 59),
+    "skew_reverse_kl": (58, 58),
+    "total_variation": (29, 35),
+}
+# And of the epilogue that makes them, which nothing overlaps: a program has one tile at a time (all instructions of the kernel for
+# sm_90, over the logits of a tile).
+OFFSETS_EPILOGUE = 14
 # Tokens that the bare products are made for at a time (benchmarks/contenders.py).
 PRODUCTS_BLOCK = 4096
 # What kernels that stream large tensors reach of the datasheet's bandwidth: 0.92 to 0.95 in the forward rows of Liger's table for
@@ -247,6 +260,7 @@ def tokens_passes(
     train_head: bool = True,
     online_teacher: bool = False,
     train_teacher_head: bool = False,
+    offsets: bool = False,
 ) -> tuple[Pass, ...]:
     """Loss and gradients of the ``tokens`` strategy in chunks of ``chunk_rows`` tokens (None: all in one), a row kernel each.
 
@@ -255,16 +269,25 @@ def tokens_passes(
     ``row_instructions``; the products read dx back. With several chunks the head's gradient is summed in float32, inside the
     product: read and written by each of them. An online teacher is another row kernel over the same logits, and its own products:
     Ut, or 2·Ut with its head.
+
+    offsets: logits are kept in 16 bits, by products of this library at the rate of others', and an epilogue on top of that.
     """
-    logit = max(4, dtype.itemsize)
+    logit = 2 if offsets else max(4, dtype.itemsize)
     learners = _learners(student_dim, teacher_dim, divergence, train_head, online_teacher, train_teacher_head)
     summed = chunk_rows is not None and chunk_rows < tokens
     passes: list[Pass] = []
     for rows, count in parts(tokens, chunk_rows):
         one = [product(rows, dim, vocab, dtype, logit * rows * vocab) for dim in (student_dim, teacher_dim)]
+        if offsets:
+            one += [Pass(0.0, 0.0, instructions=rows * vocab * OFFSETS_EPILOGUE, launches=0)] * 2
         for dim, learned, head in learners:
-            moved = traffic.row_loss(rows, vocab, (logit, logit), dtype.itemsize, sweeps=traffic.sweeps(learned)).total
-            one += [Pass(0.0, moved, instructions=rows * vocab * sum(row_instructions(learned)))]
+            if offsets:
+                moved = traffic.offsets_row(rows, vocab, OFFSETS_COLUMNS, dtype.itemsize).total
+                issued = sum(OFFSETS_INSTRUCTIONS.get(learned, max(OFFSETS_INSTRUCTIONS.values(), key=sum)))
+            else:
+                moved = traffic.row_loss(rows, vocab, (logit, logit), dtype.itemsize, sweeps=traffic.sweeps(learned)).total
+                issued = sum(row_instructions(learned))
+            one += [Pass(0.0, moved, instructions=rows * vocab * issued)]
             one += _gradients(rows, vocab, dim, dtype, head, head_bytes=8 * vocab * dim if summed else None)
         passes += repeated(count, one)
     if summed and dtype.itemsize < 4:

@@ -64,6 +64,18 @@ def row_loss(
     return Traffic(rows * (entries + row), rows * (len(ROW_COLUMNS) * FLOAT + reached * grad_bytes))
 
 
+def offsets_row(
+    rows: int, vocab: int, block_v: int, grad_bytes: int = 0, *, together: int = 8, labels: bool = False, tempered: bool = False
+) -> Traffic:
+    """offsets_row_kernel: normalisers from the tiles', and a sweep or two over both models' codes, ``together`` at a time, and the
+    largest of their tiles. tempered: of labels at another temperature than 1, whose sums are others."""
+    tiles, reached = math.ceil(vocab / block_v), math.ceil(vocab / together) * together
+    entries = (1 + (grad_bytes > 0)) * 2 * (reached * 2 + tiles * FLOAT)
+    parts = (3 if labels and tempered else 2) * tiles * 2 * FLOAT
+    row = FLOAT + (LABEL + FLOAT if labels else 0)  # weight; label and its logit
+    return Traffic(rows * (entries + parts + row), rows * (len(ROW_COLUMNS) * FLOAT + reached * grad_bytes))
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How a kernel that multiplies tiles the logits [tokens, vocab]: block_n x block_v a tile, ``splits`` of the vocabulary."""
@@ -117,6 +129,16 @@ def statistics(of: Products, tiling: Tiling, *, labels: bool = False) -> Traffic
 def sums(of: Products, tiling: Tiling) -> Traffic:
     """sums_kernel: reads the statistics, writes [splits, tokens, SUMS_COLUMNS]."""
     return of.over_splits(tiling, SUMS_READ * FLOAT, len(SUMS_COLUMNS) * FLOAT)
+
+
+def offsets_product(of: Products, tiling: Tiling, *, programs: int, tempered: bool = False) -> Traffic:
+    """offsets_product_kernel at t = 1, of both models: stores codes, and of each row of a tile the largest and its sums. tempered:
+    of labels at another temperature. Each program of the target's two launches, one of which does nothing, reads t."""
+    tiles = math.ceil(of.vocab / tiling.block_v)
+    operands = of.operands(tiling, tiles, of.vocab)
+    parts = of.tokens * tiles * FLOAT * (2 * len(of.models) + tempered)
+    read = operands + of.bias_bytes(tiling, of.vocab) + 2 * programs * FLOAT
+    return Traffic(read, len(of.models) * of.tokens * of.vocab * 2 + parts, operands)
 
 
 def gradient(

@@ -25,6 +25,12 @@ def unwrapped(model: Any) -> Any:
             raise TypeError(f"model is a causal language model of transformers, got {type(model).__name__}")
         if isinstance(model, nn.DataParallel):
             raise TypeError("model is wrapped in DataParallel, whose replicas keep no hidden states; use DistributedDataParallel")
+        if isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph:
+            # It starts its first reduction from the output of the forward, through which this loss does not pass.
+            raise ValueError(
+                "model is wrapped in DistributedDataParallel with static_graph=True, under which gradients of this loss would stay "
+                "on their ranks, not averaged; accepted: without it"
+            )
         inner: Any = model._modules
         held = [name for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module") if name in inner]
         if held:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import stub_driver
 from kdkernels.backends.cuda import compile, product
-from kdkernels.backends.cuda.compile import CompileError
+from kdkernels.backends.cuda.compile import CompileError, DriverError
 from tests.support import okd
 from tests.support.cases import Case, assert_as_good_as_eager, draw, ratios
 from tests.support.hopper import CXX, on_this_machine
@@ -44,7 +44,7 @@ def asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
     """Of each product: whether CUDA C++ made it, and whether it was the teacher's."""
     found: list[tuple[bool, bool]] = []
-    stored, kernel = product.stored, offsets.product_kernel
+    stored, kernel = product.stored, offsets.offsets_product_kernel
 
     def seen(*arguments: Any) -> bool:
         done = stored(*arguments)
@@ -61,7 +61,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
             return start
 
     monkeypatch.setattr(product, "stored", seen)
-    monkeypatch.setattr(offsets, "product_kernel", Kernel())
+    monkeypatch.setattr(offsets, "offsets_product_kernel", Kernel())
     return found
 
 
@@ -189,7 +189,7 @@ class TestWhatTritonMakes:
             case_of().loss()
         assert calls == TRITON
 
-    @pytest.mark.parametrize("error", [CompileError("line 3"), OSError("no NVRTC")], ids=repr)
+    @pytest.mark.parametrize("error", [CompileError("line 3"), OSError("no NVRTC"), DriverError("refused", 1)], ids=repr)
     def test_what_cannot_be_compiled_is_tried_once(
         self, error: Exception, calls: list[tuple[bool, bool]], caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -201,6 +201,12 @@ class TestWhatTritonMakes:
         (said,) = caplog.messages
         assert "torch.bfloat16" in said
         assert str(error) in said
+
+    def test_an_error_that_leaves_the_device_dead_is_raised(self, calls: list[tuple[bool, bool]]) -> None:
+        dead = DriverError("cuLaunchKernel: CUDA_ERROR_ILLEGAL_ADDRESS", 700)
+        with both_kernels(), mock.patch.object(product, "_kernel", side_effect=dead), pytest.raises(DriverError, match="ILLEGAL"):
+            case_of().loss()
+        assert not calls
 
 
 def test_products_of_float32_and_of_two_dtypes_and_scales_of_no_use() -> None:

@@ -1,154 +1,25 @@
-"""The arithmetic of the cluster row kernel (math.cuh), compiled for a CPU in the kernel's order, is as good as eager PyTorch.
+"""The cluster row kernel (rows.cu), compiled for a CPU, is as good as eager PyTorch.
 
-The launcher is the library's own; what it would start on a GPU runs here as tests/support/cluster_rows.cpp, with exact exponentials
-and quotients for the hardware's quick ones.
+The launcher is the library's own; what it would start on a GPU runs here on tests/support/cluster_machine.cpp, with exact
+exponentials and quotients for the hardware's quick ones.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import functools
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
-from unittest import mock
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 import kdkernels as kd
-from kdkernels.backends.cuda import rows
-from kdkernels.divergences import resolve
-from tests.support import ROOT, oracle
-from tests.support.cases import Result, assert_as_good_as_eager, ratios
-from tests.support.oracle import Options
+from tests.support.cases import assert_as_good_as_eager, ratios
+from tests.support.cluster import CXX, Problem, cut, problem
 
 INF, NAN = torch.inf, torch.nan
-CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-DRIVER = ROOT / "tests" / "support" / "cluster_rows.cpp"
-INCLUDES = "#include <algorithm>\n#include <vector>\n"  # the rest is in a namespace
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler here")
 
 every_divergence = pytest.mark.parametrize("name", kd.divergences())
-
-
-@functools.cache
-def library(text: str) -> ctypes.CDLL:
-    assert CXX is not None
-    with tempfile.TemporaryDirectory() as folder:
-        source, made = Path(folder, "rows.cpp"), Path(folder, "rows.so")
-        source.write_text(text)
-        options = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas")
-        done = subprocess.run(
-            [*shlex.split(CXX), *options, str(source), "-o", str(made)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return ctypes.CDLL(str(made))
-
-
-class OnThisMachine:
-    """Stands for a compiled kernel."""
-
-    def __init__(self, text: str) -> None:
-        self.run = library(text).row_loss
-
-    def launch(self, grid: int, threads: int, shared: int, stream: int, arguments: Sequence[Any]) -> None:
-        assert len(arguments) == 1
-        self.run(ctypes.byref(arguments[0]))
-
-
-@pytest.fixture(autouse=True)
-def on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    def kernel(divergence: str, macros: rows.Macros, shape: rows.Shape, device: torch.device) -> Any:
-        text = rows.source(divergence, macros, shape)
-        kernel_source = (Path(rows.__file__).parent / "rows.cu").read_text()
-        assert text.endswith(kernel_source)
-        return OnThisMachine(INCLUDES + text.removesuffix(kernel_source) + DRIVER.read_text()), 1
-
-    monkeypatch.setattr(rows, "why_not", lambda device: "")
-    monkeypatch.setattr(rows, "_kernel", kernel)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: mock.Mock(cuda_stream=0))
-
-
-@contextlib.contextmanager
-def cut(cluster: int, warps: int) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "_shape", lambda vocab, device: rows.cut(vocab, cluster, warps, 1))
-        yield
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Logits as a product leaves them, and what is done to them. heads: scale and softcap of student and teacher."""
-
-    x: Tensor
-    z: Tensor
-    options: Options
-    biases: tuple[Tensor | None, Tensor | None] = (None, None)
-    heads: tuple[float, float, float, float] = (1.0, 0.0, 1.0, 0.0)
-    labels: Tensor | None = None
-    weight: Tensor | None = None
-
-    def plain(self, dtype: torch.dtype) -> Result:
-        """The formulas with autograd."""
-
-        def after(v: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
-            v = (v if bias is None else v + bias.to(dtype)) * scale
-            return softcap * torch.tanh(v / softcap) if softcap else v
-
-        def logits(x: Tensor) -> tuple[Tensor, Tensor]:
-            return after(x, self.biases[0], *self.heads[:2]), after(self.z.to(dtype), self.biases[1], *self.heads[2:])
-
-        found = oracle.with_gradients(logits, {"x": self.x}, dtype, self.labels, self.weight, self.options)
-        return {"losses": found["losses"], "x": found["x"]}
-
-    def run(self, grad: bool = True) -> Result:
-        """The kernel's losses and gradient."""
-        (x, z), options = map(with_room, (self.x, self.z)), self.options
-        kd_scale = options.kd_weight * options.temperature**2
-        weight = torch.ones(len(x)) if self.weight is None else self.weight
-        dx = with_room(torch.full_like(self.x, NAN)) if grad else None
-        pair = resolve(options.divergence)
-        columns = rows.row_loss(
-            *(x, z, *self.biases, self.labels, weight, torch.tensor(options.t), options.divergence, pair.a, options.temperature),
-            *(kd_scale, options.ce_weight, list(self.heads), dx, False),
-        )
-        assert columns is not None
-        losses = weight * (kd_scale * columns[:, 0] + options.ce_weight * columns[:, 1])
-        return {"losses": losses} if dx is None else {"losses": losses, "x": dx}
-
-
-def with_room(values: Tensor) -> Tensor:
-    """The same in rows that start at multiples of 64 entries; what lies behind each must not matter."""
-    count, vocab = values.shape
-    room = torch.full((count, -(-vocab // 64) * 64), NAN)
-    room[:, :vocab] = values
-    return room[:, :vocab]
-
-
-def problem(
-    name: str, seed: int, vocab: int, spread: float, *, t: float = 1.0, temperature: float = 1.0, dressed: bool = False
-) -> Problem:
-    generator = torch.Generator().manual_seed(seed)
-    count = 6
-    x, z = torch.randn(2, count, vocab, generator=generator) * spread
-    if not dressed:
-        return Problem(x, z, Options(name, t=t, temperature=temperature, normalizer=1.0))
-    weight = torch.rand(count, generator=generator) + 0.5
-    weight[2] = 0.0
-    biases = torch.randn(2, vocab, generator=generator).unbind()
-    labels = torch.randint(0, vocab, (count,), generator=generator)
-    options = Options(name, t=t, temperature=temperature, kd_weight=0.75, ce_weight=0.5, normalizer=1.0)
-    return Problem(x, z, options, biases, (0.75, 20.0, 1.25, 30.0), labels, weight)
 
 
 def compared(problems: Sequence[Problem]) -> dict[str, float]:

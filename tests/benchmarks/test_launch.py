@@ -288,12 +288,16 @@ class TestWatch:
 
 
 def test_jobs_take_every_divergence_dtype_and_strategy() -> None:
-    found = launch.jobs("full", ("forward_kl", "jsd", "total_variation"), tuple(launch.DTYPES), launch.STRATEGIES)
-    assert len({(job.strategy, job.dtype, job.divergence) for job in found if job.part == "checks"}) == 2 * 3 * 3
+    divergences = ("forward_kl", "jsd", "total_variation")
+    found = launch.jobs("sm_90", "full", divergences, tuple(launch.DTYPES), launch.STRATEGIES)
+    # logits of 16 bits in one dtype, and on one architecture
+    assert len({(job.variant, job.dtype, job.divergence) for job in found if job.part == "checks"}) == (2 * 3 + 1) * 3
     for part in ("real sizes", "training run"):
-        assert {(job.strategy, job.divergence) for job in found if job.part == part} == {
+        assert {(job.variant, job.divergence) for job in found if job.part == part} == {
             (strategy, divergence) for strategy in launch.STRATEGIES for divergence in launch.QUICK_DIVERGENCES
         }
+    others = launch.jobs("sm_100", "quick", divergences, tuple(launch.DTYPES), launch.STRATEGIES)
+    assert {job.variant for job in others} == {"tokens", "vocab"}
 
 
 class TestCommand:

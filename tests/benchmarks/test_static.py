@@ -19,11 +19,11 @@ from kdkernels.divergences import resolve
 pytest.importorskip("triton")
 
 from benchmarks import static, static_cluster, static_launches
-from benchmarks.compiled import CLUSTER, KERNELS, TARGETS, Compiled
+from benchmarks.compiled import CLUSTER, ROW_KERNELS, TARGETS, Compiled
 from benchmarks.machine_code import Sweep, stores_of, sweeps_of
-from benchmarks.static_launches import BARE, ODD, PLAIN, VALUE, Launch, launches
+from benchmarks.static_launches import BARE, KERNELS, ODD, PLAIN, VALUE, Launch, launches
 from kdkernels.backends.triton.blocks import LEAN, TABLE
-from kdkernels.planning.roofline import ROW_INSTRUCTIONS
+from kdkernels.planning.roofline import OFFSETS_INSTRUCTIONS, ROW_INSTRUCTIONS
 from tests.support import ROOT
 
 GOOD = Compiled("sm_90", "bf16", "sums", "jsd", "64x64x64", registers=128, spilled=0, shared=64 * 1024, tensor_cores=8, warps=8)
@@ -77,6 +77,10 @@ class TestLaunches:
         assert set(labels["row_loss"]) == names | measured | {name + kind for name in names for kind in (PLAIN, VALUE, ODD)}
         assert set(labels["gradient"]) == {name + dress for name in names for dress in ("", BARE, PLAIN)}
         assert set(labels["sums"]) == {name + dress for name in measured | swept_twice for dress in ("", BARE, PLAIN)}
+        assert set(labels["offsets_row"]) == {name + dress for name in names for dress in ("", BARE, PLAIN, VALUE)}
+        assert set(labels["offsets_product"]) == {
+            f"of {side}{dress}" for side in ("the student", "the teacher", "both") for dress in ("", BARE, PLAIN)
+        }
         # no moments, weighed by either side, and with metrics
         constants = {(launch.keywords["WEIGH"], launch.keywords["METRICS"]) for launch in found if launch.name == "statistics"}
         assert constants == {(0, False), (1, False), (2, False), (0, True)}
@@ -88,7 +92,7 @@ class TestLaunches:
                 continue
             arguments = dict(zip(inspect.signature(launch.kernel.fn).parameters, launch.arguments, strict=False))
             heads = [arguments[name] for name in ("x_head", "z_head") if name in arguments]
-            heads = heads or [head for _, head in arguments["models"]]
+            heads = heads or [head for _, head in arguments.get("models", (arguments.get("model", (None, ())),))]
             assert all(None not in head for head in heads), "bias, scale, softcap"
             for group in ("terms", "target", "of_rows"):
                 assert None not in arguments.get(group, ())
@@ -99,8 +103,9 @@ class TestLaunches:
             for dtype in (torch.float32, torch.bfloat16):
                 entry = TABLE[architecture, dtype.itemsize]
                 for launch in launches(architecture, dtype):
-                    if launch.name != "row_loss":
-                        matrices = {getattr(entry, launch.name), entry.roomy, entry.measured} - {None}
+                    if launch.name not in ROW_KERNELS:
+                        own = "offsets" if launch.name == "offsets_product" else launch.name
+                        matrices = {getattr(entry, own), entry.roomy, entry.measured, entry.dressed_offsets} - {None}
                         assert any(
                             launch.keywords.items() >= {**matrix.blocks(), **matrix.options()}.items() for matrix in matrices
                         )
@@ -108,7 +113,10 @@ class TestLaunches:
     def test_heads_with_bias_or_softcap_metrics_and_long_formulas_take_the_roomy_blocks(self, found: list[Launch]) -> None:
         entry = TABLE["sm_90", 2]
         for launch in found:
-            if launch.name != "row_loss":
+            if launch.name == "offsets_product":
+                matrix = entry.offsets if launch.label.endswith((BARE, PLAIN)) else entry.dressed_offsets
+                assert launch.keywords.items() >= {**matrix.blocks(), **matrix.options()}.items(), launch.label
+            elif launch.name not in ROW_KERNELS:
                 dressed = not launch.label.endswith((BARE, PLAIN))
                 lean = launch.name == "statistics" or launch.label.startswith(LEAN)
                 crowded = dressed or launch.keywords.get("METRICS", False) or not lean
@@ -140,7 +148,7 @@ class TestFaults:
                 "has 1 barriers, shuffles and accesses to shared memory inside its sweeps",
             ),
             (replace(GOOD, stores=(16, 128)), "stores the gradient by 16 bits"),
-            (replace(ROW, sweeps=()), "has 0 loops; at t = 1 and at t < 1 it has two sweeps or three"),
+            (replace(ROW, sweeps=()), "has 0 loops, fewer than it has sweeps"),
             (
                 replace(ROW, sweeps=(SWEEP, SWEEP, SWEEP, replace(SWEEP, exchanges=2))),
                 "has 2 barriers, shuffles and accesses to shared memory inside its sweeps",
@@ -173,12 +181,25 @@ class TestFaults:
         more = replace(one, sweeps=(*right[:5], replace(SWEEP, instructions=8 * (counts[2] + 4))))
         found = [*counts[:2], counts[2] + 4]
         assert more.faults() == [
-            f"sm_90 bf16 row_loss jsd{PLAIN}: takes {found} instructions per logit in its sweeps; roofline.ROW_INSTRUCTIONS states "
-            f"{[*counts]}"
+            f"sm_90 bf16 row_loss jsd{PLAIN}: takes {found} instructions per logit in its sweeps; the roofline states {[*counts]}"
         ]
         for elsewhere in (replace(more, dtype="fp32"), replace(more, architecture="sm_80"), replace(more, label="jsd")):
             assert elsewhere.faults() == []
-        assert set(ROW_INSTRUCTIONS) <= set(kd.divergences())
+        assert set(ROW_INSTRUCTIONS) | set(OFFSETS_INSTRUCTIONS) <= set(kd.divergences())
+
+    def test_of_offsets_the_last_two_loops_are_the_sweeps_over_logits(self) -> None:
+        counts = OFFSETS_INSTRUCTIONS["jsd"]
+        of_tiles = replace(SWEEP, widths=(32,))
+        of_codes = [replace(SWEEP, instructions=8 * count, widths=(32, 128)) for count in counts]
+        one = replace(ROW, kernel="offsets_row", label="jsd" + PLAIN, sweeps=(of_tiles, of_tiles, *of_codes))
+        assert one.faults() == []
+        narrow = replace(one, sweeps=(*one.sweeps[:3], replace(of_codes[1], widths=(16, 32))))
+        assert narrow.faults() == [f"sm_90 bf16 offsets_row jsd{PLAIN}: accesses memory by 16 bits inside its sweeps"]
+        more = replace(one, sweeps=(*one.sweeps[:3], replace(of_codes[1], instructions=8 * (counts[1] + 4), widths=(32, 128))))
+        assert more.faults() == [
+            f"sm_90 bf16 offsets_row jsd{PLAIN}: takes {[counts[0], counts[1] + 4]} instructions per logit in its sweeps; "
+            f"the roofline states {[*counts]}"
+        ]
 
     def test_all_are_reported(self) -> None:
         assert len(replace(GOOD, spilled=8, tensor_cores=0, shared=10**6).faults()) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import subprocess
@@ -134,6 +135,16 @@ def test_a_plan_says_how_far_each_way_is_from_the_bare_products(capsys: pytest.C
         assert planned.products_seconds is not None
         assert float(figures(shown, name)[5]) == round(seconds / planned.products_seconds, 2)
     assert "Over products: the time over that of the matrix products alone" in shown
+
+
+@pytest.mark.parametrize("budget", ["1GB", "1MB"])
+def test_a_plan_marks_the_way_that_auto_takes(capsys: pytest.CaptureFixture[str], budget: str) -> None:
+    taken = kd.plan(*(8192, 151_936, 896, 3584, torch.bfloat16), device="H100", memory_budget=memory(budget)).strategy
+    assert taken == {"1GB": "tokens", "1MB": "vocab"}[budget]
+    assert main(plan(memory_budget=budget)) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith("<- auto")] == [taken]
+    assert main([*plan(memory_budget=budget), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["auto"] == taken
 
 
 def test_a_plan_says_which_estimates_a_gpus_times_rest_on(

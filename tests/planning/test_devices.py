@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import kdkernels as kd
 from kdkernels.cli import main
 from kdkernels.planning import devices
 from kdkernels.planning.devices import DEVICES, NOMINAL_CPU, device
@@ -22,6 +23,16 @@ class TestDevices:
     def test_an_unknown_one_is_an_error_that_names_the_known(self) -> None:
         with pytest.raises(ValueError, match=r"'H300'.*accepted: A100-40, A100-80, H100, .*, L40S, .*, RTX5090, .*, MI300X, cpu"):
             device("H300")
+
+    @pytest.mark.parametrize(
+        ("given", "near"),
+        [("h10", "are H100, H100-PCIe"), ("RTX-4090", "is RTX4090"), ("a100", "are A100-40, A100-80"), ("Gaudi", "")],
+    )
+    def test_the_error_ends_with_the_names_that_are_near(self, given: str, near: str) -> None:
+        for refused in (lambda: device(given), lambda: kd.plan(8, 100, 4, 4, device=given)):
+            with pytest.raises(ValueError, match=f"'{given}'") as raised:
+                refused()
+            assert str(raised.value).partition("; the nearest ")[2] == near
 
     def test_an_unknown_dtype_is_an_error_that_names_the_known(self) -> None:
         with pytest.raises(ValueError, match=r"float64; accepted on H100: torch\.float32, torch\.bfloat16, torch\.float16"):

@@ -82,6 +82,19 @@ class Step(NamedTuple):
             )
         }
 
+    def offsets_traffic(self) -> dict[str, Traffic]:
+        of = closed.Products(
+            *(self.tokens, self.vocab, ((self.student, 2), (self.teacher, 2))),
+            biases=2 * self.biases,
+        )
+        tiles = of.token_blocks(MATRIX) * -(-self.vocab // MATRIX.block_v)
+        return {
+            "offsets_product_kernel": closed.offsets_product(of, MATRIX, programs=min(tiles, 3)),
+            "offsets_row_kernel": closed.offsets_row(
+                *(self.tokens, self.vocab, MATRIX.block_v, 2), together=ROW_BLOCK // 32, labels=self.labels
+            ),
+        }
+
     def vocab_traffic(self) -> dict[str, Traffic]:
         of = closed.Products(
             *(self.tokens, self.vocab, tuple((dim, self.dtype.itemsize) for dim in (self.student, self.teacher))),
@@ -140,6 +153,19 @@ def assert_within(meter: Meter, found: dict[str, Traffic]) -> None:
 def test_kernels_move_what_their_closed_forms_say(strategy: str, name: str) -> None:
     step = STEPS[name]
     assert_within(step.run(strategy), step.tokens_traffic() if strategy == "tokens" else step.vocab_traffic())
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Step(dtype=torch.bfloat16),
+        Step(37, 101, 20, 28, dtype=torch.bfloat16, labels=True, divergence="jsd"),
+        Step(19, 75, 13, 21, dtype=torch.float16, biases=True),
+    ],
+)
+def test_logits_of_16_bits(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDKERNELS_LOGITS", "offsets")
+    assert_within(step.run("tokens"), step.offsets_traffic())
 
 
 @pytest.mark.parametrize("labels", [True, False])

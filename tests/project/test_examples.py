@@ -29,4 +29,5 @@ def test_it_runs_and_learns(script: Path, tmp_path: Path) -> None:
     losses = [float(loss) for loss in re.findall(r"(?:'loss': '|cross-entropy )([\d.]+)", done.stdout + done.stderr)]
     assert len(losses) > 1
     assert losses[-1] < losses[0]
+    assert re.search(r"\n\nHow to read it: (?:.+\n)+\Z", done.stdout), "what its figures mean is said at the end"
     assert list(tmp_path.iterdir()) == []  # nothing is left behind

@@ -69,6 +69,23 @@ def test_importing_it_asks_for_no_optional_package() -> None:
     assert fresh(HIDE.format(missing=optional, no_extension=False) + LOSS).split()[0] == kd.backend()
 
 
+def test_its_other_parts_are_attributes_that_load_when_asked_for() -> None:
+    script = """
+    import kdkernels as kd
+    assert not [name for name in sys.modules if name.startswith(("kdkernels.transformers", "kdkernels.compat"))]
+    assert {"transformers", "compat"} <= set(dir(kd)) and {"liger", "trl"} <= set(dir(kd.compat))
+    kd.transformers.lm_head, kd.compat.liger.LigerFusedLinearJSDLoss, kd.compat.trl.patch_gkd_trainer
+    for module in (kd, kd.compat):
+        try:
+            module.unheard_of
+        except AttributeError as error:
+            assert str(error) == f"module {module.__name__!r} has no attribute 'unheard_of'"
+        else:
+            raise AssertionError(module)
+    """
+    fresh(HIDE.format(missing=["transformers", "liger_kernel", "trl"], no_extension=False) + textwrap.dedent(script))
+
+
 def test_without_the_extension_the_reference_runs_and_says_the_same() -> None:
     name, *numbers = fresh(HIDE.format(missing=[], no_extension=True) + LOSS).split()
     assert name == "reference"

@@ -50,6 +50,7 @@ reveal_type(kd.LinearKDLoss(return_metrics=True)(x, z, x, z, t=0.5))  # tuple[Te
 reveal_type(kd.LinearKDLoss()(x, z, x, z, return_metrics=True))  # Tensor | tuple[Tensor, dict[str, Tensor]]
 reveal_type([kd.kd_loss(x, z, divergence=name) for name in kd.divergences()])  # list[Tensor]
 reveal_type(kd.plan(1, 2, 3, 4).seconds)  # float | None
+reveal_type(kd.transformers.lm_head(x))  # kdkernels.losses.head.LMHead
 reveal_type([kd.total_variation(), kd.jsd(0.3)])  # list[kdkernels.divergences.Divergence]
 kd.hellinger()  # error: Module has no attribute "hellinger"
 kd.kd_loss(x, z, divergence="forwardkl")  # error: No overload variant

@@ -338,7 +338,7 @@ void wait_for_products(int pending) {
 void __syncwarp() {
   meet([](Meeting&, int) {}, [](Meeting&) {});
 }
-float of_lane(float v, int mask) {
+float of_partner(float v, int mask) {
   meet([v](Meeting& m, int l) { memcpy(&m.given[l], &v, 4); },
        [mask](Meeting& m) {
          for (int l = 0; l < 32; l++) m.taken[l] = m.given[l ^ mask];

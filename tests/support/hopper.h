@@ -46,7 +46,7 @@ void multiply(float (&d)[128], u64 a, u64 b, int add);
 void commit();
 void wait_for_products(int pending);
 void __syncwarp();
-float of_lane(float v, int mask);
+float of_partner(float v, int mask);
 void write_blocks(unsigned place, const unsigned (&v)[4]);
 
 template <int PENDING>

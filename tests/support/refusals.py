@@ -39,6 +39,7 @@ def refused(error: type[Exception], *words: str) -> Any:
 # What is wrong, the error, and the words of its message; for both public functions.
 OPTIONS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"divergence": "kl"}, ValueError, ("divergence", "'kl'", "forward_kl")),
+    ({"divergence": "forwardkl"}, ValueError, ("divergence", "'forwardkl'", "accepted", "the nearest is forward_kl")),
     ({"divergence": 1}, TypeError, ("divergence", "int")),
     ({"divergence": kd.jsd}, TypeError, ("divergence", "did you mean jsd()")),
     ({"t": 1.5}, ValueError, ("t is", "[0, 1]", "1.5")),
@@ -81,6 +82,7 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"labels": LABELS.clone().fill_(-100), "ignore_index": 7}, ValueError, ("labels", "-100", "ignore_index=7")),
     ({"token_weight": 2.0}, TypeError, ("token_weight", "tensor", "float")),
     ({"token_weight": LABELS}, TypeError, ("token_weight", "int64", "float32")),
+    ({"token_weight": LABELS > 2}, TypeError, ("token_weight", "bool", "float32", "token_weight.to(torch.float32)")),
     ({"token_weight": torch.ones(5)}, ValueError, ("token_weight", "(5,)", "(6,)")),
     ({"token_weight": torch.ones(6, device="meta")}, ValueError, ("token_weight", "meta", "cpu")),
     ({"token_weight": torch.ones(6).requires_grad_()}, ValueError, ("token_weight", "requires grad", "detach")),

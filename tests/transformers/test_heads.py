@@ -237,8 +237,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from kdkernels.transformers.heads import unwrapped
 import sys
+import pytest
 import torch
-from kdkernels.transformers import verify_lm_head
+from kdkernels.transformers import hidden_states, verify_lm_head
 from tests.support.hidden import adapted, fused_loss, gradients
 from tests.support.tiny_models import batch, build
 
@@ -267,6 +268,8 @@ for kind in ("ddp", "find unused", "fsdp"):
     for name in ("phi", "llama_tied"):
         check(kind, build(name), build(name))
     check(kind, *(adapted(build("llama"), target_modules=["q_proj", "lm_head"]) for _ in range(2)))
+with pytest.raises(ValueError, match="static_graph=True.*accepted: without"):
+    hidden_states(DistributedDataParallel(build("llama"), static_graph=True), batch())
 dist.destroy_process_group()
 """
 

@@ -26,6 +26,9 @@ CAPABILITY = (9, 0)  # the first with clusters
 DRIVER = "libcuda.so.1"
 # CUfunction_attribute
 DYNAMIC_SHARED_LIMIT, LARGE_CLUSTERS = 8, 14
+# CUresult: invalid value, image, binary for the device, PTX (and its version), source, not found, out of resources, grid too large,
+# not supported, invalid cluster size
+REFUSALS = frozenset({1, 200, 209, 218, 222, 300, 500, 701, 720, 801, 912})
 PORTABLE_CLUSTER = 8  # blocks that every device of the kind takes
 
 
@@ -34,7 +37,20 @@ class CompileError(RuntimeError):
 
 
 class DriverError(RuntimeError):
-    """A call that the driver refused; its text has the call and the driver's own name and words for what is wrong."""
+    """A call that the driver refused; its text has the call and the driver's own name and words for what is wrong.
+
+    code: its CUresult.
+    """
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+    @property
+    def spares_others(self) -> bool:
+        """Whether it is about this kernel or its launch alone. What is not, such as an illegal address of an
+        earlier kernel, leaves a context in which nothing runs any more."""
+        return self.code in REFUSALS
 
 
 @functools.cache
@@ -205,7 +221,7 @@ def _checked(function: str, *arguments: Any) -> None:
         _driver().cuGetErrorName(code, byref(name))
         _driver().cuGetErrorString(code, byref(text))
         said = [part.value.decode() for part in (name, text) if part.value]
-        raise DriverError(f"{function}: {': '.join(said) or f'CUDA error {code}'}")
+        raise DriverError(f"{function}: {': '.join(said) or f'CUDA error {code}'}", code)
 
 
 class LaunchConfig(ctypes.Structure):

@@ -103,7 +103,7 @@ template <int REGISTERS>
 __device__ __forceinline__ void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
-__device__ __forceinline__ float of_lane(float v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
+__device__ __forceinline__ float of_partner(float v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 __device__ __forceinline__ float power_of_2(float v) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));

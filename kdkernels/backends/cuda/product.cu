@@ -1,5 +1,5 @@
-// Logits of a plain head in 16 bits, straight out of their products: as product_kernel in backends/triton/offsets.py, which says
-// what codes, largest and sums are, without a target that is mixed.
+// Logits of a plain head in 16 bits, straight out of their products: as offsets_product_kernel in backends/triton/offsets.py, which
+// says what codes, largest and sums are, without a target that is mixed.
 //
 // - A tile is KD_BLOCK_N tokens by KD_BLOCK_V columns. Blocks are in clusters of two, that take tiles one above the other: each
 //   copies its own tokens, and half of the head's rows for both.
@@ -35,12 +35,12 @@ __device__ __forceinline__ Tile place(int at, int pairs, int tiles, int rank) {
 }
 
 __device__ __forceinline__ float largest_of_quad(float v) {
-  v = fmaxf(v, of_lane(v, 1));
-  return fmaxf(v, of_lane(v, 2));
+  v = fmaxf(v, of_partner(v, 1));
+  return fmaxf(v, of_partner(v, 2));
 }
 __device__ __forceinline__ float sum_of_quad(float v) {
-  v += of_lane(v, 1);
-  return v + of_lane(v, 2);
+  v += of_partner(v, 1);
+  return v + of_partner(v, 2);
 }
 
 extern "C" __global__ void __launch_bounds__(KD_THREADS, 1) __cluster_dims__(CLUSTER, 1, 1)

@@ -101,6 +101,7 @@ def stored(
 
     hidden [N, D], weight [V, D], codes [N, V] float16; largest and sums, float32 [N, tiles], of each row's tiles of BLOCK_V
     columns, contiguous (backends/triton/offsets.py says what they are). t: [] float32; at another value than 1 nothing is stored.
+    Raises DriverError for what is not this kernel's fault.
     """
     if not _takes(hidden, weight, factor, codes, largest):
         return False
@@ -130,6 +131,8 @@ def stored(
             grid = CLUSTER * min(clusters, -(-tokens // (CLUSTER * BLOCK_N)) * largest.shape[1])
             kernel.launch(grid, THREADS, SHARED, torch.cuda.current_stream().cuda_stream, (*maps, arguments))
         except (compile.CompileError, compile.DriverError, OSError) as error:
+            if isinstance(error, compile.DriverError) and not error.spares_others:
+                raise
             _give_up(hidden.dtype, device, error)
             return False
     return True

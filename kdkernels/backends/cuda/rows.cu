@@ -3,8 +3,13 @@
 //
 // Clusters are persistent: each takes every so many-th row. A warp of its own, the producer, copies a chunk of the next row to where
 // the gradient pass has just left one of this row, so that memory is read while the others compute. What a block found of its slice it
-// sends to all blocks of the cluster, and each merges all of it in the same order; two sets of places, by turns, keep a block that is
-// a row ahead from writing over what another still reads.
+// sends to all blocks of the cluster, and each merges all of it in the same order.
+//
+// Two sets of places, by turns, are enough for what is sent: a block sends its part of row r + 2 only when it has all parts of row
+// r + 1, and each block sent its own only when all its warps were past row r (together). So the places of row r have been read, and
+// its barrier has completed: bytes that come before their block has announced them count for row r + 2. All warps of a block also
+// meet between a sweep and the next, so that a thread reads the logits and slopes that others wrote.
+// (tests/backends/test_cuda_cluster.py holds every access to shared memory to what orders it.)
 //
 // Macros besides math.cuh's: KD_PAIR (the functor), KD_CLUSTER (blocks of a cluster), KD_WARPS (that compute), KD_CHUNK (logits of a
 // model that are copied together), KD_SLICE (of a block, at most), KD_BLOCKS (that a multiprocessor holds), KD_SCALED (a head's scale is
@@ -16,73 +21,26 @@ constexpr int CHUNKS = (SLICE + CHUNK - 1) / CHUNK;
 constexpr int WIDE = 8;  // entries of dx that a thread stores together
 constexpr bool ONE_SWEEP = KD_WEIGH != 0;
 typedef long long int64;
-typedef unsigned long long barrier;
 
-__device__ __forceinline__ unsigned address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
-
-// The same place in the shared memory of another block of the cluster.
-__device__ __forceinline__ unsigned in_block(unsigned place, int block) {
-  unsigned there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(place), "r"(block));
-  return there;
+__device__ __forceinline__ Statistics of_lane(const Statistics& of, int lane) {
+  return {of_lane(of.x_max, lane),   of_lane(of.x_sum, lane), of_lane(of.y_max, lane),  of_lane(of.y_sum, lane),
+          of_lane(of.one_sum, lane), of_lane(of.mass, lane),  of_lane(of.moment, lane), of_lane(of.label_logit, lane)};
 }
 
-__device__ __forceinline__ void set_up(barrier* b, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address(b)), "r"(arrivals));
-}
-
-__device__ __forceinline__ void arrive(barrier* b) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(address(b)) : "memory");
-}
-
-// Arrives, and makes the phase wait for so many bytes.
-__device__ __forceinline__ void expect(barrier* b, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address(b)), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void await(barrier* b, int parity) {
-  asm volatile("{\n.reg .pred done;\nWAIT: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n@!done bra WAIT;\n}" ::
-                   "r"(address(b)), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void copy(float* to, const float* from, int bytes, barrier* b) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address(to)), "l"(from),
-               "r"(bytes), "r"(address(b)) : "memory");
-}
-
-__device__ __forceinline__ void send(unsigned to, float4 v, unsigned b) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
-               "r"(bits_of(v.x)), "r"(bits_of(v.y)), "r"(bits_of(v.z)), "r"(bits_of(v.w)), "r"(b) : "memory");
-}
-
-// Of the warps that compute.
-__device__ __forceinline__ void together() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
-
-__device__ __forceinline__ void cluster_together() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ float exchanged(float v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
-
-// Of the parts that the lanes of a warp hold, in every lane.
+// Of the parts that the lanes of a warp hold, in every lane the same: the first one's, since two lanes that merge the same two parts
+// may differ in the last bit, where a compiler fuses the product of one part with the addition of the other.
 __device__ __forceinline__ void merge_lanes(Statistics& of, float temperature) {
-  for (int mask = 16; mask; mask /= 2)
-    merge(of,
-          {exchanged(of.x_max, mask), exchanged(of.x_sum, mask), exchanged(of.y_max, mask), exchanged(of.y_sum, mask),
-           exchanged(of.one_sum, mask), exchanged(of.mass, mask), exchanged(of.moment, mask), exchanged(of.label_logit, mask)},
-          temperature);
+  const int lane = threadIdx.x % 32;
+  for (int mask = 16; mask; mask /= 2) merge(of, of_lane(of, lane ^ mask), temperature);
+  of = of_lane(of, 0);
 }
 
 __device__ __forceinline__ void merge_lanes(Sums& of) {
+  const int lane = threadIdx.x % 32;
   for (int mask = 16; mask; mask /= 2) {
-    of.value += exchanged(of.value, mask);
-    of.slope += exchanged(of.slope, mask);
+    of.value += of_lane(of.value, lane ^ mask);
+    of.slope += of_lane(of.slope, lane ^ mask);
   }
-}
-
-// In one access: left to itself the compiler takes a vector of dx apart.
-__device__ __forceinline__ void store(void* to, unsigned a, unsigned b, unsigned c, unsigned d) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
 #if KD_OUT == 0
@@ -93,15 +51,6 @@ __device__ __forceinline__ void store(Out* to, const float (&dx)[WIDE]) {
 }
 #else
 typedef unsigned short Out;
-__device__ __forceinline__ unsigned rounded(float low, float high) {
-  unsigned pair;
-#if KD_OUT == 1
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#endif
-  return pair;
-}
 __device__ __forceinline__ void store(Out* to, const float (&dx)[WIDE]) {
   store(to, rounded(dx[0], dx[1]), rounded(dx[2], dx[3]), rounded(dx[4], dx[5]), rounded(dx[6], dx[7]));
 }
@@ -212,7 +161,7 @@ __device__ __forceinline__ void gradients(const float* x, const float* y, int be
       store(dx + at, made);
     }
 #endif
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    before_copies();
     __syncwarp();
     if (threadIdx.x % 32 == 0) arrive(shared.empty + chunk);
   }
@@ -252,6 +201,7 @@ __device__ __forceinline__ void compute(float* x, float* y, int begin, int count
         // what the first sweep wrote over the logits, or the logits as they came
         found.label_logit = at_one(x[label - begin], temperature);
       }
+      __syncwarp();  // of_warps is read: with what is sent the other warps may come to write it for the next row
       if (lane < CLUSTER) {
         const unsigned sent = in_block(address(shared.statistics_sent + parity), lane);
         const unsigned place = in_block(address(shared.statistics[parity][rank]), lane);
@@ -259,7 +209,7 @@ __device__ __forceinline__ void compute(float* x, float* y, int begin, int count
         send(place + 16, {found.one_sum, found.mass, found.moment, found.label_logit}, sent);
       }
     }
-    await(shared.statistics_sent + parity, used);
+    await_sent(shared.statistics_sent + parity, used);
     found = no_statistics();
     if (lane < CLUSTER) {
       const float4 a = shared.statistics[parity][lane][0], b = shared.statistics[parity][lane][1];
@@ -283,7 +233,7 @@ __device__ __forceinline__ void compute(float* x, float* y, int begin, int count
           send(in_block(address(shared.sums[parity] + rank), lane), {total.value, total.slope, 0.f, 0.f},
                in_block(address(shared.sums_sent + parity), lane));
       }
-      await(shared.sums_sent + parity, used);
+      await_sent(shared.sums_sent + parity, used);
       const float4 part = lane < CLUSTER ? shared.sums[parity][lane] : float4{0.f, 0.f, 0.f, 0.f};
       total = {part.x, part.y};
       merge_lanes(total);
@@ -318,9 +268,8 @@ __device__ __forceinline__ void produce(float* x, float* z, int begin, int count
 extern "C" __global__ void __cluster_dims__(KD_CLUSTER, 1, 1) __launch_bounds__(KD_WARPS * 32 + 32, KD_BLOCKS)
     row_loss(const __grid_constant__ kd::Arguments of) {
   using namespace kd;
-  extern __shared__ __align__(128) float slices[];
-  __shared__ Shared shared;
-  float *x = slices, *z = slices + SLICE;
+  Shared& shared = shared_by_block<Shared>();
+  float *x = slices(), *z = x + SLICE;
   const int begin = static_cast<int>(blockIdx.x % CLUSTER) * of.slice, count = max(0, min(of.slice, of.vocab - begin));
   if (threadIdx.x == 0) {
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
@@ -331,7 +280,7 @@ extern "C" __global__ void __cluster_dims__(KD_CLUSTER, 1, 1) __launch_bounds__(
       set_up(shared.statistics_sent + turn, 1);
       set_up(shared.sums_sent + turn, 1);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;");
+    barriers_are_set_up();
   }
   cluster_together();
   if (threadIdx.x >= THREADS) {
@@ -344,5 +293,5 @@ extern "C" __global__ void __cluster_dims__(KD_CLUSTER, 1, 1) __launch_bounds__(
       compute<false>(x, z, begin, count, t, shared, of);
   }
   __syncwarp();
-  cluster_together();  // until then others may send to this block
+  cluster_together();  // no block ends while another may send to it
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import itertools
 import logging
 import os
 from dataclasses import dataclass, replace
@@ -84,17 +85,17 @@ def cut(vocab: int, cluster: int, warps: int, blocks: int) -> Shape:
     return Shape(cluster, -(-vocab // (cluster * 64)) * 64, warps, blocks)
 
 
-def shape_of(vocab: int, of_block: int, of_multiprocessor: int) -> Shape | None:
-    """The cut of a row. of_block, of_multiprocessor: bytes of shared memory. None where 16 blocks cannot hold a row.
+def shapes_of(vocab: int, of_block: int, of_multiprocessor: int) -> tuple[Shape, ...]:
+    """The cuts of a row, the one to be tried first in front; none where 16 blocks cannot hold it. of_block, of_multiprocessor:
+    bytes of shared memory.
 
     Three blocks on a multiprocessor wait for each other least; of a longer row there is one, with twice the warps.
     """
-    for blocks, warps in ((3, 8), (1, 16)):
-        for cluster in (1, 2, 4, 8, 16):
-            shape = cut(vocab, cluster, warps, blocks)
-            if shape.fits(of_block, of_multiprocessor):
-                return shape
-    return None
+    fitting = (
+        (shape for cluster in (1, 2, 4, 8, 16) if (shape := cut(vocab, cluster, warps, blocks)).fits(of_block, of_multiprocessor))
+        for blocks, warps in ((3, 8), (1, 16))
+    )
+    return tuple(itertools.chain.from_iterable(itertools.islice(shapes, 1) for shapes in fitting))
 
 
 @functools.cache
@@ -105,24 +106,49 @@ def shared_memory(device: torch.device) -> tuple[int, int]:
 
 
 @functools.cache
-def _shape(vocab: int, device: torch.device) -> Shape | None:
-    return shape_of(vocab, *shared_memory(device))
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
-def _sources() -> tuple[str, str]:
-    folder = Path(__file__).parent
-    return (folder / "math.cuh").read_text(), (folder / "rows.cu").read_text()
+def _shapes(vocab: int, device: torch.device) -> tuple[Shape, ...]:
+    return shapes_of(vocab, *shared_memory(device))
+
+
+# How much longer Triton's kernel takes with all multiprocessors at work: on an H100, 2,048 rows of 151,936 logits (docs/gpus.md).
+TRITON_TAKES = 1.6
+
+
+def is_worth_it(shape: Shape, clusters: int, rows: int, vocab: int, multiprocessors: int) -> bool:
+    """Whether the kernel is expected to take no longer than Triton's. clusters: that the device runs at the same time; few where
+    its parts' multiprocessors do not make up whole clusters.
+
+    A multiprocessor reads so many logits a second, however many blocks it has. So a wave of rows, one for each cluster, takes the
+    time of a slice for each block of a multiprocessor; a wave of Triton's kernel, one row for each multiprocessor, that of a row.
+    """
+
+    def wave(count: int) -> int:
+        return shape.slice * -(-count * shape.cluster // multiprocessors)
+
+    return clusters > 0 and (
+        rows // clusters * wave(clusters) + wave(rows % clusters) <= TRITON_TAKES * vocab * -(-rows // multiprocessors)
+    )
+
+
+@functools.cache
+def _sources() -> tuple[str, str, str]:
+    math, machine, rows = (Path(__file__).with_name(name).read_text() for name in ("math.cuh", "machine.cuh", "rows.cu"))
+    return math, machine, rows
 
 
 def source(divergence: str, macros: Macros, shape: Shape) -> str:
     """What a compiler gets for a kernel."""
-    math, rows = _sources()
+    math, machine, rows = _sources()
     pair = functors.functor(importlib.import_module("kdkernels.divergences"), divergence)
     sizes = {"CLUSTER": shape.cluster, "SLICE": shape.slice, "WARPS": shape.warps, "CHUNK": shape.chunk, "BLOCKS": shape.blocks}
     places = {"ROW_COLUMNS": len(ROW_COLUMNS), **{f"ROW_{name.upper()}": at for at, name in enumerate(ROW_COLUMNS)}}
     defined = [*macros, *polynomials.macros(), *((f"KD_{name}", value) for name, value in (sizes | places).items())]
-    return "\n".join([*(f"#define {name} {value}" for name, value in defined), math, pair, rows])
+    return "\n".join([*(f"#define {name} {value}" for name, value in defined), math, pair, machine, rows])
 
 
 @functools.cache
@@ -135,27 +161,36 @@ def _kernel(divergence: str, macros: Macros, shape: Shape, device: torch.device)
 
 
 CHOICES = ("cluster", "triton")
-# Of each device that the kernel could not be compiled for or started on: why.
-_given_up: dict[torch.device, str] = {}
+Setting = tuple[str, Macros, Shape, torch.device]
+# Those that could not be compiled or started.
+_given_up: set[Setting] = set()
 
 
 def why_not(device: torch.device) -> str:
-    """Why Triton's kernel does the rows of a device; empty where this one does. Raises ValueError for an unknown KDKERNELS_ROWS."""
+    """Why Triton's kernel does the rows of a device; empty where this one does (the log names those that it was given up for).
+    Raises ValueError for an unknown KDKERNELS_ROWS."""
     asked = os.environ.get("KDKERNELS_ROWS") or "triton"
     if asked not in CHOICES:
         raise ValueError(f"KDKERNELS_ROWS is {asked!r}; accepted: {', '.join(CHOICES)}, or nothing, which is triton")
-    if asked == "triton":
-        return "KDKERNELS_ROWS=cluster is not set"
-    return compile.missing(device) or _given_up.get(device, "")
+    return "KDKERNELS_ROWS=cluster is not set" if asked == "triton" else compile.missing(device)
 
 
-def _give_up(device: torch.device, error: Exception) -> None:
-    _given_up[device] = str(error)
+def _give_up(setting: Setting, error: Exception) -> None:
+    _given_up.add(setting)
+    divergence, _, shape, device = setting
     logger.warning(
-        "kdkernels: the cluster row kernel cannot run on %s, so Triton's does its work: the results are as exact, a loss takes up "
-        "to a tenth longer. %s",
-        device,
-        error,
+        "kdkernels: the cluster row kernel of %s, in clusters of %d blocks with %d logits each, cannot run on %s, so another one "
+        "does its work: the results are as exact, a loss takes up to a tenth longer. %s",
+        *(divergence, shape.cluster, shape.slice, device, error),
+    )
+
+
+@functools.cache
+def _say_slow(shape: Shape, clusters: int, device: torch.device) -> None:
+    """Once."""
+    logger.info(
+        "kdkernels: %s runs %d clusters of %d blocks at a time, too few for the cluster row kernel with %d logits in each block",
+        *(device, clusters, shape.cluster, shape.slice),
     )
 
 
@@ -234,10 +269,9 @@ def row_loss(
 ) -> Tensor | None:
     """As backends/operators.py says, or None for what the kernel does not take: it does float32 logits with room behind each row,
     and no metrics. dx: where the gradient goes, which may be x; None for no gradient."""
-    rows, vocab = x.shape
-    shape = _shape(vocab, x.device) if _takes(x, z, dx, kd_scale, metrics) else None
-    if shape is None:
+    if not _takes(x, z, dx, kd_scale, metrics):
         return None
+    rows, vocab = x.shape
     of = replace(resolve(divergence), a=a)
     # Running sums cancel in flat distributions to nothing.
     weigh = "" if flat(temperature) else of.one_sweep
@@ -262,17 +296,31 @@ def row_loss(
         terms=_terms(of, weigh, temperature, kd_scale, ce_scale),
         rows=rows,
         vocab=vocab,
-        slice=shape.slice,
     )
     macros = _macros(divergence, weigh, temperature, arguments, None if dx is None else dx.dtype)
-    with torch.cuda.device(x.device):
-        try:
-            kernel, clusters = _kernel(divergence, macros, shape, x.device)
-            if clusters == 0:
-                return None
-            grid = min(rows, clusters) * shape.cluster
-            kernel.launch(grid, shape.threads, shape.shared, torch.cuda.current_stream().cuda_stream, (arguments,))
-        except (compile.CompileError, compile.DriverError, OSError) as error:
-            _give_up(x.device, error)
-            return None
-    return columns
+    return columns if _started(divergence, macros, arguments, x.device) else None
+
+
+def _started(divergence: str, macros: Macros, arguments: Arguments, device: torch.device) -> bool:
+    """Starts the kernel with the first cut that can be started and is worth it. Raises DriverError for what is not this kernel's
+    fault."""
+    rows, vocab = arguments.rows, arguments.vocab
+    with torch.cuda.device(device):
+        for shape in _shapes(vocab, device):
+            setting = divergence, macros, shape, device
+            if setting in _given_up:
+                continue
+            try:
+                kernel, clusters = _kernel(*setting)
+                if not is_worth_it(shape, clusters, rows, vocab, _multiprocessors(device)):
+                    _say_slow(shape, clusters, device)
+                    continue
+                arguments.slice = shape.slice
+                grid = min(rows, clusters) * shape.cluster
+                kernel.launch(grid, shape.threads, shape.shared, torch.cuda.current_stream().cuda_stream, (arguments,))
+                return True
+            except (compile.CompileError, compile.DriverError, OSError) as error:
+                if isinstance(error, compile.DriverError) and not error.spares_others:
+                    raise
+                _give_up(setting, error)
+    return False

@@ -69,13 +69,14 @@ def logits_asked_for() -> str:
     return asked
 
 
-def _keeps_offsets(device: torch.device, *dtypes: torch.dtype) -> bool:
-    """On GPUs whose table has blocks for it, where it is asked for."""
+def _keeps_offsets(device: torch.device, architecture: str, *dtypes: torch.dtype) -> bool:
+    """On GPUs whose table has blocks for it, where it is asked for: of older ones' blocks a newer one takes none."""
     if logits_asked_for() == "float32" or any(dtype.itemsize != 2 for dtype in dtypes):
         return False
     from kdkernels.backends.triton import blocks
 
-    return blocks.entry(device, dtypes[0]).offsets is not None
+    entry = blocks.entry_of(architecture, dtypes[0]) if architecture else blocks.entry(device, dtypes[0])
+    return entry.offsets is not None
 
 
 BACKEND = Backend(

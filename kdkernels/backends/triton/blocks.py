@@ -94,7 +94,10 @@ TABLE: dict[tuple[str, int], Entry] = {
 
 def entry(device: torch.device, dtype: torch.dtype) -> Entry:
     """The table's blocks for products of ``dtype`` on ``device``."""
-    name = architecture(device)
+    return entry_of(architecture(device), dtype)
+
+
+def entry_of(name: str, dtype: torch.dtype) -> Entry:
     kind = name.rstrip("0123456789abcdef")
     known = sorted((listed for listed, size in TABLE if size == dtype.itemsize and listed.startswith(kind)), key=_generation)
     older = [listed for listed in known if _generation(listed) <= _generation(name)]

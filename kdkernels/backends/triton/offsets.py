@@ -40,7 +40,7 @@ def _decoded(codes, largest):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def product_kernel(
+def offsets_product_kernel(
     hidden,
     weight,
     codes,  # descriptor [tokens, vocab]
@@ -57,7 +57,7 @@ def product_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Each program does every so many-th tile. A launch for the teacher alone does nothing at t < 1, one that mixes none at 1."""
+    """Programs take turns at the tiles. A launch for the teacher alone does nothing at t < 1, one that mixes nothing at t = 1."""
     blocks = tl.cdiv(tokens, BLOCK_N)
     tiles = tl.cdiv(vocab, BLOCK_V)
     count = blocks * tiles
@@ -145,7 +145,7 @@ def _statistics_of_codes(
 
 
 @triton.jit
-def row_kernel(
+def offsets_row_kernel(
     logits,  # pointers: the learner's codes, the other's, dx or None, which may be the learner's: [rows, vocab]
     strides,  # of their rows, in elements
     own,  # pointers: largest, sums, and sums at T = 1 or None, each [rows, tiles]
@@ -238,15 +238,9 @@ class OffsetRows:
             self._multiply(*models[1], hidden[1], target, self.t, mixed)
 
     def _side(self, codes: Tensor, labels: Tensor | None, label_logits: Tensor | None) -> _Side:
-        largest, sums, sums_1 = self.t.new_empty((3, len(codes), self.tiles))
-        return _Side(
-            codes,
-            largest,
-            sums,
-            None if labels is None or self.temperature is None else sums_1,
-            labels,
-            label_logits,
-        )
+        tempered = labels is not None and self.temperature is not None
+        largest, sums, *sums_1 = self.t.new_empty((3 if tempered else 2, len(codes), self.tiles))
+        return _Side(codes, largest, sums, sums_1[0] if tempered else None, labels, label_logits)
 
     def _multiply(
         self, model: Model, head: Sequence[float], hidden: Tensor, side: _Side, t: Tensor | None, mixed: _Side | None
@@ -266,7 +260,7 @@ class OffsetRows:
         ]
         count = triton.cdiv(len(side.codes), found.block_n) * self.tiles
         with arch.on(device):
-            product_kernel[(min(count, arch.multiprocessors(device)),)](
+            offsets_product_kernel[(min(count, arch.multiprocessors(device)),)](
                 *(hidden, weight, *codes),
                 (layout, launch.head_arguments(model.bias, *head)),
                 side.parts,
@@ -285,7 +279,7 @@ class OffsetRows:
         terms, entry = step.terms, blocks.row_entry(step.device)
         logits = (own.codes, other.codes, dx)
         with arch.on(step.device):
-            row_kernel[(count,)](
+            offsets_row_kernel[(count,)](
                 logits,
                 tuple(0 if one is None else one.stride(0) for one in logits),
                 own.parts,

@@ -12,6 +12,7 @@ import torch
 
 import kdkernels as kd
 from kdkernels import backends
+from kdkernels.console import info
 from tests.support import ROOT
 from tests.support.cases import NATIVE_DTYPES
 
@@ -54,6 +55,20 @@ class TestBackends:
             pass
         with pytest.raises(ValueError, match=r"backend 'cuda' is not usable here"), backends.use("cuda"):
             pass
+
+    @pytest.mark.parametrize(("architecture", "kept"), [("sm_90", "16-bit offsets"), ("sm_80", "float32"), ("sm_100", "float32")])
+    def test_info_says_which_rows_and_logits(
+        self, architecture: str, kept: str, here: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        here(True, True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr("kdkernels.backends.triton.blocks.architecture", lambda _: architecture)
+        monkeypatch.setattr("kdkernels.backends.dtypes.keeps_sums", lambda _: True)
+        assert info.facts()["logits"] == "float32"
+        monkeypatch.setenv("KDKERNELS_LOGITS", "offsets")
+        assert info.facts()["logits"] == kept
+        lines = [line.split("  ")[0] for line in info.text().splitlines()]
+        assert {"rows, cuda", "logits, cuda"} <= set(lines)
 
     def test_what_was_asked_for_ends_with_the_block(self) -> None:
         before, inside = kd.backend(), []

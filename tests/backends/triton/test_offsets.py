@@ -5,9 +5,11 @@ That every divergence and head is right is in test_backends.py, and OKD in test_
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -208,21 +210,22 @@ class TestWhereItIsNotTaken:
         case_of(kd_weight=0.0, ce_weight=1.0).run()
         assert not made
 
-    def test_nobody_asked(self, made: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_nobody_asked(self, made: list[Any]) -> None:
         for value in ("", "float32"):
-            monkeypatch.setenv("KDKERNELS_LOGITS", value)
+            with mock.patch.dict(os.environ, KDKERNELS_LOGITS=value):
+                case_of().run()
+        with mock.patch.dict(os.environ):
+            del os.environ["KDKERNELS_LOGITS"]
             case_of().run()
-        monkeypatch.delenv("KDKERNELS_LOGITS")
-        case_of().run()
         assert not made
 
     def test_the_vocab_strategy(self, made: list[Any]) -> None:
         case_of().run(strategy="vocab")
         assert not made
 
-    def test_an_unknown_choice_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("KDKERNELS_LOGITS", "half")
-        with pytest.raises(ValueError, match="KDKERNELS_LOGITS is 'half'; accepted: float32, offsets"):
+    def test_an_unknown_choice_is_refused(self) -> None:
+        said = pytest.raises(ValueError, match="KDKERNELS_LOGITS is 'half'; accepted: float32, offsets")
+        with mock.patch.dict(os.environ, KDKERNELS_LOGITS="half"), said:
             case_of().run()
 
 
@@ -231,6 +234,12 @@ def test_the_plan_has_four_bytes_a_logit_and_six_where_the_teacher_learns() -> N
         for online, each in ((False, 4), (True, 6)):
             plan = kd.plan(TOKENS, VOCAB, 24, 40, BF16, strategy="tokens", memory_budget=2**20, online_teacher=online)
             assert plan.logits_bytes == TOKENS * 192 * each
+
+
+def test_a_named_gpu_is_planned_with_what_would_run_there() -> None:
+    for device, each in (("H100", 4), ("H200", 4), ("A100-80", 10), ("B200", 10)):
+        plan = kd.plan(64, 6400, 24, 40, BF16, device=device, strategy="tokens")
+        assert plan.logits_bytes == 64 * 6400 * each, device
 
 
 def test_a_row_of_weight_0_is_not_computed() -> None:

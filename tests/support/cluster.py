@@ -1,0 +1,182 @@
+"""The cluster row kernel on a CPU: the library's own launcher starts rows.cu there, on the cluster of cluster_machine.cpp."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from kdkernels.backends.cuda import rows
+from kdkernels.divergences import resolve
+from tests.support import oracle
+from tests.support.cases import Result
+from tests.support.oracle import Options
+
+CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+HERE = Path(__file__).parent
+# setjmp's checked form knows of one stack only; an inline variable would be one for all libraries that are loaded.
+OPTIONS = ("-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", f"-I{HERE}")
+ENTRY = """
+extern "C" const char* start(const kd::Arguments* of, unsigned grid, unsigned threads, unsigned slices, unsigned seed,
+                             bool checked) {
+  return machine::run({grid, KD_CLUSTER, threads, slices}, [of] { row_loss(*of); }, seed, checked);
+}
+"""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """clusters: that run at the same time, so that each takes every so many-th row. seed: of the order in which things happen.
+    checked: whether accesses to shared memory are held to the barriers that order them. options: the compiler's, besides."""
+
+    clusters: int = 1
+    seed: int = 0
+    checked: bool = False
+    options: tuple[str, ...] = ()
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()
+
+
+def _compile(*arguments: str) -> None:
+    assert CXX is not None
+    done = subprocess.run([*shlex.split(CXX), *OPTIONS, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@functools.cache
+def _machine() -> str:
+    made = str(Path(_folder().name, "machine.o"))
+    _compile("-c", str(HERE / "cluster_machine.cpp"), "-o", made)
+    return made
+
+
+@functools.cache
+def _library(text: str, options: tuple[str, ...]) -> ctypes.CDLL:
+    folder = Path(_folder().name, str(hash((text, options))))
+    folder.mkdir()
+    source, compiled, made = (str(folder / name) for name in ("rows.cpp", "rows.o", "rows.so"))
+    Path(source).write_text(text)
+    _compile("-c", source, "-o", compiled, *options)
+    _compile("-shared", compiled, _machine(), "-o", made)
+    library = ctypes.CDLL(made)
+    library.start.restype = ctypes.c_char_p
+    return library
+
+
+class Kernel:
+    """Stands for a compiled kernel."""
+
+    def __init__(self, text: str, on: Machine) -> None:
+        folder = Path(rows.__file__).parent
+        part = (folder / "machine.cuh").read_text()
+        assert part in text
+        here = '}  // namespace kd\n#include "cluster_machine.h"\nnamespace kd {\n'
+        options = (*on.options, *(("-fsanitize=thread",) if on.checked else ()))
+        self.on, self.start = on, _library(text.replace(part, here) + ENTRY, options).start
+
+    def launch(self, grid: int, threads: int, shared: int, stream: int, arguments: Sequence[Any]) -> None:
+        (given,) = arguments
+        wrong = self.start(ctypes.byref(given), grid, threads, shared, self.on.seed, self.on.checked)
+        assert not wrong, wrong.decode()
+
+
+@contextlib.contextmanager
+def cut(cluster: int, warps: int, on: Machine | None = None) -> Iterator[None]:
+    """Inside, the launcher starts clusters of so many blocks on this machine."""
+    on = on or Machine()
+
+    def kernel(divergence: str, macros: rows.Macros, shape: rows.Shape, device: torch.device) -> Any:
+        return Kernel(rows.source(divergence, macros, shape), on), on.clusters
+
+    with (
+        mock.patch.object(rows, "why_not", return_value=""),
+        mock.patch.object(rows, "_kernel", kernel),
+        mock.patch.object(rows, "_shapes", lambda vocab, device: (rows.cut(vocab, cluster, warps, 1),)),
+        mock.patch.object(rows, "is_worth_it", return_value=True),
+        mock.patch.object(rows, "_multiprocessors"),
+        mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
+        mock.patch.object(torch.cuda, "current_stream", return_value=mock.Mock(cuda_stream=0)),
+    ):
+        yield
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Logits as a product leaves them, and what is done to them. heads: scale and softcap of student and teacher."""
+
+    x: Tensor
+    z: Tensor
+    options: Options
+    biases: tuple[Tensor | None, Tensor | None] = (None, None)
+    heads: tuple[float, float, float, float] = (1.0, 0.0, 1.0, 0.0)
+    labels: Tensor | None = None
+    weight: Tensor | None = None
+
+    def plain(self, dtype: torch.dtype) -> Result:
+        """The formulas with autograd."""
+
+        def after(v: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
+            v = (v if bias is None else v + bias.to(dtype)) * scale
+            return softcap * torch.tanh(v / softcap) if softcap else v
+
+        def logits(x: Tensor) -> tuple[Tensor, Tensor]:
+            return after(x, self.biases[0], *self.heads[:2]), after(self.z.to(dtype), self.biases[1], *self.heads[2:])
+
+        found = oracle.with_gradients(logits, {"x": self.x}, dtype, self.labels, self.weight, self.options)
+        return {"losses": found["losses"], "x": found["x"]}
+
+    def run(self, grad: bool = True) -> Result:
+        """The kernel's losses and gradient."""
+        (x, z), options = map(with_room, (self.x, self.z)), self.options
+        kd_scale = options.kd_weight * options.temperature**2
+        weight = torch.ones(len(x)) if self.weight is None else self.weight
+        dx = with_room(torch.full_like(self.x, torch.nan)) if grad else None
+        pair = resolve(options.divergence)
+        columns = rows.row_loss(
+            *(x, z, *self.biases, self.labels, weight, torch.tensor(options.t), options.divergence, pair.a, options.temperature),
+            *(kd_scale, options.ce_weight, list(self.heads), dx, False),
+        )
+        assert columns is not None
+        losses = weight * (kd_scale * columns[:, 0] + options.ce_weight * columns[:, 1])
+        return {"losses": losses} if dx is None else {"losses": losses, "x": dx}
+
+
+def with_room(values: Tensor) -> Tensor:
+    """The same in rows that start at multiples of 64 entries; what lies behind each must not matter."""
+    count, vocab = values.shape
+    room = torch.full((count, -(-vocab // 64) * 64), torch.nan)
+    room[:, :vocab] = values
+    return room[:, :vocab]
+
+
+def problem(
+    name: str, seed: int, vocab: int, spread: float, *,
+    t: float = 1.0, temperature: float = 1.0, dressed: bool = False, count: int = 6,
+) -> Problem:  # fmt: skip
+    """Random logits of ``count`` rows; dressed: all that a loss can have besides, the third row without weight."""
+    generator = torch.Generator().manual_seed(seed)
+    x, z = torch.randn(2, count, vocab, generator=generator) * spread
+    if not dressed:
+        return Problem(x, z, Options(name, t=t, temperature=temperature, normalizer=1.0))
+    weight = torch.rand(count, generator=generator) + 0.5
+    weight[2] = 0.0
+    biases = torch.randn(2, vocab, generator=generator).unbind()
+    labels = torch.randint(0, vocab, (count,), generator=generator)
+    options = Options(name, t=t, temperature=temperature, kd_weight=0.75, ce_weight=0.5, normalizer=1.0)
+    return Problem(x, z, options, biases, (0.75, 20.0, 1.25, 30.0), labels, weight)
