@@ -11,6 +11,7 @@ from kdkernels.planning.roofline import OFFSETS_INSTRUCTIONS, ROW_INSTRUCTIONS
 
 ROW_KERNELS = ("row_loss", "offsets_row")
 CLUSTER = "cluster_row"  # in CUDA C++, from compute capability 9.0 on; its gradient is stored as bf16
+PRODUCT = "cuda_product"  # likewise, of 16-bit operands on 9.0 alone
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ is printed (--all: each): registers of a thread, bytes spilled to memory, shared
 instructions, and occupancy, the share of the multiprocessor's warps that fit.
 
 The cluster row kernel (static_cluster.py) is compiled by NVRTC for sm_90 and sm_100, of a plain loss and of one with everything,
-for rows that leave room for three blocks on a multiprocessor and for longer ones.
+for rows that leave room for three blocks on a multiprocessor and for longer ones; the product in CUDA C++ (static_product.py) for
+sm_90a.
 
 For Triton's row kernels a second table, of NVIDIA's machine code: instructions per logit in each sweep of a plain loss (no bias,
 softcap, temperature or cross-entropy; float32 logits, or 16-bit offsets), at t = 1 and at t < 1, and the widths in bits of the
@@ -40,9 +41,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import static_cluster
+from benchmarks import static_cluster, static_product
 from benchmarks.cases import DTYPES
-from benchmarks.compiled import CLUSTER, ROW_KERNELS, TARGETS, Compiled, per_logit
+from benchmarks.compiled import CLUSTER, PRODUCT, ROW_KERNELS, TARGETS, Compiled, per_logit
 from benchmarks.machine_code import Sweep, disassembled, stores_of, sweeps_of
 from benchmarks.static_launches import KERNELS, PLAIN, Launch, launches
 
@@ -138,7 +139,8 @@ def _job(job: tuple[str, str, tuple[str, ...]]) -> list[Compiled]:
     knobs.compilation.always_compile = True  # what the cache holds has no log
     found = launches(architecture, DTYPES[dtype])
     made = [compiled(launch, architecture, dtype) for launch in found if launch.name in kernels]
-    return made + (static_cluster.kernels(architecture, dtype) if CLUSTER in kernels else [])
+    in_cuda = {CLUSTER: static_cluster.kernels, PRODUCT: static_product.kernels}
+    return made + [one for name, of in in_cuda.items() if name in kernels for one in of(architecture, dtype)]
 
 
 HEADER = ("architecture", "dtype", "kernel", "blocks", "of", "registers", "spilled", "shared", "tensor-core", "occupancy")
@@ -201,14 +203,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", choices=TARGETS, help="one architecture (default: all)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the models (default: all)")
-    parser.add_argument("--kernel", choices=(*KERNELS, CLUSTER), help="one kernel (default: all)")
+    parser.add_argument("--kernel", choices=(*KERNELS, CLUSTER, PRODUCT), help="one kernel (default: all)")
     parser.add_argument("--all", action="store_true", help="a line for every divergence, not only the worst of a kernel")
     parser.add_argument("--compile-only", action="store_true", help="count no bytes")
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("error: TRITON_INTERPRET=1 is set, so nothing would be compiled; unset it", file=sys.stderr)
         return 2
-    kernels = (arguments.kernel,) if arguments.kernel else (*KERNELS, CLUSTER)
+    kernels = (arguments.kernel,) if arguments.kernel else (*KERNELS, CLUSTER, PRODUCT)
     jobs = [
         (architecture, dtype, kernels)
         for architecture in TARGETS

@@ -18,10 +18,11 @@ from kdkernels.divergences import resolve
 
 pytest.importorskip("triton")
 
-from benchmarks import static, static_cluster, static_launches
-from benchmarks.compiled import CLUSTER, ROW_KERNELS, TARGETS, Compiled
+from benchmarks import static, static_cluster, static_launches, static_product
+from benchmarks.compiled import CLUSTER, PRODUCT, ROW_KERNELS, TARGETS, Compiled
 from benchmarks.machine_code import Sweep, stores_of, sweeps_of
 from benchmarks.static_launches import BARE, KERNELS, ODD, PLAIN, VALUE, Launch, launches
+from kdkernels.backends.cuda import compile, product
 from kdkernels.backends.triton.blocks import LEAN, TABLE
 from kdkernels.planning.roofline import OFFSETS_INSTRUCTIONS, ROW_INSTRUCTIONS
 from tests.support import ROOT
@@ -64,6 +65,34 @@ class TestClusterKernel:
 
     def test_architectures_without_clusters_have_none(self) -> None:
         assert static_cluster.kernels("sm_80", "bf16") == static_cluster.kernels("gfx942", "bf16") == []
+
+
+class TestProduct:
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+    def test_what_the_assembler_says_of_it(self, dtype: str) -> None:
+        (made,) = static_product.kernels("sm_90", dtype)
+        assert made.kernel == PRODUCT
+        assert made.registers == 168, "of 384 threads, before they share them out anew"
+        assert made.tensor_cores >= 4
+        assert made.shared == 224 * 1024 + 64
+        assert made.faults() == []
+        assert made.occupancy == 12 / 64
+
+    def test_products_follow_one_another(self) -> None:
+        """The assembler says where it makes each wait for the one before."""
+        _, log = compile.compiled(product.source(torch.bfloat16), (*product.OPTIONS, "--ptxas-options=-v"), product.ARCHITECTURE)
+        assert "registers" in log
+        assert "gmma" not in log.lower()
+
+    def test_a_spill_or_none_on_matrix_units_is_a_fault(self) -> None:
+        good = replace(GOOD, kernel=PRODUCT)
+        assert good.faults() == []
+        assert replace(good, spilled=8).faults() == ["sm_90 bf16 cuda_product jsd: spills 8 bytes"]
+        assert replace(good, tensor_cores=0).faults() == ["sm_90 bf16 cuda_product jsd: has no tensor-core instruction"]
+
+    def test_other_architectures_and_float32_have_none(self) -> None:
+        others = [("sm_80", "bf16"), ("sm_100", "bf16"), ("gfx942", "bf16"), ("sm_90", "fp32")]
+        assert not [made for one in others for made in static_product.kernels(*one)]
 
 
 class TestLaunches:

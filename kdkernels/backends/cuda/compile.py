@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 CAPABILITY = (9, 0)  # the first with clusters
 DRIVER = "libcuda.so.1"
@@ -280,3 +281,37 @@ def _need_context() -> None:
     if not context:
         _checked("cuDevicePrimaryCtxRetain", byref(context), torch.cuda.current_device())
         _checked("cuCtxSetCurrent", context)
+
+
+# CUtensorMapDataType, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill
+MAPPED = {torch.float16: 6, torch.bfloat16: 9}
+NOT_INTERLEAVED, SWIZZLED_128_BYTES, READ_BY_128_BYTES, ZEROS_OUTSIDE = 0, 3, 2, 0
+
+
+class TensorMap(ctypes.Structure):
+    """CUtensorMap: an argument of a kernel that copies boxes of a matrix."""
+
+    _fields_ = (("opaque", ctypes.c_uint64 * 16),)
+
+
+def is_mapped(matrix: Tensor) -> bool:
+    """Whether there is a tensor map of a matrix: 16-bit entries side by side, in rows that lie 16 bytes or a multiple apart."""
+    width, stride = matrix.shape[1], matrix.stride(0)
+    starts = matrix.data_ptr() % 16 == 0 and stride * matrix.itemsize % 16 == 0
+    return matrix.dtype in MAPPED and starts and matrix.stride(1) == 1 and stride >= width
+
+
+def tensor_map(matrix: Tensor, rows: int, columns: int) -> TensorMap:
+    """Of boxes of rows x columns, at most 64 of these, that lie in shared memory as the products of warpgroups read them."""
+    alignment = 64
+    room = ctypes.create_string_buffer(ctypes.sizeof(TensorMap) + alignment)
+    made = TensorMap.from_buffer(room, -ctypes.addressof(room) % alignment)
+    count, width = matrix.shape
+    _checked(
+        "cuTensorMapEncodeTiled",
+        *(byref(made), MAPPED[matrix.dtype], 2, c_void_p(matrix.data_ptr())),
+        *((ctypes.c_uint64 * 2)(width, count), (ctypes.c_uint64 * 1)(matrix.stride(0) * matrix.itemsize)),
+        *((c_uint * 2)(columns, rows), (c_uint * 2)(1, 1)),
+        *(NOT_INTERLEAVED, SWIZZLED_128_BYTES, READ_BY_128_BYTES, ZEROS_OUTSIDE),
+    )
+    return made

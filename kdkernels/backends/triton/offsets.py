@@ -9,7 +9,8 @@ A tile of a product is [BLOCK_N tokens, BLOCK_V columns]. Instead of float32 log
 
 A logit is here what the softmax takes: after its head's bias, scale and softcap, and over the temperature. The second product is
 the target's: where that is not the teacher alone (t < 1) its epilogue reads the student's codes of the same tile and mixes. After
-that the row kernel reads codes once for the sums and once for the gradient, which lies over the learner's codes.
+that the row kernel reads codes once for the sums and once for the gradient, which lies over the learner's codes. Of a plain head
+backends/cuda/product.cu may make the product (KDKERNELS_LOGITS=offsets-cuda).
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kdkernels.backends.base import Model, Step
 from kdkernels.backends.columns import ROW_COLUMNS
+from kdkernels.backends.cuda import product as cuda_product
 from kdkernels.backends.head import apply_head
-from kdkernels.backends.triton import arch, blocks, device, launch, rows
+from kdkernels.backends.triton import arch, blocks, device, launch, logits_asked_for, rows
 from kdkernels.backends.triton.functions import exp
 from kdkernels.backends.triton.vocabulary import place, product
 
@@ -45,7 +47,7 @@ def offsets_product_kernel(
     student_codes,  # descriptor, where the target mixes them in; else None
     model,  # layout and head, as in vocabulary._tile
     parts,  # pointers: largest, sums, and sums at T = 1 or None, each [tokens, tiles]
-    student_largest,  # pointer or None, as student_codes
+    student_parts,  # pointers: largest and sums; or None, as student_codes
     t_ptr,  # None for the student's product
     temperature,  # or None for 1
     tokens,
@@ -75,7 +77,7 @@ def offsets_product_kernel(
         there = rows < tokens
         at = rows.to(tl.int64) * tiles + tile
         if student_codes is not None:
-            x_largest = tl.load(student_largest + at, mask=there, other=0.0)
+            x_largest = tl.load(student_parts[0] + at, mask=there, other=0.0)
             x = _decoded(student_codes.load([n0, v0]), x_largest[:, None])
             v = tl.where(columns < vocab, device.mixed(x, v, t), float("-inf"))
         largest = tl.max(v, 1)
@@ -86,7 +88,10 @@ def offsets_product_kernel(
         codes.store([n0, v0], rounded)
         above = rounded.to(tl.float32) - 1.0
         tl.store(largest_ptr + at, largest, mask=there)
-        tl.store(sums_ptr + at, tl.sum(exp(above), 1), mask=there)
+        sums = tl.sum(exp(above), 1)
+        if student_codes is not None:  # which other code may have added up, in another order
+            sums = tl.where(t == 0.0, tl.load(student_parts[1] + at, mask=there, other=0.0), sums)
+        tl.store(sums_ptr + at, sums, mask=there)
         if sums_1_ptr is not None:
             tl.store(sums_1_ptr + at, tl.sum(exp(above * temperature), 1), mask=there)
 
@@ -242,7 +247,13 @@ class OffsetRows:
     ) -> None:
         """The product of one model. mixed: the student's, where the target has a part of it. t: None for the student's product."""
         device, found = hidden.device, self.matrix
-        hidden, weight, layout = launch.operands(hidden.contiguous(), model.weight.to(model.dtype), found, device)
+        hidden, weight = hidden.contiguous(), model.weight.to(model.dtype)
+        plain = mixed is None and side.sums_1 is None and model.bias is None and head[1] == 0.0
+        if plain and logits_asked_for() == "offsets-cuda":
+            factor = head[0] / (self.temperature or 1.0)
+            if cuda_product.stored(hidden, weight, factor, side.codes, side.largest, side.sums, t):
+                return
+        hidden, weight, layout = launch.operands(hidden, weight, found, device)
         codes = [
             None if one is None else TensorDescriptor.from_tensor(one.codes, [found.block_n, found.block_v])
             for one in (side, mixed)
@@ -255,7 +266,7 @@ class OffsetRows:
                 *codes,
                 (layout, launch.head_arguments(model.bias, *head)),
                 side.parts,
-                None if mixed is None else mixed.largest,
+                None if mixed is None else (mixed.largest, mixed.sums),
                 t,
                 self.temperature,
                 *side.codes.shape,
