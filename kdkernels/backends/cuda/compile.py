@@ -309,9 +309,17 @@ def tensor_map(matrix: Tensor, rows: int, columns: int) -> TensorMap:
     count, width = matrix.shape
     _checked(
         "cuTensorMapEncodeTiled",
-        *(byref(made), MAPPED[matrix.dtype], 2, c_void_p(matrix.data_ptr())),
-        *((ctypes.c_uint64 * 2)(width, count), (ctypes.c_uint64 * 1)(matrix.stride(0) * matrix.itemsize)),
-        *((c_uint * 2)(columns, rows), (c_uint * 2)(1, 1)),
-        *(NOT_INTERLEAVED, SWIZZLED_128_BYTES, READ_BY_128_BYTES, ZEROS_OUTSIDE),
+        byref(made),
+        MAPPED[matrix.dtype],
+        2,
+        c_void_p(matrix.data_ptr()),
+        (ctypes.c_uint64 * 2)(width, count),
+        (ctypes.c_uint64 * 1)(matrix.stride(0) * matrix.itemsize),
+        (c_uint * 2)(columns, rows),
+        (c_uint * 2)(1, 1),
+        NOT_INTERLEAVED,
+        SWIZZLED_128_BYTES,
+        READ_BY_128_BYTES,
+        ZEROS_OUTSIDE,
     )
     return made

@@ -77,7 +77,9 @@ def _give_up(dtype: torch.dtype, device: torch.device, error: Exception) -> None
     logger.warning(
         "kdkernels: the CUDA kernel that multiplies %s and stores 16-bit offsets cannot run on %s, so Triton's does its work: the "
         "results are as exact, a loss takes longer. %s",
-        *(dtype, device, error),
+        dtype,
+        device,
+        error,
     )
 
 

@@ -56,25 +56,12 @@ def _offsets(steps: Sequence[Step], hidden: Sequence[Tensor], codes: Sequence[Te
     return OffsetRows(steps, hidden, codes, labels)
 
 
-LOGITS = ("float32", "offsets", "offsets-cuda")
-
-
-def logits_asked_for() -> str:
-    """How logits of whole rows are kept; for "offsets-cuda" CUDA C++ makes the products that it can.
-
-    Raises ValueError for an unknown KDKERNELS_LOGITS."""
-    asked = os.environ.get("KDKERNELS_LOGITS") or "float32"
-    if asked not in LOGITS:
-        raise ValueError(f"KDKERNELS_LOGITS is {asked!r}; accepted: {', '.join(LOGITS)}, or nothing, which is float32")
-    return asked
-
-
 def _keeps_offsets(device: torch.device, architecture: str, *dtypes: torch.dtype) -> bool:
     """On GPUs whose table has blocks for it, where it is asked for: of older ones' blocks a newer one takes none."""
-    if logits_asked_for() == "float32" or any(dtype.itemsize != 2 for dtype in dtypes):
-        return False
-    from kdkernels.backends.triton import blocks
+    from kdkernels.backends.triton import arch, blocks
 
+    if arch.logits_asked_for() == "float32" or any(dtype.itemsize != 2 for dtype in dtypes):
+        return False
     entry = blocks.entry_of(architecture, dtypes[0]) if architecture else blocks.entry(device, dtypes[0])
     return entry.offsets is not None
 

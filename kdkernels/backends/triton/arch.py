@@ -46,6 +46,18 @@ def described(device: torch.device) -> bool:
     return name.startswith("sm_") and int(name.removeprefix("sm_")) >= 90
 
 
+LOGITS = ("float32", "offsets", "offsets-cuda")
+
+
+def logits_asked_for() -> str:
+    """How logits of whole rows are kept; for "offsets-cuda" CUDA C++ makes the products that it can. Raises ValueError for an
+    unknown KDKERNELS_LOGITS."""
+    asked = os.environ.get("KDKERNELS_LOGITS") or "float32"
+    if asked not in LOGITS:
+        raise ValueError(f"KDKERNELS_LOGITS is {asked!r}; accepted: {', '.join(LOGITS)}, or nothing, which is float32")
+    return asked
+
+
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Inside, kernels start on that GPU: Triton takes the current device, whatever its arguments are on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

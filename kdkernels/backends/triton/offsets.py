@@ -28,7 +28,7 @@ from kdkernels.backends.base import Model, Step
 from kdkernels.backends.columns import ROW_COLUMNS
 from kdkernels.backends.cuda import product as cuda_product
 from kdkernels.backends.head import apply_head
-from kdkernels.backends.triton import arch, blocks, device, launch, logits_asked_for, rows
+from kdkernels.backends.triton import arch, blocks, device, launch, rows
 from kdkernels.backends.triton.functions import exp
 from kdkernels.backends.triton.vocabulary import place, product
 
@@ -249,7 +249,7 @@ class OffsetRows:
         device, found = hidden.device, self.matrix
         hidden, weight = hidden.contiguous(), model.weight.to(model.dtype)
         plain = mixed is None and side.sums_1 is None and model.bias is None and head[1] == 0.0
-        if plain and logits_asked_for() == "offsets-cuda":
+        if plain and arch.logits_asked_for() == "offsets-cuda":
             factor = head[0] / (self.temperature or 1.0)
             if cuda_product.stored(hidden, weight, factor, side.codes, side.largest, side.sums, t):
                 return
