@@ -35,6 +35,7 @@ from kdkernels.backends.products import block_rows, cut_for_logits
 STRATEGIES = ("tokens", "vocab", "auto")
 # On a GPU, where a default scratch is larger; and what has to be asked for.
 BUDGETED, CLUSTERED, OFFSETS = "tokens 1 GiB", "tokens, cluster rows", "tokens, 16-bit logits"
+OFFSETS_CUDA = "tokens, 16-bit logits, CUDA C++"
 TAID_T = 0.4  # the teacher's share in the target at the start of one of the published runs
 BLOCK = 512  # tokens per block of the bare products, on a CPU
 CHECKPOINTED_TOKENS = 256  # per chunk
@@ -271,6 +272,7 @@ CONTENDERS: dict[str, Callable[..., Loss]] = {
     BUDGETED: partial(ours, strategy="tokens", memory_budget=GIB),
     CLUSTERED: lambda loss: _asking(cluster_rows, ours(loss, "tokens")),
     OFFSETS: lambda loss: _asking(offset_logits, ours(loss, "tokens")),
+    OFFSETS_CUDA: lambda loss: _asking(partial(offset_logits, "offsets-cuda"), ours(loss, "tokens")),
     "eager": _eager,
     "compiled": _compiled,
     "checkpointed": _checkpointed,

@@ -89,8 +89,9 @@ def _checks(size: str) -> list[Part]:
     """One for each strategy, divergence and dtype, then those of each dtype; at toy size one for each strategy."""
     divergences = gpu_checks.TOY_DIVERGENCES if size == "toy" else sorted(kd.divergences(), key=_cost)
     dtypes = DTYPES
-    strategies = (*STRATEGIES, gpu_checks.CLUSTER, gpu_checks.OFFSETS)
-    taken = [pair for pair in itertools.product(strategies, dtypes) if pair != (gpu_checks.OFFSETS, "fp32")]
+    of_16_bits = (gpu_checks.OFFSETS, gpu_checks.OFFSETS_CUDA)
+    strategies = (*STRATEGIES, gpu_checks.CLUSTER, *of_16_bits)
+    taken = [(one, dtype) for one, dtype in itertools.product(strategies, dtypes) if dtype != "fp32" or one not in of_16_bits]
     shards = [
         *((strategy, gpu_checks.items(size, dtype, of)) for of in divergences for strategy, dtype in taken),
         *((strategy, gpu_checks.items_of_dtype(dtype, strategy)) for strategy, dtype in taken),

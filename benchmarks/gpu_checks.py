@@ -8,32 +8,23 @@ nothing here.
 
 from __future__ import annotations
 
-import itertools
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-import kdkernels as kd
-from benchmarks.cases import DTYPES, MIB
+from benchmarks.cases import DTYPES
 from benchmarks.gpu_device import cluster_rows, device_of, offset_logits
-from benchmarks.gpu_times import peak_bytes
+from benchmarks.gpu_scale import SkippedError, large_offsets, planned_memory, products_at_scale, rows_at_scale, same
 from benchmarks.runner import Result, why
-from kdkernels.divergences import resolve
 from kdkernels.engine.scratch import ROW_ELEMENTS
 from tests.support.cases import Case, assert_as_good_as_eager, draw, dressed, ratios
 from tests.support.oracle import Options
-
-
-class SkippedError(Exception):
-    """Says why a check means nothing here."""
 
 
 @dataclass(frozen=True)
@@ -114,20 +105,21 @@ def budget(case: Case, chunks: int) -> int | None:
 
 
 # Checked as strategies: ``tokens`` with the cluster kernel, its rows cut in as many ways as a cluster can be, so that rows of every
-# length are shared by several blocks; and ``tokens`` with logits of 16 bits.
-CLUSTER, OFFSETS = "cluster", "offsets"
+# length are shared by several blocks; and ``tokens`` with logits of 16 bits, by Triton's products and by those in CUDA C++.
+CLUSTER, OFFSETS, OFFSETS_CUDA = "cluster", "offsets", "offsets-cuda"
 CLUSTERS = ((1, 8, 3), (2, 8, 3), (4, 16, 1), (8, 8, 3), (8, 16, 1), (16, 8, 3))
 
 
 @contextmanager
 def shared_rows(strategy: str, at: int, vocab: int) -> Iterator[str]:
     """What to call the loss with. at: which of the ways to cut rows. vocab: logits of a row; short rows lie too close."""
-    if strategy not in (CLUSTER, OFFSETS):
+    if strategy not in (CLUSTER, OFFSETS, OFFSETS_CUDA):
         yield strategy
         return
-    with cluster_rows(CLUSTERS[at % len(CLUSTERS)]) if strategy == CLUSTER else offset_logits() as started:
+    with cluster_rows(CLUSTERS[at % len(CLUSTERS)]) if strategy == CLUSTER else offset_logits(strategy) as started:
         yield "tokens"
-    if not started and vocab >= ROW_ELEMENTS:
+    # The products in CUDA C++ are of plain heads alone; products_at_scale says whether they are made.
+    if not started and vocab >= ROW_ELEMENTS and strategy != OFFSETS_CUDA:
         raise LookupError(f"{strategy}: no rows were taken")
 
 
@@ -139,84 +131,6 @@ def _with_shared_rows(check: Callable[[Case, str], Result], case: Case, strategy
 def _with_offsets(check: Callable[..., Result], dtype: torch.dtype, strategy: str, device: str) -> Result:
     with shared_rows(strategy, 0, ROW_ELEMENTS) as called:
         return check(dtype, called, device)
-
-
-# Rows that are as many and as long as those of models: clusters take several of them, one after the other, in several chunks each.
-AT_SCALE = ((2048, 128_256), (2048, 151_936), (1024, 262_147))
-
-
-@dataclass(frozen=True)
-class LongRows:
-    """Random logits [2, rows, vocab padded] of both models, and what a dressed loss takes besides; a third of the weights is 0."""
-
-    vocab: int
-    logits: Tensor
-    bias: Tensor
-    labels: Tensor
-    weight: Tensor
-
-    @staticmethod
-    def drawn(rows: int, vocab: int, device: str) -> LongRows:
-        generator = torch.Generator(device).manual_seed(vocab)
-        logits = torch.randn(2, rows, -(-vocab // 64) * 64, generator=generator, device=device).mul_(3)
-        bias = torch.randn(vocab, generator=generator, device=device)
-        labels = torch.randint(vocab, (rows,), generator=generator, device=device)
-        weight = torch.rand(rows, generator=generator, device=device)
-        weight[::3] = 0.0
-        return LongRows(vocab, logits, bias, labels, weight)
-
-    def student(self, is_dressed: bool) -> Tensor:
-        """The student's probabilities."""
-        x = self.logits[0, :, : self.vocab]
-        return ((((x + self.bias) * 0.7 / 20.0).tanh_() * 10.0) if is_dressed else x).softmax(1)
-
-    def row_loss(self, divergence: str, dtype: torch.dtype, is_dressed: bool) -> tuple[Tensor, Tensor]:
-        """ROW_COLUMNS, and dx in ``dtype`` as float32."""
-        from kdkernels.backends.triton.rows import row_loss  # Triton may not be installed
-
-        dx = torch.full_like(self.logits[0], torch.nan, dtype=dtype)
-        x, z, out = (side[:, : self.vocab] for side in (self.logits[0].clone(), self.logits[1], dx))
-        a, weight = resolve(divergence).a, self.weight
-        if is_dressed:
-            t, head = weight.new_tensor(0.4), [0.7, 20.0, 0.7, 20.0]
-            columns = row_loss(
-                x, z, self.bias, self.bias, self.labels, weight, t, divergence, a, 2.0, 1.0, 0.5, head, True, False, out
-            )
-        else:
-            t, head = weight.new_tensor(1.0), [1.0, 0.0, 1.0, 0.0]
-            columns = row_loss(x, z, None, None, None, weight, t, divergence, a, 1.0, 1.0, 0.0, head, True, False, out)
-        return columns, out.float()
-
-
-def may_differ(dx: Tensor, student: Tensor) -> Tensor:
-    """By how much two float32 computations of dx may, entry by entry, besides its own rounding. dx is slope - q sum slope, both
-    about as large as q (``student``) and, in a row of JSD, up to a hundred times as large as what they leave."""
-    return (dx.abs().amax(1, keepdim=True) + student) * 1e-5 + 1e-30
-
-
-def rows_at_scale(dtype: torch.dtype, _: str, device: str) -> Result:
-    """The cluster kernel's rows against Triton's, which the oracle holds: columns, and every entry of dx to its rounding."""
-    worst: dict[str, float] = {}
-    for rows, vocab in AT_SCALE:
-        given = LongRows.drawn(rows, vocab, device)
-        for divergence, is_dressed in itertools.product(kd.divergences(), (False, True)):
-            name = f"{divergence}{', dressed' if is_dressed else ''}, {rows} x {vocab}"
-            with mock.patch.dict(os.environ, KDKERNELS_ROWS="triton"):
-                expected, dx = given.row_loss(divergence, dtype, is_dressed)
-            with cluster_rows() as started:
-                found, made = given.row_loss(divergence, dtype, is_dressed)
-                _same(
-                    dict(zip(("columns", "dx"), given.row_loss(divergence, dtype, is_dressed), strict=True)),
-                    {"columns": found, "dx": made},
-                )
-            if len(started) != 2:
-                raise LookupError(f"the cluster kernel took no rows of {vocab} logits")
-            allowed = dx.abs() * (2 * torch.finfo(dtype).eps) + may_differ(dx, given.student(is_dressed))
-            off = float(((made - dx).abs() / allowed).max()), float((found - expected).abs().max() / 1e-4)
-            worst[name] = max(off)
-            if not worst[name] <= 1.0:
-                raise ArithmeticError(f"{name}: entries of dx, and columns, are {off} times what they may be off")
-    return {"worst_ratio": max(worst.values()), "rows_at_scale": worst}
 
 
 def accuracy(divergence: str, strategy: str, dtype: torch.dtype, spread: float, size: str, device: str) -> Result:
@@ -247,16 +161,10 @@ def repeated(divergence: str, dtype: torch.dtype, size: str, device: str) -> Cas
     return moved(cases(REPEATED["toy" if size == "toy" else "full"], divergence, dtype, 3.0)[0], device)
 
 
-def _same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for name, value in expected.items():
-        if not torch.equal(found[name], value):
-            raise ArithmeticError(f"{name} differs by up to {(found[name].double() - value.double()).abs().max().item():.3g}")
-
-
 def two_runs(case: Case, strategy: str) -> Result:
     """Two runs in several chunks agree bit for bit."""
     first, second = (case.run(strategy=strategy, memory_budget=budget(case, 3)) for _ in range(2))
-    _same(second, first)
+    same(second, first)
     return {}
 
 
@@ -272,8 +180,8 @@ def backward_twice(case: Case, strategy: str) -> Result:
     first, second = (
         [grad.clone() for grad in torch.autograd.grad(loss, list(leaves.values()), retain_graph=True)] for _ in range(2)
     )
-    _same(dict(zip(leaves, second, strict=True)), dict(zip(leaves, first, strict=True)))
-    _same({name: leaf.detach() for name, leaf in leaves.items()}, before)
+    same(dict(zip(leaves, second, strict=True)), dict(zip(leaves, first, strict=True)))
+    same({name: leaf.detach() for name, leaf in leaves.items()}, before)
     return {}
 
 
@@ -349,59 +257,6 @@ def special_values(case: Case, strategy: str) -> Result:
     return {}
 
 
-def _step(tokens: int, vocab: int, dims: tuple[int, int], dtype: torch.dtype) -> tuple[list[Tensor], Callable[..., Tensor]]:
-    """Student's leaves, and the loss of random inputs, on the GPU."""
-    device = "cuda"
-    generator = torch.Generator(device).manual_seed(0)
-    shapes = (tokens, dims[0]), (vocab, dims[0]), (tokens, dims[1]), (vocab, dims[1])
-    inputs = [torch.randn(shape, generator=generator, device=device, dtype=dtype).mul_(shape[1] ** -0.25) for shape in shapes]
-    leaves = [leaf.requires_grad_() for leaf in inputs[:2]]
-    return leaves, lambda **options: kd.linear_kd_loss(*leaves, *inputs[2:], **options)
-
-
-def planned_memory(dtype: torch.dtype, strategy: str, device: str) -> Result:
-    """A step's peak, above inputs and returned gradients, is what kd.plan said: to 16 MiB or a twentieth, in both directions."""
-    if device != "cuda":
-        raise SkippedError("the peak is read from the CUDA allocator")
-    tokens, vocab, dims = 6000, 50_257, (512, 768)
-    leaves, loss = _step(tokens, vocab, dims, dtype)
-
-    found = {}
-    for budget_ in (None, 256 * MIB):
-        options: dict[str, Any] = {"memory_budget": budget_, "device": device, "strategy": strategy}
-        plan = kd.plan(tokens, vocab, *dims, dtype, **options)
-
-        def step(budget_: int | None = budget_) -> None:
-            torch.autograd.grad(loss(strategy=strategy, memory_budget=budget_), leaves)
-
-        step()  # what libraries keep for good is not the step's
-        peak = peak_bytes(step) - sum(leaf.nbytes for leaf in leaves)
-        found["default budget" if budget_ is None else "256 MiB budget"] = {"peak": peak, "planned": plan.scratch_bytes}
-        if abs(peak - plan.scratch_bytes) > max(16 * MIB, plan.scratch_bytes // 20):
-            raise ArithmeticError(f"peak {peak / MIB:.0f} MiB, planned {plan.scratch_bytes / MIB:.0f} MiB, budget {budget_}")
-    return {"scratch_bytes": found}
-
-
-def large_offsets(dtype: torch.dtype, strategy: str, device: str) -> Result:
-    """Logits past 2^31 entries in one chunk give what small chunks give, to a hundredth of the gradients' norm."""
-    if device != "cuda" or dtype != torch.bfloat16:
-        raise SkippedError("run on a GPU in bfloat16 only, for the memory that it takes")
-    leaves, loss = _step(8200, 262_147, (64, 64), dtype)
-    try:
-        whole, parts = (
-            (value.item(), torch.autograd.grad(value, leaves))
-            for value in (loss(strategy=strategy, memory_budget=bytes_) for bytes_ in (2**35, 2**28))
-        )
-    except torch.OutOfMemoryError as error:
-        raise SkippedError(why(error)) from None
-    errors = [abs(whole[0] - parts[0]) / abs(parts[0])]
-    for one, other in zip(whole[1], parts[1], strict=True):
-        errors.append(((one.float() - other.float()).norm() / other.float().norm()).item())
-    if not max(errors) <= 0.01:
-        raise ArithmeticError(f"loss, gradients of hidden states and head differ by {errors} of their norms")
-    return {"relative_differences": errors}
-
-
 def checked(facts: Result, check: Callable[..., Result], *arguments: Any) -> Result:
     """The check's outcome."""
     try:
@@ -414,7 +269,8 @@ def checked(facts: Result, check: Callable[..., Result], *arguments: Any) -> Res
 
 REPEATED_CHECKS = (two_runs, backward_twice, host_syncs, captured, special_values)
 OF_DTYPE = (planned_memory, large_offsets)
-OF_CLUSTERS = (rows_at_scale,)
+# Beside those, or in their place.
+OF_CLUSTERS, OF_OFFSETS = (rows_at_scale,), (*OF_DTYPE, products_at_scale)
 Item = tuple[str, str | None, str, float | None]  # dtype, divergence, check, spread
 
 
@@ -427,21 +283,23 @@ def items(size: str, dtype: str, divergence: str) -> list[Item]:
 
 def items_of_dtype(dtype: str, strategy: str) -> list[Item]:
     """The checks that are made once for each dtype."""
-    return [(dtype, None, check.__name__, None) for check in (OF_CLUSTERS if strategy == CLUSTER else OF_DTYPE)]
+    of_strategy = {CLUSTER: OF_CLUSTERS, OFFSETS: OF_OFFSETS, OFFSETS_CUDA: OF_OFFSETS}
+    return [(dtype, None, check.__name__, None) for check in of_strategy.get(strategy, OF_DTYPE)]
 
 
 def opened(size: str, strategy: str) -> Callable[[str, str | None, str, float | None], Iterator[Result]]:
     device = device_of(size)
-    by_name = {check.__name__: check for check in (*REPEATED_CHECKS, *OF_DTYPE, *OF_CLUSTERS)}
+    by_name = {check.__name__: check for check in (*REPEATED_CHECKS, *OF_CLUSTERS, *OF_OFFSETS)}
 
     def run(dtype_name: str, divergence: str | None, name: str, spread: float | None) -> Iterator[Result]:
         dtype = DTYPES[dtype_name]
         facts: Result = {"check": name, "strategy": strategy, "dtype": dtype_name}
-        if strategy == CLUSTER and device != "cuda":
-            yield {**facts, "divergence": divergence, "skipped": "the cluster kernel needs an NVIDIA GPU"}
+        if strategy in (CLUSTER, OFFSETS_CUDA) and device != "cuda":
+            yield {**facts, "divergence": divergence, "skipped": "kernels in CUDA C++ need an NVIDIA GPU"}
             return
         if divergence is None:
-            check = partial(_with_offsets, by_name[name]) if strategy == OFFSETS else by_name[name]
+            own = strategy in (OFFSETS, OFFSETS_CUDA) and by_name[name] in OF_DTYPE
+            check = partial(_with_offsets, by_name[name]) if own else by_name[name]
             yield checked(facts, check, dtype, strategy, device)
             return
         facts["divergence"] = divergence

@@ -65,19 +65,31 @@ def cluster_rows(shape: tuple[int, int, int] | None = None, at_a_time: int | Non
 
 
 @contextmanager
-def offset_logits() -> Iterator[list[int]]:
-    """Inside, logits are kept as 16-bit offsets where they can be; yields the rows of each chunk of them."""
+def offset_logits(how: str = "offsets", kept: list[tuple[torch.Tensor, ...]] | None = None) -> Iterator[list[int]]:
+    """Inside, logits are kept as 16-bit offsets where they can be; yields the rows of each chunk of them, or of each product that
+    CUDA C++ made. how: as KDKERNELS_LOGITS. kept: gets codes, largest and sums of both models of each chunk."""
+    from kdkernels.backends.cuda import product
     from kdkernels.backends.triton import offsets
 
     started: list[int] = []
-    row_loss = offsets.OffsetRows.row_loss
+    row_loss, stored = offsets.OffsetRows.row_loss, product.stored
 
     def counted(rows: Any, *rest: Any) -> torch.Tensor:
+        if kept is not None:
+            kept.extend((side.codes.clone(), side.largest, side.sums) for side in rows.sides)
         found = row_loss(rows, *rest)
-        started.append(len(found))
+        if how == "offsets":
+            started.append(len(found))
         return found
 
+    def counted_products(hidden: torch.Tensor, *rest: Any) -> bool:
+        made: bool = stored(hidden, *rest)
+        if made:
+            started.append(len(hidden))
+        return made
+
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(os.environ, KDKERNELS_LOGITS="offsets"))
+        stack.enter_context(mock.patch.dict(os.environ, KDKERNELS_LOGITS=how))
         stack.enter_context(mock.patch.object(offsets.OffsetRows, "row_loss", counted))
+        stack.enter_context(mock.patch.object(product, "stored", counted_products))
         yield started

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_checks import Setting, SkippedError, cases, checked, moved
+from benchmarks.gpu_checks import Setting, cases, checked, moved
 from benchmarks.gpu_device import cluster_rows, device_of, offset_logits
+from benchmarks.gpu_scale import SkippedError
 from benchmarks.runner import Result
 from kdkernels.backends import cuda
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 import kdkernels as kd
 from benchmarks.cases import DTYPES
-from benchmarks.gpu_checks import SkippedError, checked
+from benchmarks.gpu_checks import checked
 from benchmarks.gpu_device import BACKEND, device_of
+from benchmarks.gpu_scale import SkippedError
 from benchmarks.gpu_times import milliseconds, spread
 from benchmarks.runner import Result, told
 from kdkernels import backends

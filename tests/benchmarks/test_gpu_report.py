@@ -126,7 +126,7 @@ class TestPlan:
         items = [(*part.arguments, *item) for part in gpu.parts(size)["checks"] for item in part.items]
         assert len(items) == len(set(items))
         of_divergence = {item[:4] for item in items if item[3] is not None}
-        variants = (len(gpu.STRATEGIES) + 1) * len(DTYPES) + 2  # the strategies, cluster rows; logits of 16 bits of 16-bit models
+        variants = (len(gpu.STRATEGIES) + 1) * len(DTYPES) + 2 * 2  # strategies, cluster rows; both ways to 16-bit logits
         assert len(of_divergence) == variants * len(kd.divergences())
         assert {item[5] for item in items if item[4] == "accuracy"} == set(gpu_checks.SPREADS)
 
@@ -151,7 +151,7 @@ class TestPlan:
             (f"time {head}", (8192, loss, name))
             for head in HEADS
             for loss in ("forward_kl", "jsd")
-            for name in ("tokens", "tokens 1 GiB", gpu_times.CLUSTERED, gpu_times.OFFSETS, "vocab", "eager")
+            for name in ("tokens", "tokens 1 GiB", gpu_times.CLUSTERED, gpu_times.OFFSETS, gpu_times.OFFSETS_CUDA, "vocab", "eager")
         ]
         (others,) = short["others"]
         assert [item[2] for item in others.items[::2]] == ["liger", "liger triton", "trl", "compiled"]
@@ -164,5 +164,8 @@ class TestPlan:
         found = gpu.chosen("short", ["ours", "rows"], "gemma3 8192 jsd tokens")
         assert list(found) == ["ours"]
         assert [part.items for part in found["ours"]] == [
-            tuple((8192, "jsd", name) for name in ("tokens", "tokens 1 GiB", gpu_times.CLUSTERED, gpu_times.OFFSETS))
+            tuple(
+                (8192, "jsd", name)
+                for name in ("tokens", "tokens 1 GiB", gpu_times.CLUSTERED, gpu_times.OFFSETS, gpu_times.OFFSETS_CUDA)
+            )
         ]
