@@ -43,18 +43,19 @@ class Bar(Progress):
     own holds on to the standard error of its beginning, and would write into the bar's line.
     """
 
-    def __init__(self, console: Console | None) -> None:
-        """console: None shows nothing."""
+    def __init__(self, console: Console | None, *, wide: bool = False) -> None:
+        """console: None shows nothing. wide: the bar takes all the terminal's columns that the rest leaves."""
         # a standard error that goes to a file stays there
         to_terminal = sys.stderr is not None and sys.stderr.isatty()
         super().__init__(
-            BarColumn(BAR, table_column=Column(min_width=BAR, no_wrap=True)),
+            BarColumn(None if wide else BAR, table_column=Column(min_width=BAR, no_wrap=True, ratio=1 if wide else None)),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=console,
             disable=console is None or not console.is_terminal,
             redirect_stderr=to_terminal,
+            expand=wide,
         )
         self._moved: list[tuple[logging.StreamHandler[Any], Any]] = []
 
