@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -34,6 +36,20 @@ class Output(Console):
 def say(console: Console, text: str) -> None:
     """A line of plain text; the terminal breaks it, not the console."""
     console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+@contextmanager
+def without_file_bars() -> Iterator[None]:
+    """Without the bars that transformers draws for every file."""
+    from transformers.utils import logging as library
+
+    drawn = library.is_progress_bar_enabled()
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            library.enable_progress_bar()
 
 
 class Bar(Progress):

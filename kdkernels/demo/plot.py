@@ -15,8 +15,10 @@ from kdkernels.demo.report import MIB
 from kdkernels.demo.samples import HELD_OUT, shown
 from kdkernels.demo.settings import BEFORE
 
+PROMPT = "prompt"
 # One colour per method, told apart by people who see colours differently (Okabe and Ito).
 COLOURS = {
+    PROMPT: "#000000",
     HELD_OUT: "#000000",
     "teacher": "#009E73",
     BEFORE: "#999999",
@@ -27,7 +29,7 @@ COLOURS = {
     "kdkernels": "#0072B2",
     "eager PyTorch": "#555555",
 }
-TEXT_COLUMNS, TEXT_LINES = 34, 16  # of a continuation
+TEXT_COLUMNS, TEXT_LINES = 32, 16  # of a continuation
 
 
 def draw(path: Path, results: dict[str, Any]) -> None:
@@ -36,7 +38,7 @@ def draw(path: Path, results: dict[str, Any]) -> None:
 
     written, methods = results["samples"]["models"], results["loss_step"]["methods"]
     figure: Any = plt.figure(figsize=(16, 7.6), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1.6, 1))
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1.7, 1))
     curves, writing, times, memory = upper.subplots(1, 4, width_ratios=(3, 2.4, 0.8, 0.8))
     _curves(curves, results)
     _writing(writing, written)
@@ -46,9 +48,10 @@ def draw(path: Path, results: dict[str, Any]) -> None:
     _bars(memory, peaks, "Peak memory:\nnot measured" if missing else "Peak memory", "MiB above the inputs")
     for axes in (curves, writing, times, memory):
         axes.spines[["top", "right"]].set_visible(False)
-    for axes, (name, row) in zip(lower.subplots(1, len(written)), written.items(), strict=True):
-        _text(axes, name, row["text"])
-    lower.suptitle("One prompt, and how each goes on", fontsize=10)
+    texts = {PROMPT: results["samples"]["prompt"], **{name: row["text"] for name, row in written.items()}}
+    for axes, (name, text) in zip(lower.subplots(1, len(texts)), texts.items(), strict=True):
+        _text(axes, name, text)
+    lower.suptitle("One of the prompts, and how it goes on", fontsize=10)
     models = results["heldout"]["models"]
     figure.suptitle(
         f"kdkernels demo: {models['teacher']['parameters'] / 1e6:.1f} M teacher, {models[BEFORE]['parameters'] / 1e6:.1f} M "

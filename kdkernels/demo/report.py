@@ -39,11 +39,17 @@ def progress_bar(console: Console, phase: str) -> Iterator[Watch]:
         yield watch
 
 
+def show(console: Console, results: dict[str, Any]) -> None:
+    print_losses(console, results)
+    print_samples(console, results)
+    print_loss_step(console, results)
+    for line in results["conclusions"]:
+        console.print(f"- {line}", highlight=False)
+
+
 def print_losses(console: Console, results: dict[str, Any]) -> None:
     heldout, students = results["heldout"], results["students"]
-    table = Table(
-        title=f"Held-out loss in nats per token, after {students['steps']:,} further steps ({heldout['tokens']:,} tokens)"
-    )
+    table = Table(title=f"Held-out loss, nats per token, {students['steps']:,} further steps ({heldout['tokens']:,} tokens)")
     for name in ("model", "loss ± s.e.", "gain ± s.e.", "size", "time"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     table.add_row("token frequencies", f"{heldout['frequencies']:.3f}", "", "", "")
@@ -61,9 +67,7 @@ def print_losses(console: Console, results: dict[str, Any]) -> None:
 
 def print_loss_step(console: Console, results: dict[str, Any]) -> None:
     step = results["loss_step"]
-    table = Table(
-        title=f"One TAID loss step with gradients (t = {step['t']:.2f}), {step['tokens']:,} tokens x {step['vocab']:,} vocabulary"
-    )
+    table = Table(title=f"One TAID loss step, t = {step['t']:.2f}, {step['tokens']:,} x {step['vocab']:,} logits")
     for name in ("method", "time", "peak memory", "loss"):
         table.add_column(name, justify="left" if name == "method" else "right")
     for name, row in step["methods"].items():
@@ -100,10 +104,10 @@ def print_samples(console: Console, results: dict[str, Any]) -> None:
         f"{AGAINST} wrote. n: the share of distinct n-grams. Sampled at temperature 1 with one seed.",
         highlight=False,
     )
-    console.print(Panel(Text(shown(samples["prompt"])), title="one of the prompts, and how they go on"))
+    console.print(Panel(Text(shown(samples["prompt"]), overflow="fold"), title="one of the prompts, and how they go on"))
     columns = max(1, console.width // NARROWEST_TEXT)
     grid = Table.grid(*(Column(ratio=1) for _ in range(columns)), expand=True)
-    panels = [Panel(Text(shown(row["text"])), title=name) for name, row in samples["models"].items()]
+    panels = [Panel(Text(shown(row["text"]), overflow="fold"), title=name) for name, row in samples["models"].items()]
     for at in range(0, len(panels), columns):
         grid.add_row(*panels[at : at + columns])
     console.print(grid)
@@ -125,8 +129,8 @@ def conclusions(results: dict[str, Any]) -> list[str]:
         f"The teacher's loss on what they write, against {AGAINST}: "
         + _verdicts({name: (written[name]["lower"], written[name]["lower_error"]) for name in distilled})
         + ".",
-        f"Distinct 3-grams, most first: {', '.join(f'{name} {share:.3f}' for name, share in _sorted(varied))}; "
-        f"{HELD_OUT} {written[HELD_OUT]['distinct'][-1]:.3f}.",
+        f"Distinct 3-grams, most first: {', '.join(f'{name} {share:.3f}' for name, share in _sorted(varied))}; the teacher has "
+        f"{written['teacher']['distinct'][-1]:.3f}, the {HELD_OUT} {written[HELD_OUT]['distinct'][-1]:.3f}.",
         "The errors cover the choice of held-out text, not of the seed: another seed can change which student is ahead (--seed).",
         "It does not reproduce published results, which are of far larger models and of answers to instructions: here a teacher of "
         f"{models['teacher']['parameters'] / 1e6:.1f} M parameters and {results['teacher']['steps']:,} steps teaches a student of "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +67,7 @@ def _run(settings: Settings, folder: Path, resume: bool, console: Console) -> di
 
     models = {"teacher": teacher.learners[0].model, BEFORE: student.learners[0].model}
     models |= {learner.name: learner.model for learner in students.learners}
-    threads = torch.get_num_threads()
-    try:
+    with _own_threads():
         torch.set_num_threads(students.threads)
         heldout = _heldout([*teacher.learners, *student.learners, *students.learners], list(models), settings, corpus)
         clock.lap("held-out losses")
@@ -74,8 +75,6 @@ def _run(settings: Settings, folder: Path, resume: bool, console: Console) -> di
         tokenizer = Tokenizer.from_file(str(folder / corpora.TOKENIZER))
         written = samples.measure(models, settings, corpus, tokenizer)
         clock.lap("samples")
-    finally:
-        torch.set_num_threads(threads)
     console.print("measuring the loss step")
     step = _loss_step(teacher, students, settings, corpus, folder)
     clock.lap("loss step")
@@ -98,14 +97,11 @@ def _run(settings: Settings, folder: Path, resume: bool, console: Console) -> di
     clock.lap("plot")
     report.write_json(folder / RESULTS, results)
     kept = {"teacher": models["teacher"], "student": models[BEFORE]}
-    command = onward.leave(folder, kept, tokenizer, settings, corpus)
-    report.print_losses(console, results)
-    report.print_samples(console, results)
-    report.print_loss_step(console, results)
-    for line in results["conclusions"]:
-        console.print(f"- {line}", highlight=False)
+    with terminal.without_file_bars():
+        command = onward.leave(folder, kept, tokenizer, settings, corpus)
+    report.show(console, results)
     terminal.say(console, f"{sum(clock.laps.values()):.0f} s in all. Results, plot, models and checkpoints: {folder}/")
-    terminal.say(console, "Next, the same student by another method and with a command that takes your models and text too:")
+    terminal.say(console, "Next, the same student by another method, with a command that takes your models and text too:")
     terminal.say(console, command)
     return results
 
@@ -122,13 +118,19 @@ class _Clock:
         self.laps[name], self._last = round(now - self._last, 2), now
 
 
-def _train(phase: Phase, settings: Settings, corpus: Corpus, path: Path, resume: bool, console: Console) -> None:
+@contextmanager
+def _own_threads() -> Iterator[None]:
+    """Afterwards torch has as many threads again as before."""
     threads = torch.get_num_threads()
     try:
-        with report.progress_bar(console, phase.name) as watch:
-            train(phase, settings, corpus, path, resume, watch)
+        yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _train(phase: Phase, settings: Settings, corpus: Corpus, path: Path, resume: bool, console: Console) -> None:
+    with _own_threads(), report.progress_bar(console, phase.name) as watch:
+        train(phase, settings, corpus, path, resume, watch)
     if phase.cached:
         console.print(f"{phase.name}: finished before, taken from {path}", soft_wrap=True)
     elif phase.steps < phase.planned:

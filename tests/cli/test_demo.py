@@ -299,12 +299,16 @@ def test_a_second_run_reuses_corpus_and_teacher_and_trains_the_students_anew(
     assert learned(results) == learned(finished[1])
 
 
-def test_resuming_a_finished_run_trains_nothing(
-    finished: tuple[Path, dict[str, Any], str], folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_resuming_a_finished_run_trains_nothing_and_nothing_else_is_on_the_screen(
+    finished: tuple[Path, dict[str, Any], str],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(train, "take_step", None)
     results, _ = run(folder, resume=True)
     assert learned(results) == learned(finished[1])
+    assert capfd.readouterr() == ("", "")
 
 
 def test_resuming_a_demo_that_is_not_there_is_an_error_and_makes_nothing(tmp_path: Path) -> None:
