@@ -51,7 +51,7 @@ class Settings:
     teacher: ModelSize = field(default=ModelSize(width=128, layers=2, heads=4))
     student: ModelSize = field(default=ModelSize(width=48, layers=1, heads=2))
     learning_rate: float = 4e-3
-    further_rate: float = 1e-3
+    further_rate: float = 2e-3
     lora_rate: float = 1e-3
     teacher_steps: int = 1300
     student_steps: int = 1000
