@@ -34,7 +34,7 @@ from kdkernels.console import files, info
 from kdkernels.demo import corpus as corpora
 from kdkernels.demo.corpus import Corpus
 from kdkernels.demo.models import Model, build, hidden_states, mean_and_error
-from kdkernels.demo.settings import Settings
+from kdkernels.demo.settings import ModelSize, Settings
 from kdkernels.demo.train import teacher_phase, train
 from kdkernels.transformers import KDConfig, KDTrainer
 
@@ -43,7 +43,7 @@ RESULTS = Path(__file__).parent / "results" / "methods.json"
 SEEDS, STEPS = 3, 500
 WARM_UP = 5  # steps that are not timed
 # The teacher takes its planned steps however long they last, so that its weights do not depend on the machine's speed.
-SETTINGS = Settings(teacher_steps=6000, teacher_seconds=1e9)
+SETTINGS = Settings(teacher_steps=6000, teacher_seconds=1e9, student=ModelSize(width=64, layers=1, heads=2))
 RUNS: dict[str, dict[str, Any]] = {
     "cross-entropy": {"kd_weight": 0.0, "ce_weight": 1.0},
     "forward KL": {"method": "forward_kl"},

@@ -231,9 +231,10 @@ def _add_demo(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="distil a small model on real text, in a few minutes on a CPU",
-        description="Learn a vocabulary on the Python sources of this interpreter, train a small Llama-style teacher, and\n"
-        "distil a smaller student three ways: cross-entropy alone, forward KL, TAID. Prints held-out losses, and the time\n"
-        "and memory of a loss step against eager PyTorch; writes them with a plot into a folder.",
+        description="Learn a vocabulary on the Python sources of this interpreter, train a small Llama-style teacher and a\n"
+        "smaller student, and let the student go on in four ways: cross-entropy, forward KL, TAID, OKD. Prints held-out\n"
+        "losses, what each model writes, and the time and memory of a loss step against eager PyTorch; writes them with\n"
+        "a plot and the models into a folder, and ends with a command that takes these models.",
         epilog="examples:\n  python -m kdkernels demo\n  python -m kdkernels demo --minutes 20 --out /tmp/demo\n"
         "  python -m kdkernels demo --resume        after Ctrl-C",
         formatter_class=argparse.RawDescriptionHelpFormatter,

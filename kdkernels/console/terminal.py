@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -36,6 +38,20 @@ def say(console: Console, text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
+@contextmanager
+def without_file_bars() -> Iterator[None]:
+    """Without the bars that transformers draws for every file."""
+    from transformers.utils import logging as library
+
+    drawn = library.is_progress_bar_enabled()
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            library.enable_progress_bar()
+
+
 class Bar(Progress):
     """A bar with a count, the time left and a text (a task's description); only on a terminal.
 
@@ -43,18 +59,19 @@ class Bar(Progress):
     own holds on to the standard error of its beginning, and would write into the bar's line.
     """
 
-    def __init__(self, console: Console | None) -> None:
-        """console: None shows nothing."""
+    def __init__(self, console: Console | None, *, wide: bool = False) -> None:
+        """console: None shows nothing. wide: the bar takes all the terminal's columns that the rest leaves."""
         # a standard error that goes to a file stays there
         to_terminal = sys.stderr is not None and sys.stderr.isatty()
         super().__init__(
-            BarColumn(BAR, table_column=Column(min_width=BAR, no_wrap=True)),
+            BarColumn(None if wide else BAR, table_column=Column(min_width=BAR, no_wrap=True, ratio=1 if wide else None)),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=console,
             disable=console is None or not console.is_terminal,
             redirect_stderr=to_terminal,
+            expand=wide,
         )
         self._moved: list[tuple[logging.StreamHandler[Any], Any]] = []
 

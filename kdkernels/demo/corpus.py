@@ -20,6 +20,7 @@ from kdkernels.demo.settings import Settings, fingerprint
 from kdkernels.errors import CommandError
 
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZER = "tokenizer.json"
 # Not part of the standard library, or not everywhere installed with it, or tables rather than code.
 SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 HELD_OUT_OF_256 = 13  # about 5 % of the files
@@ -119,7 +120,7 @@ def prepare(settings: Settings, folder: Path, say: Callable[[str], None]) -> Cor
         "vocab": tokenizer.get_vocab_size(),
         "python": sys.version.split()[0],
     }
-    files.write(folder / "tokenizer.json", tokenizer.to_str().encode())
+    files.write(folder / TOKENIZER, tokenizer.to_str().encode())
     files.save(cache, {"train": train, "heldout": heldout}, {"key": key, "facts": facts})
     return Corpus(train, heldout, key, facts)
 

@@ -40,12 +40,15 @@ def hidden_states(model: Model, inputs: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def heldout_losses(model: Model, inputs: Tensor, labels: Tensor, windows_at_once: int = 2) -> Tensor:
-    """(windows,) mean cross-entropy of each window, in nats per token; in plain PyTorch, which judges the losses under test."""
+def heldout_losses(model: Model, inputs: Tensor, labels: Tensor, first: int = 0, windows_at_once: int = 2) -> Tensor:
+    """(windows,) mean cross-entropy of each window from position ``first`` on, in nats per token.
+
+    In plain PyTorch, which judges the losses under test.
+    """
     parts = []
     for x, y in zip(inputs.split(windows_at_once), labels.split(windows_at_once), strict=True):
-        logits = hidden_states(model, x).flatten(0, 1) @ model.lm_head.weight.T
-        parts.append(torch.nn.functional.cross_entropy(logits, y.flatten(), reduction="none").view_as(y).mean(1))
+        logits = hidden_states(model, x)[:, first:] @ model.lm_head.weight.T
+        parts.append(torch.nn.functional.cross_entropy(logits.mT, y[:, first:], reduction="none").mean(1))
     return torch.cat(parts)
 
 

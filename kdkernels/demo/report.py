@@ -1,38 +1,31 @@
-"""What a demo run shows: a progress bar, tables, a plot and a JSON file."""
+"""What a demo run shows: a progress bar, tables, texts and a JSON file."""
 
 from __future__ import annotations
 
-import io
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from rich.console import Console
-from rich.table import Table
+from rich.panel import Panel
+from rich.table import Column, Table
+from rich.text import Text
 
 from kdkernels.console import files, terminal
+from kdkernels.demo.samples import HELD_OUT, LONGEST_NGRAM, shown
+from kdkernels.demo.settings import AGAINST, BEFORE
 from kdkernels.demo.train import Phase, Watch
 
-# One colour per method, told apart by people who see colours differently (Okabe and Ito).
-COLOURS = {
-    "cross-entropy": "#555555",
-    "forward KL": "#0072B2",
-    "TAID": "#D55E00",
-    "teacher": "#009E73",
-    "kdkernels": "#0072B2",
-    "eager PyTorch": "#555555",
-}
+NARROWEST_TEXT = 40  # columns of a continuation on the screen, with its frame
 MIB = 2**20
 
 
 @contextmanager
 def progress_bar(console: Console, phase: str) -> Iterator[Watch]:
     """A bar for one phase, on a terminal, and a line at each evaluation."""
-    with terminal.Bar(console) as bar:
+    with terminal.Bar(console, wide=True) as bar:
         task = bar.add_task(phase, total=None)
         shown = ""
 
@@ -46,9 +39,17 @@ def progress_bar(console: Console, phase: str) -> Iterator[Watch]:
         yield watch
 
 
+def show(console: Console, results: dict[str, Any]) -> None:
+    print_losses(console, results)
+    print_samples(console, results)
+    print_loss_step(console, results)
+    for line in results["conclusions"]:
+        console.print(f"- {line}", highlight=False)
+
+
 def print_losses(console: Console, results: dict[str, Any]) -> None:
     heldout, students = results["heldout"], results["students"]
-    table = Table(title=f"Held-out loss in nats per token, after {students['steps']:,} steps ({heldout['tokens']:,} tokens)")
+    table = Table(title=f"Held-out loss, nats per token, {students['steps']:,} further steps ({heldout['tokens']:,} tokens)")
     for name in ("model", "loss ± s.e.", "gain ± s.e.", "size", "time"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     table.add_row("token frequencies", f"{heldout['frequencies']:.3f}", "", "", "")
@@ -66,9 +67,7 @@ def print_losses(console: Console, results: dict[str, Any]) -> None:
 
 def print_loss_step(console: Console, results: dict[str, Any]) -> None:
     step = results["loss_step"]
-    table = Table(
-        title=f"One TAID loss step with gradients (t = {step['t']:.2f}), {step['tokens']:,} tokens x {step['vocab']:,} vocabulary"
-    )
+    table = Table(title=f"One TAID loss step, t = {step['t']:.2f}, {step['tokens']:,} x {step['vocab']:,} logits")
     for name in ("method", "time", "peak memory", "loss"):
         table.add_column(name, justify="left" if name == "method" else "right")
     for name, row in step["methods"].items():
@@ -85,107 +84,72 @@ def _memory(peak: int | None) -> str:
     return "not measured" if peak is None else f"{peak / MIB:.0f} MiB"
 
 
+def print_samples(console: Console, results: dict[str, Any]) -> None:
+    """What the models write: figures of all of it, and one continuation of each, side by side."""
+    samples = results["samples"]
+    title = (
+        f"What they write: {samples['prompts']} held-out prompts of {samples['prompt_tokens']} tokens, continued by "
+        f"{samples['written_tokens']}"
+    )
+    table = Table(title=title)
+    for name in ("written by", "loss ± s.e.", "lower ± s.e.", *(f"n = {n + 1}" for n in range(LONGEST_NGRAM))):
+        table.add_column(name, justify="left" if name == "written by" else "right")
+    for name, row in samples["models"].items():
+        lower = "" if name == AGAINST else f"{row['lower']:+.3f} ± {row['lower_error']:.3f}"
+        shares = [f"{share:.3f}" for share in row["distinct"]]
+        table.add_row(name, f"{row['teacher_loss']:.3f} ± {row['error']:.3f}", lower, *shares)
+    console.print(table)
+    console.print(
+        "Loss: the teacher's, in nats per token, on what was written; the lower, the likelier it finds that. lower: than on what "
+        f"{AGAINST} wrote. n: the share of distinct n-grams. Sampled at temperature 1 with one seed.",
+        highlight=False,
+    )
+    console.print(Panel(Text(shown(samples["prompt"]), overflow="fold"), title="one of the prompts, and how they go on"))
+    columns = max(1, console.width // NARROWEST_TEXT)
+    grid = Table.grid(*(Column(ratio=1) for _ in range(columns)), expand=True)
+    panels = [Panel(Text(shown(row["text"]), overflow="fold"), title=name) for name, row in samples["models"].items()]
+    for at in range(0, len(panels), columns):
+        grid.add_row(*panels[at : at + columns])
+    console.print(grid)
+
+
 def conclusions(results: dict[str, Any]) -> list[str]:
     """What these figures say and what they do not, in plain lines."""
-    models = results["heldout"]["models"]
-    alone = models["cross-entropy"]["loss"]
-    lead = alone - models["teacher"]["loss"]
-    parts = []
-    for name in ("forward KL", "TAID"):
-        gain, error = models[name]["gain"], models[name]["gain_error"]
-        verdict = "no clear difference" if abs(gain) < 2 * error else "better" if gain > 0 else "worse"
-        parts.append(f"{name} {verdict} ({gain:+.3f} ± {error:.3f})")
+    models, written = results["heldout"]["models"], results["samples"]["models"]
+    distilled = [name for name in models if "gain" in models[name]]
+    lead = models[BEFORE]["loss"] - models["teacher"]["loss"]
+    varied = {name: written[name]["distinct"][-1] for name in (BEFORE, AGAINST, *distilled)}
     return [
-        f"The teacher is {abs(lead):.2f} nats {'better' if lead > 0 else 'worse'} than the student alone (cross-entropy). "
-        f"Against the student alone: {'; '.join(parts)}.",
-        "This shows that the losses train real models from hidden states and heads; how near they come to eager PyTorch, and at "
-        "what cost, is measured above.",
+        f"Before distillation the teacher is {abs(lead):.2f} nats {'better' if lead > 0 else 'worse'} than the student on held-out "
+        f"text. From there {len(distilled) + 1} copies of the student took the same {results['students']['steps']} steps on the "
+        f"same text; {AGAINST} alone brought its held-out loss from {models[BEFORE]['loss']:.3f} to {models[AGAINST]['loss']:.3f}.",
+        f"Held-out loss against {AGAINST}: "
+        + _verdicts({name: (models[name]["gain"], models[name]["gain_error"]) for name in distilled})
+        + ".",
+        f"The teacher's loss on what they write, against {AGAINST}: "
+        + _verdicts({name: (written[name]["lower"], written[name]["lower_error"]) for name in distilled})
+        + ".",
+        f"Distinct 3-grams, most first: {', '.join(f'{name} {share:.3f}' for name, share in _sorted(varied))}; the teacher has "
+        f"{written['teacher']['distinct'][-1]:.3f}, the {HELD_OUT} {written[HELD_OUT]['distinct'][-1]:.3f}.",
         "The errors cover the choice of held-out text, not of the seed: another seed can change which student is ahead (--seed).",
-        "It does not reproduce published gains: those are of students that had been trained before, with far larger teachers. Here "
-        "a student starts untrained, so TAID's target is at first in part the student's own guess.",
-        "A teacher of some minutes is weak, and what a loss step costs depends on vocabulary, tokens and widths (kd.plan).",
+        "It does not reproduce published results, which are of far larger models and of answers to instructions: here a teacher of "
+        f"{models['teacher']['parameters'] / 1e6:.1f} M parameters and {results['teacher']['steps']:,} steps teaches a student of "
+        f"{models[BEFORE]['parameters'] / 1e6:.1f} M and {results['student']['steps']:,}.",
     ]
+
+
+def _verdicts(gains: dict[str, tuple[float, float]]) -> str:
+    """Of each name, the largest gain first: twice the standard error is what counts as a difference."""
+    return "; ".join(f"{name} {_verdict(gain, error)} ({gain:+.3f} ± {error:.3f})" for name, (gain, error) in _sorted(gains))
+
+
+def _verdict(gain: float, error: float) -> str:
+    return "no clear difference" if abs(gain) < 2 * error else "better" if gain > 0 else "worse"
+
+
+def _sorted(values: dict[str, Any]) -> list[tuple[str, Any]]:
+    return sorted(values.items(), key=lambda item: item[1], reverse=True)
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
     files.write(path, (json.dumps(results, indent=1) + "\n").encode())
-
-
-def plot(path: Path, results: dict[str, Any]) -> None:
-    """Curves, gains with their errors, and the loss step's time and memory."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    models, methods = results["heldout"]["models"], results["loss_step"]["methods"]
-    figure, (curves, gains, times, memory) = plt.subplots(
-        1, 4, figsize=(15, 4.6), width_ratios=(3, 1.6, 1.1, 1.1), layout="constrained"
-    )
-    _curves(curves, results)
-    _gains(gains, models)
-    _bars(times, {name: row["seconds"] * 1e3 for name, row in methods.items()}, "One loss step: time", "milliseconds")
-    peaks = {name: (row["peak_bytes"] or math.nan) / MIB for name, row in methods.items()}
-    _bars(
-        memory,
-        peaks,
-        "Peak memory" if not any(map(math.isnan, peaks.values())) else "Peak memory:\nnot measured",
-        "MiB above the inputs",
-    )
-    for axes in (curves, gains, times, memory):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"kdkernels demo: {models['teacher']['parameters'] / 1e6:.1f} M teacher, {models['TAID']['parameters'] / 1e6:.1f} M "
-        f"students, {results['corpus']['vocab']:,}-token vocabulary, Python sources, {results['info']['threads']} CPU threads"
-    )
-    content = io.BytesIO()
-    figure.savefig(content, dpi=120, format="png")
-    plt.close(figure)
-    files.write(path, content.getvalue())
-
-
-def _curves(axes: Any, results: dict[str, Any]) -> None:
-    """The students in training, between the teacher and token frequencies."""
-    models, frequencies = results["heldout"]["models"], results["heldout"]["frequencies"]
-    for name, curve in results["students"]["curves"].items():
-        steps, losses, errors = zip(*curve, strict=True)
-        axes.plot(
-            steps,
-            losses,
-            color=COLOURS[name],
-            label=f"student, {name}" + (" alone" if name == "cross-entropy" else ""),
-            marker="o",
-            markersize=3,
-        )
-        low = [loss - error for loss, error in zip(losses, errors, strict=True)]
-        high = [loss + error for loss, error in zip(losses, errors, strict=True)]
-        axes.fill_between(steps, low, high, color=COLOURS[name], alpha=0.12, linewidth=0)
-    axes.axhline(models["teacher"]["loss"], color=COLOURS["teacher"], linestyle="--", label="teacher, trained before")
-    axes.axhline(frequencies, color="#999999", linestyle=":", label="token frequencies alone")
-    # The first point is an untrained model: drawn, it would press everything else together.
-    trained = [loss for curve in results["students"]["curves"].values() for _, loss, _ in curve[1:]]
-    axes.set_ylim(models["teacher"]["loss"] - 0.2, max(*trained, frequencies) + 0.3)
-    axes.set(xlabel=f"student steps (of {results['settings']['batch'] * results['settings']['window']} tokens)")
-    axes.set(ylabel="held-out loss (nats per token)", title="Students in training")
-    axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))  # below: no line crosses it
-
-
-def _gains(axes: Any, models: dict[str, Any]) -> None:
-    """What each way of distilling gains over cross-entropy alone."""
-    distilled = [name for name in models if "gain" in models[name]]
-    axes.bar(
-        distilled,
-        [models[name]["gain"] for name in distilled],
-        yerr=[2 * models[name]["gain_error"] for name in distilled],
-        color=[COLOURS[name] for name in distilled],
-        width=0.6,
-        capsize=4,
-    )
-    axes.axhline(0.0, color="black", linewidth=0.8)
-    axes.set(ylabel="nats per token below\ncross-entropy alone", title="Gain at the end\n(bars: ± 2 s.e., one seed)")
-
-
-def _bars(axes: Any, values: dict[str, float], title: str, unit: str) -> None:
-    bars = axes.bar(
-        [name.replace(" ", "\n") for name in values], values.values(), color=[COLOURS[name] for name in values], width=0.6
-    )
-    axes.bar_label(bars, fmt="%.0f")
-    axes.set(ylabel=unit, title=title)

@@ -5,30 +5,34 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from tokenizers import Tokenizer
 
 from kdkernels.console import files, info, terminal
 from kdkernels.demo import corpus as corpora
-from kdkernels.demo import loss_step, report
+from kdkernels.demo import loss_step, onward, plot, report, samples
 from kdkernels.demo.corpus import Corpus
 from kdkernels.demo.models import heldout_losses, hidden_states, mean_and_error
-from kdkernels.demo.settings import Settings
-from kdkernels.demo.train import Phase, student_phase, teacher_phase, train
+from kdkernels.demo.settings import AGAINST, BEFORE, Settings
+from kdkernels.demo.train import Learner, Phase, further_phase, student_phase, teacher_phase, train
 from kdkernels.errors import CommandError
 
-TEACHER, STUDENTS, RESULTS, PLOT = "teacher.safetensors", "students.safetensors", "results.json", "demo.png"
+TEACHER, STUDENT, STUDENTS = "teacher.safetensors", "student.safetensors", "students.safetensors"
+RESULTS, PLOT = "results.json", "demo.png"
 LOSS_STEP_T = 0.7  # between the target of TAID's start and the teacher itself
 
 
 def run(settings: Settings, folder: Path, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
     """Run the demo into ``folder`` and return what results.json holds.
 
-    resume: go on from the folder's checkpoints. Without it the students start anew; a finished teacher of the same settings is
-    taken from the folder either way.
+    resume: go on from the folder's checkpoints. Without it the students' further steps start anew; a finished teacher, and the
+    student before those, of the same settings are taken from the folder either way.
 
     Raises CommandError for a folder that is not a demo's, and where a file cannot be written.
     """
@@ -54,17 +58,23 @@ def _run(settings: Settings, folder: Path, resume: bool, console: Console) -> di
     teacher = teacher_phase(settings, corpus)
     _train(teacher, settings, corpus, folder / TEACHER, resume, console)
     clock.lap("teacher")
-    students = student_phase(settings, corpus, teacher)
+    student = student_phase(settings, corpus)
+    _train(student, settings, corpus, folder / STUDENT, resume, console)
+    clock.lap("student")
+    students = further_phase(settings, corpus, teacher, student)
     _train(students, settings, corpus, folder / STUDENTS, resume, console)
     clock.lap("students")
 
-    threads = torch.get_num_threads()
-    try:
+    models = {"teacher": teacher.learners[0].model, BEFORE: student.learners[0].model}
+    models |= {learner.name: learner.model for learner in students.learners}
+    with _own_threads():
         torch.set_num_threads(students.threads)
-        heldout = _heldout(teacher, students, settings, corpus)
-    finally:
-        torch.set_num_threads(threads)
-    clock.lap("held-out losses")
+        heldout = _heldout([*teacher.learners, *student.learners, *students.learners], list(models), settings, corpus)
+        clock.lap("held-out losses")
+        console.print(f"letting {len(models)} models write")
+        tokenizer = Tokenizer.from_file(str(folder / corpora.TOKENIZER))
+        written = samples.measure(models, settings, corpus, tokenizer)
+        clock.lap("samples")
     console.print("measuring the loss step")
     step = _loss_step(teacher, students, settings, corpus, folder)
     clock.lap("loss step")
@@ -75,20 +85,24 @@ def _run(settings: Settings, folder: Path, resume: bool, console: Console) -> di
         "settings": dataclasses.asdict(settings),
         "corpus": corpus.facts,
         "teacher": _phase_results(teacher),
+        "student": _phase_results(student),
         "students": _phase_results(students),
         "heldout": heldout,
+        "samples": written,
         "loss_step": step,
         "seconds": clock.laps,
     }
     results["conclusions"] = report.conclusions(results)
-    report.plot(folder / PLOT, results)
+    plot.draw(folder / PLOT, results)
     clock.lap("plot")
     report.write_json(folder / RESULTS, results)
-    report.print_losses(console, results)
-    report.print_loss_step(console, results)
-    for line in results["conclusions"]:
-        console.print(f"- {line}", highlight=False)
-    console.print(f"{sum(clock.laps.values()):.0f} s in all. Results, plot and checkpoints: {folder}/", soft_wrap=True)
+    kept = {"teacher": models["teacher"], "student": models[BEFORE]}
+    with terminal.without_file_bars():
+        command = onward.leave(folder, kept, tokenizer, settings, corpus)
+    report.show(console, results)
+    terminal.say(console, f"{sum(clock.laps.values()):.0f} s in all. Results, plot, models and checkpoints: {folder}/")
+    terminal.say(console, "Next, the same student by another method, with a command that takes your models and text too:")
+    terminal.say(console, command)
     return results
 
 
@@ -104,13 +118,19 @@ class _Clock:
         self.laps[name], self._last = round(now - self._last, 2), now
 
 
-def _train(phase: Phase, settings: Settings, corpus: Corpus, path: Path, resume: bool, console: Console) -> None:
+@contextmanager
+def _own_threads() -> Iterator[None]:
+    """Afterwards torch has as many threads again as before."""
     threads = torch.get_num_threads()
     try:
-        with report.progress_bar(console, phase.name) as watch:
-            train(phase, settings, corpus, path, resume, watch)
+        yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _train(phase: Phase, settings: Settings, corpus: Corpus, path: Path, resume: bool, console: Console) -> None:
+    with _own_threads(), report.progress_bar(console, phase.name) as watch:
+        train(phase, settings, corpus, path, resume, watch)
     if phase.cached:
         console.print(f"{phase.name}: finished before, taken from {path}", soft_wrap=True)
     elif phase.steps < phase.planned:
@@ -130,24 +150,24 @@ def _phase_results(phase: Phase) -> dict[str, Any]:
     }
 
 
-def _heldout(teacher: Phase, students: Phase, settings: Settings, corpus: Corpus) -> dict[str, Any]:
-    """Final losses of all models on the same windows; gains over the student alone from the differences window by window."""
+def _heldout(learners: list[Learner], names: list[str], settings: Settings, corpus: Corpus) -> dict[str, Any]:
+    """Final losses of all models on the same windows; gains over cross-entropy from the differences window by window."""
     inputs, labels = corpus.held_out(settings.heldout_windows, settings.window)
     models: dict[str, Any] = {}
     alone = None
-    for learner in (*teacher.learners, *students.learners):
+    for name, learner in zip(names, learners, strict=True):
         losses = heldout_losses(learner.model, inputs, labels)
         loss, error = mean_and_error(losses)
-        models[learner.name] = {
+        models[name] = {
             "loss": loss,
             "error": error,
             "parameters": sum(parameter.numel() for parameter in learner.model.parameters()),
             "seconds": learner.seconds,
         }
-        if learner.name == "cross-entropy":
+        if name == AGAINST:
             alone = losses
         elif alone is not None:
-            models[learner.name]["gain"], models[learner.name]["gain_error"] = mean_and_error(alone - losses)
+            models[name]["gain"], models[name]["gain_error"] = mean_and_error(alone - losses)
     return {
         "windows": inputs.shape[0],
         "tokens": inputs.numel(),
@@ -159,7 +179,7 @@ def _heldout(teacher: Phase, students: Phase, settings: Settings, corpus: Corpus
 
 def _loss_step(teacher: Phase, students: Phase, settings: Settings, corpus: Corpus, folder: Path) -> dict[str, Any]:
     inputs, _ = corpus.held_out(settings.loss_windows, settings.window)
-    models = {"student": students.learners[-1].model, "teacher": teacher.learners[0].model}
+    models = {"student": next(one.model for one in students.learners if one.schedule), "teacher": teacher.learners[0].model}
     tensors = {}
     with torch.no_grad():
         for name, model in models.items():

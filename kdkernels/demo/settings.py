@@ -11,8 +11,9 @@ from typing import Any
 
 from kdkernels.errors import CommandError, to_install
 
-LIBRARIES = ("matplotlib", "numpy", "rich", "safetensors", "tokenizers", "transformers")
+LIBRARIES = ("matplotlib", "numpy", "peft", "rich", "safetensors", "tokenizers", "transformers")
 DEFAULT_MINUTES = 5.0
+BEFORE, AGAINST = "student before", "cross-entropy"  # where the methods start, and what they are compared with
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,15 @@ class Settings:
 
     minutes: the length of the run on 2 cores. It scales the steps and the seconds they may take; set-up is not counted.
     vocab: tokens of the vocabulary. window: tokens per sequence. batch: sequences per step.
-    teacher_steps, student_steps: at 5 minutes, on a machine that is fast enough for them.
-    teacher_seconds, student_seconds: at 5 minutes; where a measured step is too slow to fit, there are fewer steps.
+    learning_rate: of teacher and student until the student is distilled. further_rate: of the students from there on.
+    lora_rate: of the LoRA of OKD's teacher.
+    teacher_steps, student_steps, further_steps: at 5 minutes, on a machine that is fast enough for them; the student's own
+    steps come before those further ones that the methods are compared by.
+    teacher_seconds, student_seconds, further_seconds: at 5 minutes; where a measured step is too slow to fit, there are fewer.
     heldout_windows: sequences of the final held-out loss. curve_windows: of the losses along the way, of which there are
-    ``evaluations``. files: use only so many source files (None: all). loss_windows: sequences of the loss-step comparison.
+    ``evaluations``. prompts: held-out texts that each model continues, of prompt_tokens, by written_tokens.
+    next_steps: of the command that the demo ends with.
+    files: use only so many source files (None: all). loss_windows: sequences of the loss-step comparison.
     checkpoint_seconds: time between two checkpoints. pace_seconds: between two looks at whether the steps still fit.
     """
 
@@ -43,15 +49,23 @@ class Settings:
     window: int = 128
     batch: int = 4
     teacher: ModelSize = field(default=ModelSize(width=128, layers=2, heads=4))
-    student: ModelSize = field(default=ModelSize(width=64, layers=1, heads=2))
+    student: ModelSize = field(default=ModelSize(width=48, layers=1, heads=2))
     learning_rate: float = 4e-3
-    teacher_steps: int = 1400
-    student_steps: int = 500
-    teacher_seconds: float = 105.0
-    student_seconds: float = 75.0
+    further_rate: float = 2e-3
+    lora_rate: float = 1e-3
+    teacher_steps: int = 1300
+    student_steps: int = 1000
+    further_steps: int = 350
+    teacher_seconds: float = 100.0
+    student_seconds: float = 50.0
+    further_seconds: float = 90.0
     heldout_windows: int = 256
     curve_windows: int = 32
     evaluations: int = 10
+    prompts: int = 96
+    prompt_tokens: int = 32
+    written_tokens: int = 64
+    next_steps: int = 100
     files: int | None = None
     loss_windows: int = 16
     loss_repeats: int = 5

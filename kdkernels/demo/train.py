@@ -1,7 +1,8 @@
 """The training loop of teacher and students, and its checkpoints.
 
-The students of a run learn in lockstep: at each step all of them see the same batch, and the teacher runs once for it. So they have
-had the same data and the same number of steps at any moment, also when a run is cut off and resumed.
+The student is trained first, by cross-entropy; then copies of it go on, each by a method. They learn in lockstep: at each step all
+of them see the same batch, and the teacher runs once for it. So they have had the same data and the same number of steps at any
+moment, also when a run is cut off and resumed.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import kdkernels as kd
 from kdkernels.console import files
 from kdkernels.demo.corpus import Corpus
 from kdkernels.demo.models import Model, build, heldout_losses, hidden_states, mean_and_error
-from kdkernels.demo.settings import ModelSize, Settings, fingerprint
+from kdkernels.demo.settings import AGAINST, ModelSize, Settings, fingerprint
 from kdkernels.errors import CommandError
+from kdkernels.transformers.online import OnlineTeacher
 
 FEWEST_STEPS = 20
 WARM_UP = 0.05  # of the steps, in which the learning rate rises
@@ -34,6 +36,7 @@ TIMED_STEPS = 4
 class Learner:
     """A model in training. objective: options of ``linear_kd_loss``. schedule: moves the target (TAID), or None.
 
+    online: the teacher that adapts to this student alone (OKD), or None.
     curve: [step, held-out loss, its standard error]. t: the schedule's t at the same steps. seconds: of its own part of the steps.
     """
 
@@ -42,6 +45,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     objective: dict[str, float]
     schedule: kd.TAIDSchedule | None = None
+    online: OnlineTeacher | None = None
     curve: list[tuple[int, float, float]] = field(default_factory=list)
     t: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -51,6 +55,7 @@ class Learner:
 class Phase:
     """Learners in lockstep. teacher: frozen, or None where nothing is distilled. key: what a checkpoint must have been made with.
 
+    rate: the highest learning rate.
     planned: steps on a machine fast enough to do them in ``allowed`` seconds; ``steps`` is what this run does and
     ``threads`` what it does them with (0 steps: not decided yet). paces: seconds of a step by number of threads, as far as known.
     """
@@ -61,6 +66,7 @@ class Phase:
     planned: int
     allowed: float
     key: str
+    rate: float
     steps: int = 0
     step: int = 0
     threads: int = 1
@@ -73,47 +79,62 @@ class Phase:
 Watch = Callable[[Phase, str], None]
 
 
-def new_learner(
-    name: str, size: ModelSize, settings: Settings, vocab: int, objective: dict[str, float], taid: bool = False
-) -> Learner:
-    """A learner at its first step; of one size and seed, all start from the same weights."""
-    model = build(size, vocab, settings.window, settings.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    return Learner(name, model, optimizer, objective, kd.TAIDSchedule() if taid else None)
+def _optimizer(model: Model) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
 
-def teacher_phase(settings: Settings, corpus: Corpus) -> Phase:
-    # What decides the teacher's weights; the rest of the settings may change without it being trained anew.
+def _alone(name: str, size: ModelSize, steps: int, seconds: float, settings: Settings, corpus: Corpus) -> Phase:
+    """A model that learns from the text, from random weights."""
+    # What decides its weights; the rest of the settings may change without it being trained anew.
     key = fingerprint(
         corpus=corpus.key,
-        size=settings.teacher,
-        run=[settings.minutes, settings.seed, settings.window, settings.batch, settings.learning_rate, settings.teacher_steps],
+        size=size,
+        run=[settings.minutes, settings.seed, settings.window, settings.batch, settings.learning_rate, steps],
         watched=[settings.curve_windows, settings.evaluations],
         torch=torch.__version__,
     )
-    alone = {"kd_weight": 0.0, "ce_weight": 1.0}
-    learner = new_learner("teacher", settings.teacher, settings, corpus.facts["vocab"], alone)
-    planned, allowed = settings.teacher_steps * settings.scale, settings.teacher_seconds * settings.scale
-    return Phase("teacher", [learner], None, max(round(planned), 1), allowed, key)
+    model = build(size, corpus.facts["vocab"], settings.window, settings.seed)
+    learner = Learner(name, model, _optimizer(model), {"kd_weight": 0.0, "ce_weight": 1.0})
+    return Phase(
+        name, [learner], None, max(round(steps * settings.scale), 1), seconds * settings.scale, key, settings.learning_rate
+    )
 
 
-def student_phase(settings: Settings, corpus: Corpus, teacher: Phase) -> Phase:
+def teacher_phase(settings: Settings, corpus: Corpus) -> Phase:
+    return _alone("teacher", settings.teacher, settings.teacher_steps, settings.teacher_seconds, settings, corpus)
+
+
+def student_phase(settings: Settings, corpus: Corpus) -> Phase:
+    """The student before it is distilled."""
+    return _alone("student", settings.student, settings.student_steps, settings.student_seconds, settings, corpus)
+
+
+def further_phase(settings: Settings, corpus: Corpus, teacher: Phase, student: Phase) -> Phase:
+    """Copies of the student, each of which goes on by a method of its own."""
+    before = [[phase.key, phase.steps] for phase in (teacher, student)]
+    key = fingerprint(settings=settings, corpus=corpus.key, before=before, torch=torch.__version__)
     model = teacher.learners[0].model
-    key = fingerprint(settings=settings, corpus=corpus.key, teacher=[teacher.key, teacher.steps], torch=torch.__version__)
-    vocab = corpus.facts["vocab"]
-    learners = [
-        new_learner("cross-entropy", settings.student, settings, vocab, {"kd_weight": 0.0, "ce_weight": 1.0}),
-        new_learner("forward KL", settings.student, settings, vocab, {}),
-        new_learner("TAID", settings.student, settings, vocab, {}, taid=True),
-    ]
-    planned, allowed = settings.student_steps * settings.scale, settings.student_seconds * settings.scale
-    return Phase("students", learners, model, max(round(planned), 1), allowed, key)
+    online = OnlineTeacher(copy.deepcopy(model), seed=settings.seed)
+    online.optimize_with(torch.optim.AdamW, {"betas": (0.9, 0.99)}, settings.lora_rate)
+    methods: dict[str, dict[str, Any]] = {
+        AGAINST: {"objective": {"kd_weight": 0.0, "ce_weight": 1.0}},
+        "forward KL": {"objective": {}},
+        "TAID": {"objective": {}, "schedule": kd.TAIDSchedule()},
+        "OKD": {"objective": {}, "online": online},
+    }
+    learners = []
+    for name, parts in methods.items():
+        start = copy.deepcopy(student.learners[0].model)
+        learners.append(Learner(name, start, _optimizer(start), **parts))
+    planned, allowed = settings.further_steps * settings.scale, settings.further_seconds * settings.scale
+    return Phase("students", learners, model, max(round(planned), 1), allowed, key, settings.further_rate)
 
 
 def train(phase: Phase, settings: Settings, corpus: Corpus, path: Path, resume: bool, watch: Watch) -> None:
     """Bring the phase to its last step, from its checkpoint at ``path`` where there is one to go on from.
 
-    A finished teacher is taken as it is; an unfinished phase goes on only where ``resume`` asks for it, and else starts anew.
+    What learned alone and is finished is taken as it is; an unfinished phase goes on only where ``resume`` asks for it, and else
+    starts anew.
     """
     begun = time.monotonic()
     if not _take_up(phase, settings, path, resume):
@@ -128,7 +149,7 @@ def train(phase: Phase, settings: Settings, corpus: Corpus, path: Path, resume: 
     saved = looked = time.monotonic()
     looked_step = phase.step
     while phase.step < phase.steps:
-        take_step(phase, corpus.batch(settings, phase.name, phase.step), settings.learning_rate)
+        take_step(phase, corpus.batch(settings, phase.name, phase.step))
         now = time.monotonic()
         phase.seconds = earlier + now - begun
         if now - looked >= settings.pace_seconds:
@@ -162,35 +183,48 @@ def _keep_up(phase: Phase, pace: float) -> None:
         _fit(phase)
 
 
-def take_step(phase: Phase, batch: tuple[Tensor, Tensor], peak_rate: float) -> None:
+def take_step(phase: Phase, batch: tuple[Tensor, Tensor]) -> None:
     """One optimizer step of every learner on one batch."""
     inputs, labels = batch
     target = None
     if phase.teacher is not None:
         with torch.no_grad():
             target = hidden_states(phase.teacher, inputs), phase.teacher.lm_head.weight.detach()
-    rate = peak_rate * learning_rate_at(phase.step / phase.steps)
+    factor = learning_rate_at(phase.step / phase.steps)
     for learner in phase.learners:
         begun = time.monotonic()
-        hidden, head = hidden_states(learner.model, inputs), learner.model.lm_head.weight
-        # Without a teacher only the labels count (kd_weight 0), and what stands in the teacher's place is never multiplied.
-        teacher_hidden, teacher_head = target or (hidden.detach(), head.detach())
-        schedule = learner.schedule
-        # Metrics only where the controller needs them: they look at the teacher even where the loss does not.
-        options: dict[str, Any] = learner.objective if schedule is None else {"t": schedule.t, "return_metrics": True}
-        result = kd.linear_kd_loss(hidden, head, teacher_hidden, teacher_head, labels, **options)
-        loss, metrics = (result, {}) if schedule is None else result
-        loss.backward()
+        metrics = _backward(learner, inputs, labels, target)
         torch.nn.utils.clip_grad_norm_(learner.model.parameters(), 1.0)
         for group in learner.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = phase.rate * factor
         learner.optimizer.step()
         learner.optimizer.zero_grad()
-        if schedule is not None:
+        if learner.online is not None:
+            learner.online.step(factor, 1.0)
+        if learner.schedule is not None:
             # The cross-entropy between target and student, which the authors of TAID feed the controller.
-            schedule.update(metrics["kd"] + metrics["target_entropy"], (phase.step + 1) / phase.steps)
+            learner.schedule.update(metrics["kd"] + metrics["target_entropy"], (phase.step + 1) / phase.steps)
         learner.seconds += time.monotonic() - begun
     phase.step += 1
+
+
+def _backward(learner: Learner, inputs: Tensor, labels: Tensor, target: tuple[Tensor, Tensor] | None) -> Any:
+    """Gradients of a learner's loss on a batch; returns the loss's metrics, which only TAID looks at."""
+    hidden, head = hidden_states(learner.model, inputs), learner.model.lm_head.weight
+    if learner.online is not None:
+        teacher = learner.online.model.get_base_model()  # with the LoRA at work
+        losses = kd.linear_okd_loss(hidden, head, hidden_states(teacher, inputs), teacher.lm_head.weight, labels)
+        (losses.student + losses.teacher).backward()
+        return {}
+    # Without a teacher only the labels count (kd_weight 0), and what stands in the teacher's place is never multiplied.
+    teacher_hidden, teacher_head = target or (hidden.detach(), head.detach())
+    # Metrics only where the controller needs them: they look at the teacher even where the loss does not.
+    schedule = learner.schedule
+    options: dict[str, Any] = learner.objective if schedule is None else {"t": schedule.t, "return_metrics": True}
+    result = kd.linear_kd_loss(hidden, head, teacher_hidden, teacher_head, labels, **options)
+    loss, metrics = (result, {}) if schedule is None else result
+    loss.backward()
+    return metrics
 
 
 def learning_rate_at(progress: float) -> float:
@@ -213,7 +247,7 @@ def _step_seconds(phase: Phase, settings: Settings, corpus: Corpus, threads: int
     seconds = []
     for step in range(TIMED_STEPS + 1):
         begun = time.monotonic()
-        take_step(trial, corpus.batch(settings, "trial", step), settings.learning_rate)
+        take_step(trial, corpus.batch(settings, "trial", step))
         seconds.append(time.monotonic() - begun)
     return statistics.mean(seconds[1:])  # the first warms up
 
@@ -233,12 +267,14 @@ def save(phase: Phase, settings: Settings, path: Path) -> None:
     for learner in phase.learners:
         for name, parameter in learner.model.named_parameters():
             tensors[f"{learner.name}/model/{name}"] = parameter
-        for index, state in learner.optimizer.state_dict()["state"].items():
-            for name, value in state.items():
-                tensors[f"{learner.name}/optimizer/{index}/{name}"] = value
+        tensors |= _moments(f"{learner.name}/optimizer", learner.optimizer.state_dict())
         if learner.schedule is not None:
             for name, value in learner.schedule.state_dict().items():
                 tensors[f"{learner.name}/schedule/{name}"] = value
+        if learner.online is not None:
+            state = learner.online.state_dict()
+            tensors |= {f"{learner.name}/lora/{name}": value for name, value in state["lora"].items()}
+            tensors |= _moments(f"{learner.name}/lora optimizer", state["optimizer"])
     about = {
         "key": phase.key,
         "minutes": settings.minutes,
@@ -254,9 +290,14 @@ def save(phase: Phase, settings: Settings, path: Path) -> None:
     files.save(path, tensors, about)
 
 
+def _moments(prefix: str, state: dict[str, Any]) -> dict[str, Tensor]:
+    """An optimizer's state as named tensors."""
+    return {f"{prefix}/{index}/{name}": value for index, of_one in state["state"].items() for name, value in of_one.items()}
+
+
 def _take_up(phase: Phase, settings: Settings, path: Path, resume: bool) -> bool:
     """Put the checkpoint's state into the phase, where there is one that may be used."""
-    if not path.exists() or not (resume or phase.name == "teacher"):
+    if not path.exists() or not (resume or phase.teacher is None):
         return False
     tensors, about = files.load(path)
     if about["key"] != phase.key:
@@ -284,16 +325,22 @@ def _restore(learner: Learner, tensors: dict[str, Tensor], about: dict[str, Any]
         prefix = f"{learner.name}/{kind}/"
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
+    def optimizer_state(kind: str, now: dict[str, Any]) -> dict[str, Any]:
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in part(kind).items():
+            index, _, entry = name.partition("/")
+            state.setdefault(int(index), {})[entry] = tensor
+        return {**now, "state": state}
+
     weights = part("model")
     with torch.no_grad():
         for name, parameter in learner.model.named_parameters():
             parameter.copy_(weights[name])
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in part("optimizer").items():
-        index, _, entry = name.partition("/")
-        state.setdefault(int(index), {})[entry] = tensor
-    learner.optimizer.load_state_dict({"state": state, "param_groups": learner.optimizer.state_dict()["param_groups"]})
+    learner.optimizer.load_state_dict(optimizer_state("optimizer", learner.optimizer.state_dict()))
     if learner.schedule is not None:
         learner.schedule.load_state_dict(part("schedule"))
+    if learner.online is not None:
+        optimizer = optimizer_state("lora optimizer", learner.online.state_dict()["optimizer"])
+        learner.online.load_state_dict({"lora": part("lora"), "optimizer": optimizer})
     learner.curve = [(step, mean, error) for step, mean, error in about["curve"]]
     learner.t, learner.seconds = about["t"], about["seconds"]

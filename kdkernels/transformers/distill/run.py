@@ -16,8 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ import torch
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.utils import logging as transformers_logging
 
 from kdkernels.console import files, terminal
 from kdkernels.errors import CommandError
@@ -78,7 +76,7 @@ def distill(settings: argparse.Namespace, *, resume: bool = False, console: Cons
             files.claim(out, COMMAND)
             files.write(out / RUN, json.dumps(run, indent=1).encode())
             _tidy(out)
-        with _quiet(), reporting(config):
+        with terminal.without_file_bars(), reporting(config):
             trainer = _trainer(settings, config, tokenizer, train, held_out, longest_prompt)
             checkpoint = last_checkpoint(out) if earlier is not None else None
             if resume:
@@ -268,19 +266,6 @@ def _earlier(out: Path, settings: argparse.Namespace, resume: bool) -> dict[str,
 
 
 # ---- what is shown ----
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the bars that transformers draws for every file."""
-    library: Any = transformers_logging
-    drawn = library.is_progress_bar_enabled()
-    library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if drawn:
-            library.enable_progress_bar()
 
 
 def _said(value: Any) -> str:
