@@ -188,7 +188,8 @@ def said(*command: str) -> str | None:
 
 def sources() -> str:
     """Tells one state of the library's files from another."""
-    files = sorted(Path(kd.__file__).parent.rglob("*.py"))
+    folder = Path(kd.__file__).parent
+    files = sorted(file for kind in ("*.py", "*.cu", "*.cuh") for file in folder.rglob(kind))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
