@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from kdkernels.backends.cuda import rows
-from tests.support.cluster import CXX, Machine, Problem, cut, problem
+from tests.support.cluster import Machine, Problem, cut, problem
+from tests.support.cxx import CXX
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler here")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -17,26 +16,16 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import stub_driver
 from kdkernels.backends.cuda import compile
 from kdkernels.backends.cuda.compile import CompileError, DriverError, Kernel, cubin
+from tests.support import stub
+from tests.support.stub import needs_nvrtc
 
 ROOT = Path(__file__).parents[2]
 KIB = 1024
 SOURCE = 'extern "C" __global__ void __cluster_dims__(2, 1, 1) k(float* x, float by) { x[threadIdx.x] *= by; }'
 OPTIONS = ("--std=c++17",)
 CUDA = torch.device("cuda", 0)
-
-
-def without_nvrtc() -> str:
-    try:
-        compile.nvrtc_version()
-    except OSError as error:
-        return str(error)
-    return ""
-
-
-needs_nvrtc = pytest.mark.skipif(bool(without_nvrtc()), reason=without_nvrtc())
 
 
 @pytest.fixture(autouse=True)
@@ -160,23 +149,11 @@ class TestCacheFolder:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
     """The stub driver, on a thread that has no context yet."""
-    pytest.importorskip("triton.backends.nvidia", reason="the stub driver is built with the CUDA header that comes with Triton")
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        pytest.skip("the stub driver takes a compiler of C")
-    library = ctypes.CDLL(str(stub_driver.built()))
-    library.stub_device(90, 227 * KIB, 228 * KIB)
-    library.stub_forget()
-    library.cuCtxSetCurrent(None)
-    library.stub_launches.restype = ctypes.POINTER(stub_driver.StubLaunch)
-    monkeypatch.setattr(compile, "_driver", lambda: library)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    return library
+    return stub.in_place(monkeypatch)
 
 
 def launched(library: ctypes.CDLL) -> list[tuple[Any, ...]]:
-    count = ctypes.c_size_t()
-    found = library.stub_launches(ctypes.byref(count))
-    return [(one.kernel, list(one.grid), one.threads, one.shared) for one in found[: count.value]]
+    return [(one.kernel, list(one.grid), one.threads, one.shared) for one in stub.seen(library, "stub_launches")]
 
 
 ARGUMENTS = (ctypes.c_void_p(1 << 20), ctypes.c_float(0.5))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.cuda import product
-from tests.support.hopper import CXX, Changes, on_this_machine
+from tests.support.cxx import CXX
+from tests.support.hopper import Changes, on_this_machine
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler here")
 INF, NAN = torch.inf, torch.nan

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import stub_driver
 from kdkernels.backends.cuda import compile, product
 from kdkernels.backends.cuda.compile import CompileError, DriverError
-from tests.support import okd
+from tests.support import okd, stub
 from tests.support.cases import Case, assert_as_good_as_eager, draw, ratios
-from tests.support.hopper import CXX, on_this_machine
+from tests.support.cxx import CXX
+from tests.support.hopper import on_this_machine
 from tests.support.oracle import Options
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -245,42 +243,19 @@ def test_tiles_are_as_wide_as_those_of_tritons_table() -> None:
     assert matrix.block_v == product.BLOCK_V
 
 
-def without_nvrtc() -> str:
-    try:
-        compile.nvrtc_version()
-    except OSError as error:
-        return str(error)
-    return ""
-
-
-@pytest.mark.skipif(bool(without_nvrtc()), reason=without_nvrtc())
+@stub.needs_nvrtc
 class TestLaunch:
     """On the stub driver, which refuses what a driver would."""
 
     @pytest.fixture
     def driver(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
-        pytest.importorskip("triton.backends.nvidia", reason="the stub driver is built with the CUDA header that comes with Triton")
-        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-            pytest.skip("the stub driver takes a compiler of C")
-        library = ctypes.CDLL(str(stub_driver.built()))
-        library.stub_device(90, 227 * KIB, 228 * KIB)
-        library.stub_forget()
-        library.cuCtxSetCurrent(None)
-        for name, kind in (("stub_launches", stub_driver.StubLaunch), ("stub_tensor_maps", stub_driver.StubTensorMap)):
-            getattr(library, name).restype = ctypes.POINTER(kind)
-        monkeypatch.setattr(compile, "_driver", lambda: library)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        library = stub.in_place(monkeypatch)
         monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: mock.Mock(cuda_stream=77))
         monkeypatch.setattr(product, "why_not", lambda _: "")
         product._kernel.cache_clear()
         yield library
         product._kernel.cache_clear()
-
-    def read(self, library: ctypes.CDLL, name: str) -> list[Any]:
-        count = ctypes.c_size_t()
-        found = getattr(library, name)(ctypes.byref(count))
-        return list(found[: count.value])
 
     def tensors(self, tokens: int, vocab: int, width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
         hidden, weight = torch.zeros(tokens, width, dtype=dtype), torch.zeros(vocab, width, dtype=dtype)
@@ -300,9 +275,9 @@ class TestLaunch:
         started = compile.Kernel.launch
         with mock.patch.object(compile.Kernel, "launch", launch):
             assert product.stored(hidden, weight, 0.5, codes, largest, sums, t)
-        (one,) = self.read(driver, "stub_launches")
+        (one,) = stub.seen(driver, "stub_launches")
         assert (one.kernel, list(one.grid), one.threads, one.shared) == (b"product", [grid, 1, 1], 384, product.SHARED)
-        maps = self.read(driver, "stub_tensor_maps")
+        maps = stub.seen(driver, "stub_tensor_maps")
         assert [(found.address, list(found.dims[:2]), found.strides[0], list(found.box[:2])) for found in maps] == [
             (hidden.data_ptr(), [40, tokens], 80, [64, 128]),
             (weight.data_ptr(), [40, vocab], 80, [64, 128]),

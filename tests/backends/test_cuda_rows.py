@@ -14,7 +14,8 @@ import torch
 
 import kdkernels as kd
 from tests.support.cases import assert_as_good_as_eager, ratios
-from tests.support.cluster import CXX, Problem, cut, problem
+from tests.support.cluster import Problem, cut, problem
+from tests.support.cxx import CXX
 
 INF, NAN = torch.inf, torch.nan
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler here")

@@ -5,11 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +16,11 @@ from torch import Tensor
 
 from kdkernels.backends.cuda import rows
 from kdkernels.divergences import resolve
-from tests.support import oracle
+from tests.support import cxx, oracle
 from tests.support.cases import Result
 from tests.support.oracle import Options
 
-CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-HERE = Path(__file__).parent
-# setjmp's checked form knows of one stack only; an inline variable would be one for all libraries that are loaded.
-OPTIONS = ("-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", f"-I{HERE}")
+OPTIONS = ("-std=c++17", "-O1")
 ENTRY = """
 extern "C" const char* start(const kd::Arguments* of, unsigned grid, unsigned threads, unsigned slices, unsigned seed,
                              bool checked) {
@@ -49,31 +41,19 @@ class Machine:
 
 
 @functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory()
-
-
-def _compile(*arguments: str) -> None:
-    assert CXX is not None
-    done = subprocess.run([*shlex.split(CXX), *OPTIONS, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-@functools.cache
 def _machine() -> str:
-    made = str(Path(_folder().name, "machine.o"))
-    _compile("-c", str(HERE / "cluster_machine.cpp"), "-o", made)
+    made = str(cxx.folder() / "machine.o")
+    cxx.compile(*OPTIONS, "-c", str(cxx.HERE / "cluster_machine.cpp"), "-o", made)
     return made
 
 
 @functools.cache
 def _library(text: str, options: tuple[str, ...]) -> ctypes.CDLL:
-    folder = Path(_folder().name, str(hash((text, options))))
-    folder.mkdir()
+    folder = cxx.folder()
     source, compiled, made = (str(folder / name) for name in ("rows.cpp", "rows.o", "rows.so"))
     Path(source).write_text(text)
-    _compile("-c", source, "-o", compiled, *options)
-    _compile("-shared", compiled, _machine(), "-o", made)
+    cxx.compile(*OPTIONS, "-c", source, "-o", compiled, *options)
+    cxx.compile("-shared", compiled, _machine(), "-o", made)
     library = ctypes.CDLL(made)
     library.start.restype = ctypes.c_char_p
     return library

@@ -7,12 +7,7 @@
 #include <cstring>
 #include <functional>
 
-#define __device__
-#define __forceinline__ inline
-#define __global__
-#define __grid_constant__
-#define __launch_bounds__(...)
-#define __cluster_dims__(...)
+#include "qualifiers.h"
 
 struct alignas(16) float4 {
   float x, y, z, w;

@@ -6,12 +6,7 @@
 #include <cstring>
 #include <functional>
 
-#define __device__
-#define __forceinline__ inline
-#define __global__
-#define __grid_constant__
-#define __launch_bounds__(...)
-#define __cluster_dims__(...)
+#include "qualifiers.h"
 
 typedef unsigned long long u64;
 struct alignas(64) Map {  // what cuTensorMapEncodeTiled of hopper.cpp makes, in the place of a CUtensorMap

@@ -5,24 +5,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
 from kdkernels.backends.cuda import compile, product
+from tests.support import cxx
 
-CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-HERE = Path(__file__).parent
-# setjmp's checked form knows of one stack only.
-OPTIONS = ("-std=c++20", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", f"-I{HERE}")
+OPTIONS = ("-std=c++20",)
 ENTRY = """
 extern "C" const char* start(const Map* hidden, const Map* weight, const Map* codes, const Arguments* of, unsigned grid,
                              unsigned threads, unsigned shared, unsigned seed) {
@@ -33,20 +25,9 @@ Changes = tuple[tuple[str, str], ...]  # what stands once in product.cu, and wha
 
 
 @functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory()
-
-
-def _compile(*arguments: str) -> None:
-    assert CXX is not None
-    done = subprocess.run([*shlex.split(CXX), *OPTIONS, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-@functools.cache
 def _machine() -> str:
-    made = str(Path(_folder().name, "hopper.o"))
-    _compile("-O2", "-c", str(HERE / "hopper.cpp"), "-o", made)
+    made = str(cxx.folder() / "hopper.o")
+    cxx.compile(*OPTIONS, "-O2", "-c", str(cxx.HERE / "hopper.cpp"), "-o", made)
     return made
 
 
@@ -56,10 +37,10 @@ def library(changes: Changes = ()) -> ctypes.CDLL:
     for was, becomes in changes:
         assert kernel.count(was) == 1, was
         kernel = kernel.replace(was, becomes)
-    folder = Path(tempfile.mkdtemp(dir=_folder().name))
+    folder = cxx.folder()
     text, made = folder / "product.cpp", str(folder / "product.so")
     text.write_text("\n".join([product.macros(torch.bfloat16), '#include "hopper.h"', kernel, ENTRY]))
-    _compile("-O1", "-shared", str(text), _machine(), "-o", made)
+    cxx.compile(*OPTIONS, "-O1", "-shared", str(text), _machine(), "-o", made)
     loaded = ctypes.CDLL(made)
     loaded.start.restype = ctypes.c_char_p
     return loaded
