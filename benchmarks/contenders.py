@@ -122,7 +122,7 @@ def _asking(for_it: Callable[[], AbstractContextManager[list[int]]], loss: Loss)
         with for_it() as started:
             value = loss(given)
         if not started:
-            raise LookupError("what was asked for takes no rows here")
+            raise LookupError("KDKERNELS_ROWS or KDKERNELS_LOGITS was set, and what it asks for takes no rows here")
         return value
 
     return run

@@ -309,6 +309,8 @@ def main() -> int:
         parser.error(f"no GPU here (torch {torch.__version__}); --interpret runs the same code at toy size on the CPU")
     else:
         os.environ.pop("TRITON_INTERPRET", None)  # left over from something else, it would time the interpreter
+    for asked in ("KDKERNELS_ROWS", "KDKERNELS_LOGITS"):  # each item asks for what it is about
+        os.environ.pop(asked, None)
     size = "toy" if arguments.interpret else "full" if arguments.full else "short"
     wanted = arguments.stages.split(",")
     unknown = [stage for stage in wanted if stage not in LIMITS]

@@ -56,7 +56,7 @@ def cluster_rows(shape: tuple[int, int, int] | None = None, at_a_time: int | Non
         return made, clusters if at_a_time is None else min(clusters, at_a_time)
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(os.environ, KDKERNELS_ROWS="cluster"))
+        stack.enter_context(mock.patch.dict(os.environ, KDKERNELS_ROWS="cluster", KDKERNELS_LOGITS="float32"))
         stack.enter_context(mock.patch.object(cuda.rows, "_kernel", kernel))
         stack.enter_context(mock.patch.object(cuda, "row_loss", counted))
         stack.enter_context(mock.patch.object(cuda.rows, "_shapes", cut))

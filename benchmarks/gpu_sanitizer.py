@@ -21,6 +21,7 @@ from benchmarks.gpu_device import cluster_rows, device_of, offset_logits
 from benchmarks.gpu_scale import SkippedError
 from benchmarks.runner import Result
 from kdkernels.backends import cuda
+from kdkernels.backends.cuda import product
 
 PROGRAM = "compute-sanitizer"
 ROOT = Path(__file__).parent.parent
@@ -28,7 +29,7 @@ INSTALLED = Path("/usr/local/cuda")
 TOOLS = ("memcheck", "racecheck", "synccheck")
 LAUNCHES = "launches"  # without a tool: what the tools start is compiled then
 # Parts of the kernels' names; those of PyTorch and of the matrix libraries are not looked at.
-KERNELS = ("row_loss", "statistics_kernel", "sums_kernel", "gradient_kernel", "offsets_product", "offsets_row")
+KERNELS = ("row_loss", "statistics_kernel", "sums_kernel", "gradient_kernel", "product", "offsets_row")
 # Blocks that share a row, warps of a block, blocks of a multiprocessor. Few clusters at a time, so that each takes several rows,
 # and in several chunks where a block has much of a row.
 CLUSTERS, AT_A_TIME = ((1, 8, 3), (2, 8, 3), (8, 8, 3)), 2
@@ -39,16 +40,18 @@ _FINDING = re.compile(r"^========= (?=\S)(?!COMPUTE-SANITIZER|\w+ SUMMARY)(.*?)\
 
 def launch() -> None:
     """Each kernel with one sweep and with two, with nothing and with everything that a loss can have."""
+    ways = ("offsets",) if product.why_not(torch.device("cuda")) else ("offsets", "offsets-cuda")
     for divergence in ("forward_kl", "jsd"):
         for dressed in (False, True):
             setting = Setting((TOKENS,), VOCAB, dressed=dressed)
             (case,) = (moved(case, "cuda") for case in cases(setting, divergence, torch.bfloat16, 3.0))
             for strategy in ("vocab", "tokens"):
                 case.run(strategy=strategy)
-            with offset_logits() as started:
-                case.run(strategy="tokens")
-            if not started:
-                raise LookupError("no logits of 16 bits were made")
+            for how in ways[: 1 if dressed else None]:  # of plain heads alone
+                with offset_logits(how) as started:
+                    case.run(strategy="tokens")
+                if not started:
+                    raise LookupError(f"no logits of 16 bits were made by {how}")
             for shape in CLUSTERS if not cuda.compile.missing(torch.device("cuda")) else ():
                 with cluster_rows(shape, AT_A_TIME) as started:
                     case.run(strategy="tokens")
@@ -90,7 +93,7 @@ def under(name: str, device: str) -> Result:
     if device != "cuda" or torch.version.hip:
         raise SkippedError(f"{PROGRAM} is for NVIDIA GPUs")
     # each allocation by itself, so that an access past its end is one
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "KDKERNELS_ROWS": "triton"}
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "KDKERNELS_ROWS": "triton", "KDKERNELS_LOGITS": "float32"}
     words = command(program(), name)
     done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     output = done.stdout + done.stderr

@@ -98,7 +98,10 @@ def _info(arguments: argparse.Namespace) -> None:
     """Print versions, the processor, the backend per device, the instruction sets and the divergences."""
     from kdkernels.console import info
 
-    print(info.text())
+    try:
+        print(info.text())
+    except ValueError as error:  # of a variable in the environment
+        raise CommandError(str(error)) from error
 
 
 def _add_plan(commands: Any) -> None:
@@ -169,18 +172,21 @@ def _plan(arguments: argparse.Namespace) -> None:
             f"--student {student.sizes} --teacher {teacher.sizes}"
         ) from error
     on = devices.device(arguments.device)
-    ways = compare.compare(
-        arguments.tokens,
-        vocab,
-        student.dim,
-        teacher.dim,
-        dtype,
-        on=on,
-        divergence=arguments.divergence,
-        memory_budget=arguments.memory_budget,
-        train_head=not arguments.frozen_head,
-        online_teacher=arguments.okd,
-    )
+    try:
+        ways = compare.compare(
+            arguments.tokens,
+            vocab,
+            student.dim,
+            teacher.dim,
+            dtype,
+            on=on,
+            divergence=arguments.divergence,
+            memory_budget=arguments.memory_budget,
+            train_head=not arguments.frozen_head,
+            online_teacher=arguments.okd,
+        )
+    except ValueError as error:  # of a variable in the environment
+        raise CommandError(str(error)) from error
     if arguments.json:
         predicted = {way.name: way.figures(on) for way in ways}
         (auto,) = (way.name for way in ways if way.auto)

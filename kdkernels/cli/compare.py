@@ -88,7 +88,7 @@ def compare(
         row_note += f"; the teacher's at {_instructions('forward_kl', chunked.offsets)}"
     if chunked.offsets:
         row_note += "; logits are kept in 16 bits"
-    source = "an estimate" if on.fused_efficiency == FUSED_EFFICIENCY else "as measured on an H100"
+    source = "an estimate" if on.fused_efficiency == FUSED_EFFICIENCY else "as fitted to an H100"
     vocab_note = f"its kernels are counted at {on.fused_efficiency} of the rate of library products, {source}"
     return (
         predicted("eager", chunked.eager_peak_bytes, chunked.eager_seconds, chunked.eager_flops, "whole"),

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 import kdkernels as kd
-from kdkernels.backends import cuda, native, triton
+from kdkernels import backends
+from kdkernels.backends import cuda, native
 from kdkernels.backends.dtypes import logits_dtype
 
 OPTIONAL = ("triton", "transformers", "tokenizers", "safetensors")
@@ -61,8 +62,9 @@ def _row_kernel() -> str:
 
 def _logits() -> str:
     """What a GPU keeps the logits of bfloat16 models in."""
-    keeps = triton.BACKEND.keeps_offsets(torch.device("cuda", torch.cuda.current_device()), "", torch.bfloat16, torch.bfloat16)
-    return "16-bit offsets" if keeps else str(logits_dtype(torch.bfloat16, torch.device("cuda"))).removeprefix("torch.")
+    device, dtype = torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
+    keeps = backends.select(device, dtype, dtype).keeps_offsets(device, "", dtype, dtype)
+    return "16-bit offsets" if keeps else str(logits_dtype(dtype, device)).removeprefix("torch.")
 
 
 def _version(library: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def leave(folder: Path, models: Mapping[str, Model], tokenizer: Tokenizer, setti
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT).save_pretrained(folder / name)
     tokens = settings.next_steps * 2 * settings.batch * settings.window
     files.write(folder / TEXT, tokenizer.decode(corpus.train[:tokens].tolist()).encode())
-    command = ["python", "-m", "kdkernels", "distill"]
+    command = [sys.executable, "-m", "kdkernels", "distill"]
     for name in models:
         command += [f"--{name}", str(folder / name)]
     command += ["--data", str(folder / TEXT), "--max-length", str(settings.window), "--method", METHOD]

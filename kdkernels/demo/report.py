@@ -27,14 +27,14 @@ def progress_bar(console: Console, phase: str) -> Iterator[Watch]:
     """A bar for one phase, on a terminal, and a line at each evaluation."""
     with terminal.Bar(console, wide=True) as bar:
         task = bar.add_task(phase, total=None)
-        shown = ""
+        said = ""
 
         def watch(phase: Phase, note: str) -> None:
-            nonlocal shown
+            nonlocal said
             bar.update(task, completed=phase.step, total=phase.steps)
-            if note != shown:
+            if note != said:
                 console.print(f"{phase.name}: step {phase.step}/{phase.steps}, held out, in nats: {note}", soft_wrap=True)
-            shown = note
+            said = note
 
         yield watch
 

@@ -27,6 +27,8 @@ GPU_MULTIPLES = (128, 64, 32, 16, 8)
 # merged, and about two of what merging takes. Those of another learner are kept beside them.
 STATISTICS_COPIES = 5
 # Columns of a tile of 16-bit offsets, of which two float32 numbers are kept for each row and model (backends/triton/offsets.py).
+# Heads with a bias or a softcap have tiles of half that, and labels at another temperature a third number: not counted, as nobody
+# knows of them before the step.
 OFFSETS_COLUMNS = 256
 
 

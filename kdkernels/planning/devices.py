@@ -23,8 +23,8 @@ LAUNCH_SECONDS = 3e-6
 BLOCKS_PER_UNIT, ROW_STREAMS = 2, 3
 
 # Of kernels that multiply themselves, of the library's rate: estimated from the instructions of kernels compiled with 64x64 tiles,
-# which have barriers in each step; and as measured on an H100 with its own blocks: 540 to 600 Tflop/s
-# (benchmarks/results/gpu-h100.jsonl), for losses without bias, softcap and metrics whose formula is short.
+# which have barriers in each step; and fitted to an H100 with its own blocks, 540 to 600 Tflop/s where
+# the library reached 720 (benchmarks/results/gpu-h100.jsonl), for losses without bias, softcap and metrics whose formula is short.
 FUSED_EFFICIENCY, HOPPER_FUSED_EFFICIENCY = 0.32, 0.7
 
 

@@ -13,8 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import gpu_scale
+from benchmarks import offsets as simulated
 from kdkernels.backends.cuda import compile, product
 from kdkernels.backends.cuda.compile import CompileError, DriverError
+from kdkernels.engine.cut import OFFSETS_COLUMNS
 from tests.support import okd, stub
 from tests.support.cases import Case, assert_as_good_as_eager, draw, ratios
 from tests.support.cxx import CXX
@@ -240,7 +243,7 @@ def test_why_not(missing: str, capability: tuple[int, int], why: str, monkeypatc
 def test_tiles_are_as_wide_as_those_of_tritons_table() -> None:
     matrix = TABLE["sm_90", 2].offsets
     assert matrix is not None
-    assert matrix.block_v == product.BLOCK_V
+    assert matrix.block_v == product.BLOCK_V == OFFSETS_COLUMNS == gpu_scale.TILE == simulated.TILE
 
 
 @stub.needs_nvrtc

@@ -162,6 +162,9 @@ def test_a_plan_says_which_estimates_a_gpus_times_rest_on(
         assert f"{row} {counted}" in shown
         assert kernels in shown
     with monkeypatch.context() as inside:
+        inside.setenv("KDKERNELS_LOGITS", "half")
+        assert main(plan()) == 2
+        assert "KDKERNELS_LOGITS is 'half'; accepted: float32, offsets" in capsys.readouterr().err
         inside.setenv("KDKERNELS_LOGITS", "offsets")
         assert main(plan()) == 0
     sums, gradient = roofline.OFFSETS_INSTRUCTIONS["forward_kl"]

@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def test_a_run_leaves_results_plot_and_checkpoints_and_names_the_folder(finished
 
 def test_the_last_line_is_a_command_that_works(finished: tuple[Path, dict[str, Any], str], folder: Path) -> None:
     python, option, package, *command = shlex.split(finished[2].splitlines()[-1].replace(str(finished[0]), str(folder)))
-    assert (python, option, package) == ("python", "-m", "kdkernels")
+    assert (python, option, package) == (sys.executable, "-m", "kdkernels")
     assert main([*command, "--logging-steps", "1"]) == 0
     assert (folder / "reverse_kl" / "student" / "config.json").exists()
 

@@ -9,7 +9,7 @@ A tile of a product is [BLOCK_N tokens, BLOCK_V columns]. Instead of float32 log
 
 A logit is here what the softmax takes: after its head's bias, scale and softcap, and over the temperature. The second product is
 the target's: where that is not the teacher alone (t < 1) its epilogue reads the student's codes of the same tile and mixes. After
-that the row kernel reads codes once for the sums and once for the gradient, which lies over the learner's codes. Of a plain head
+that the row kernel reads codes once for the sums and once for the gradient, which lies over the learner's codes. For a plain head
 backends/cuda/product.cu may make the product (KDKERNELS_LOGITS=offsets-cuda).
 """
 
@@ -180,6 +180,9 @@ def offsets_row_kernel(
     )  # fmt: skip
 
 
+LABELS = 256  # whose logits are made together, so that no copy of all hidden states is
+
+
 @dataclass(frozen=True)
 class _Side:
     """A model's logits: codes [rows, vocab]; of each row's tiles the largest, and the sums at the temperature and at 1 (None where
@@ -205,11 +208,13 @@ def matrix(step: Step) -> blocks.Matrix | None:
 
 
 def _label_logits(hidden: Tensor, model: Model, head: Sequence[float], labels: Tensor | None) -> Tensor | None:
-    """The labels' own logits at T = 1, [rows] float32, from products of their own. Of a label that is out of range another's."""
+    """The labels' own logits at T = 1, [rows] float32, from products of their own. For a label out of range it is some other
+    token's logit."""
     if labels is None:
         return None
     at = labels.clamp(0, len(model.weight) - 1)
-    logits = (hidden.float() * model.weight[at].float()).sum(-1)
+    pieces = zip(hidden.split(LABELS), at.split(LABELS), strict=True)
+    logits = torch.cat([(rows.float() * model.weight[of].float()).sum(-1) for rows, of in pieces])
     scale, softcap = head
     return apply_head(logits, None if model.bias is None else model.bias[at], scale, softcap)
 

@@ -41,7 +41,7 @@ def place(at, blocks, others, GROUP: tl.constexpr):
 
 @triton.jit
 def _place(GROUP: tl.constexpr):
-    """Of this program, in its grid."""
+    """The same, for this program in its grid."""
     blocks = tl.num_programs(0)
     return place(tl.program_id(1) * blocks + tl.program_id(0), blocks, tl.num_programs(1), GROUP)
 

@@ -89,7 +89,8 @@ class TestWhatIsStored:
             sums = torch.nn.functional.pad(above.exp(), (0, 10)).view(TOKENS, 5, 32).sum(-1)
             torch.testing.assert_close(side.sums.double(), sums, rtol=1e-5, atol=0)
 
-    def test_labels_in_every_tile_and_at_its_edges_have_their_logit_unrounded(self) -> None:
+    def test_labels_in_every_tile_and_at_its_edges_have_their_logit_unrounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(offsets, "LABELS", 8)
         labels = torch.tensor([*range(30, 34), *range(62, 66), *range(0, 150, 15), 149, -100])
         case = replace(case_of(bare=True, ce_weight=0.5, temperature=2.0), labels=labels)
         rows, (x, _) = rows_of(case)
