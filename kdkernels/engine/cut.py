@@ -30,6 +30,9 @@ STATISTICS_COPIES = 5
 # Heads with a bias or a softcap have tiles of half that, and labels at another temperature a third number: not counted, as nobody
 # knows of them before the step.
 OFFSETS_COLUMNS = 256
+# Offsets are of logits over the temperature: a rounding of theirs is so many times as large in the logits themselves, by which the
+# cross-entropy goes, and beside differences that the temperature has made small.
+OFFSETS_TEMPERATURE = 4.0
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Size:
 
     learners: 2 where the teacher learns too (OKD), by forward KL to the student; train_teacher_head: whether its head does. alone:
     the loss does not look at a teacher's logits; known: but at some log-probabilities of its. shared: ranks share the vocabulary,
-    of which one holds ``widest`` columns at most. metrics: whether they are asked for. architecture: of a GPU that is planned for
+    of which one holds ``widest`` columns at most. metrics: whether they are asked for. temperature: of the
+    softmaxes. architecture: of a GPU that is planned for
     and need not be here.
     """
 
@@ -59,6 +63,7 @@ class Size:
     shared: bool = False
     widest: int = 0
     metrics: bool = False
+    temperature: float = 1.0
     architecture: str = ""
 
     @property
@@ -76,8 +81,11 @@ class Size:
         """Whether the logits of whole rows are kept as 16-bit offsets (backends/triton/offsets.py). Their rows are described to the
         hardware, so that they have to be aligned; metrics look at the teacher beside the target, which alone is there."""
         both = not (self.alone or self.known or self.shared or self.metrics)
+        cool = self.temperature <= OFFSETS_TEMPERATURE
         aligned = row_stride(self.vocab, self.device) % ROW_ELEMENTS == 0
-        return both and aligned and self.backend.keeps_offsets(self.device, self.architecture, self.dtype, self.teacher_dtype)
+        return (
+            both and cool and aligned and self.backend.keeps_offsets(self.device, self.architecture, self.dtype, self.teacher_dtype)
+        )
 
     @property
     def accumulators(self) -> tuple[tuple[int, bool], ...]:

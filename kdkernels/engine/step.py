@@ -57,6 +57,7 @@ def size_of(step: Step) -> Size:
         shared=not step.ranks.alone,
         widest=step.ranks.widest,
         metrics=step.metrics,
+        temperature=step.terms.temperature,
     )
 
 

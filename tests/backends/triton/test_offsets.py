@@ -207,6 +207,14 @@ class TestWhereItIsNotTaken:
         replace(draw(vocab=37, dtype=BF16), options=Options()).run()
         assert not made
 
+    def test_temperatures_that_make_differences_small(self, made: list[Any]) -> None:
+        case = case_of(temperature=4.5, ce_weight=0.5)
+        exact, found = case.plain(), case.run()
+        assert not made
+        assert_as_good_as_eager({0: ratios([found], [case.plain(BF16)], [exact])})
+        case_of(temperature=4.0).run()
+        assert made
+
     def test_a_loss_that_does_not_look_at_the_teacher(self, made: list[Any]) -> None:
         case_of(kd_weight=0.0, ce_weight=1.0).run()
         assert not made
