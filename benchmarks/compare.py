@@ -117,7 +117,7 @@ def problems(extent: Extent, everything: bool = False) -> list[list[Case]]:
 
 
 def cases(extent: Extent, everything: bool = False, memory: float = 16.0) -> list[Case]:
-    """What is measured, in order. Who has one loss alone is a contender where it is computed."""
+    """What is measured, in order. ``ONLY`` says of whom one loss is measured."""
     return [
         replace(case, contender=contender, limit=int(memory * GIB))
         for some in problems(extent, everything)

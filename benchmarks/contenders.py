@@ -217,8 +217,8 @@ CONTENDERS: dict[str, Callable[..., Loss]] = {
     **peers.CONTENDERS,
     "taid published": _published_taid,
 }
-# The one loss of those that have no other.
-ONLY = {"liger kl_div": "forward_kl", "fla": "forward_kl", "taid published": "taid"}
+# The one loss that is compared: there is no other, or, of torchtune, one more that costs the same.
+ONLY = {"liger kl_div": "forward_kl", "fla": "forward_kl", "torchtune": "forward_kl", "taid published": "taid"}
 # Whose value is the cross-entropy with the teacher, not the KL, and has the same gradient.
 CROSS_ENTROPY = (("taid published", "taid"), ("torchtune", "forward_kl"))
 COMPILED = ("compiled", "liger compiled")  # their first step is the compiler's

@@ -215,8 +215,8 @@ OFFERS = {
         larger_teacher="cut, not renormalised",
         banned="0 in the target, inf or NaN in the student",
     ),
-    "trl": Offers("trl 1.16.0", "two KLs, JSD", "a value per token", "yes", "cut", "inf or NaN", "no"),
-    "fla": Offers("fla-core 0.6.0", "forward KL", "no", "no", "wrong rows are read", "inf or NaN", "no"),
+    "trl": Offers("trl 1.16.0", "two KLs, JSD", "none: a value per token", "yes", "cut", "inf or NaN", "no"),
+    "fla": Offers("fla-core 0.6.0", "forward KL", "none", "no", "wrong rows are read", "inf or NaN", "no"),
     "torchtune": Offers(
         "torchtune 0.6.1",
         "two KLs, their mean",
