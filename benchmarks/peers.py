@@ -185,7 +185,7 @@ _WRITTEN = Offers("PyTorch", "any, as one writes it", "as one writes it", "yes",
 _LIGER = Offers(
     "liger-kernel 0.8.5",
     "two KLs, JSD; cross-entropy beside them",
-    "by labels, computed too",
+    "by labels, but computed",
     "yes",
     "student padded with logits of 0",
     "inf or NaN",
@@ -194,8 +194,8 @@ _LIGER = Offers(
 _OURS = Offers(
     "this library",
     "[all of these](losses.md), TAID; cross-entropy beside them",
-    "by labels or weights, not computed",
-    "yes, of each token too",
+    "by labels or weights, in no product",
+    "yes",
     "cut (`vocab_size`), else an error",
     "0",
     "yes",
@@ -220,11 +220,11 @@ OFFERS = {
     "torchtune": Offers(
         "torchtune 0.6.1",
         "two KLs, their mean",
-        "by labels, computed too",
+        "by labels, but computed",
         "no",
         "an error",
         "0; NaN in the gradient of reverse KL",
         "by reverse KL",
     ),
-    "taid published": Offers("SakanaAI/TAID a062892", "TAID", "by a mask, computed too", "no", "an error", "0", "no"),
+    "taid published": Offers("SakanaAI/TAID a062892", "TAID", "by a mask, but computed", "no", "an error", "0", "no"),
 }
