@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import compare, contenders, measure
+from benchmarks import compare, contenders, measure, peers
 from benchmarks.cases import IGNORED, LOSSES, Case, Head, Problem, half_masked, problem
 from benchmarks.contenders import CONTENDERS, CROSS_ENTROPY
 from benchmarks.exact import errors
@@ -169,6 +169,18 @@ class TestOffers:
             "inf or NaN": (),
         }[OFFERS[name].banned]
         assert bool(CONTENDERS[name]("forward_kl")(given).isfinite()) == (side in finite)
+
+    def test_the_gradient_of_torchtunes_reverse_kl_at_a_banned_entry(self) -> None:
+        needs("torchtune")
+        x, z = torch.randn(2, 1, 5, generator=torch.Generator().manual_seed(0)).unbind()
+        x[0, 3] = -torch.inf
+        losses = peers._file_of("torchtune", "modules/loss/kd_losses.py")
+        for name, right in (("ForwardKLLoss", True), ("ReverseKLLoss", False)):
+            logits = x.clone().requires_grad_()
+            value = getattr(losses, name)()(logits, z, torch.zeros(1, dtype=torch.int64))
+            value.backward()
+            assert logits.grad is not None
+            assert (bool(value.isfinite()), bool(logits.grad.isfinite().all())) == (True, right)
 
 
 class Uncut(Problem):
