@@ -6,8 +6,9 @@
     python -m benchmarks.compare --quick --out FOLDER  # toy sizes
 
 The contenders are those of contenders.py: both strategies of ``linear_kd_loss``, PyTorch as one writes it, the same compiled or in
-checkpointed chunks, Liger-Kernel's chunked loss as it is and compiled, TRL's tiles, and the formula of TAID's authors. Each goes
-through the cases that share inputs in one process of its own; a case at which it ends is a failed row. How is in measure.py.
+checkpointed chunks, Liger-Kernel's chunked loss as it is and compiled, TRL's tiles, torchtune's chunks, and the formula of TAID's
+authors; losses whose kernels are Triton's alone have a row that says so. Each goes through the cases that share inputs in one
+process of its own; a case at which it ends is a failed row. How is in measure.py.
 
 heads: the output heads of four models and of a larger sibling as teacher. Each gets every loss with and without mask, in bfloat16,
 the 32k model in float32; ``COVERED`` says which are there in float32 too, where a step takes longer. Tokens are few, so that the
@@ -35,13 +36,17 @@ import torch
 
 from benchmarks import exact, runner
 from benchmarks.cases import GIB, LOSSES, Case, Head, Problem, half_masked, problem
+from benchmarks.contenders import ONLY, TRITON
 from benchmarks.exact import Exact
 from benchmarks.measure import limit_memory, measured
 from benchmarks.rows import Row, options, run
 from benchmarks.runner import Part, Result, told
 
 FILES = {"heads": "compare.json", "tokens": "growth.json", "vocab": "growth.json"}
-NAMES = ("tokens", "vocab", "eager", "compiled", "checkpointed", "liger", "liger compiled", "trl", "taid published")
+NAMES = (
+    *("tokens", "vocab", "eager", "compiled", "checkpointed", "liger", "liger compiled", "liger kl_div", "trl", "fla", "torchtune"),
+    "taid published",
+)
 SAMPLE = 512
 SLOW = {"heads": 5.0, "tokens": 2.0, "vocab": 2.0}  # seconds
 PATIENCE = 8.0  # seconds
@@ -112,13 +117,13 @@ def problems(extent: Extent, everything: bool = False) -> list[list[Case]]:
 
 
 def cases(extent: Extent, everything: bool = False, memory: float = 16.0) -> list[Case]:
-    """What is measured, in order. Where there is no TAID to compute, its formula is not among the contenders."""
+    """What is measured, in order. ``ONLY`` says of whom one loss is measured."""
     return [
         replace(case, contender=contender, limit=int(memory * GIB))
         for some in problems(extent, everything)
         for contender in NAMES
-        if contender != "taid published" or any(case.loss == "taid" for case in some)
         for case in some
+        if case.loss == ONLY.get(contender, case.loss)
     ]
 
 
@@ -181,7 +186,9 @@ def rows(chosen: list[Case], repeats: int) -> Iterator[Row]:
             ended, *_ = runner.results([Part("float64", prepare, (file,), (tuple(some),), TIMEOUT)], TIMEOUT, set())
             for _, of_contender in itertools.groupby(some, lambda case: case.contender):
                 of_process = list(of_contender)
-                if "broken" in ended:
+                if of_process[0].contender in TRITON:
+                    yield from (case.facts | {"skipped": "its kernels are Triton's alone: timed on a GPU"} for case in of_process)
+                elif "broken" in ended:
                     yield from (case.facts | {"failed": f"no float64 results: {ended['broken']}"} for case in of_process)
                 else:
                     items = tuple((case,) for case in of_process)

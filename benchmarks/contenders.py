@@ -1,15 +1,12 @@
 """The distillation losses that are timed side by side: ours, plain PyTorch, and the libraries that offer the same loss.
 
 Every contender is a function of one ``Problem`` that returns the mean loss over its kept tokens as a 0-dim tensor with a gradient
-to the student's hidden states and head. Nothing of another library is imported before its contender is asked for; whatever is
-raised then is the reason in the result file, ``NotOfferedError`` where it has no such loss. The yardstick of all is ``products``.
+to the student's hidden states and head. Those of other libraries are in peers.py, with their conventions. The yardstick of all is
+``products``. The teacher's rows past the student's vocabulary (Qwen2.5 pads its larger models further) are cut off by a view for
+those that have no option for it.
 
-Conventions of the others, read from their source: Liger's and TRL's beta is 0 for KL(teacher ‖ student) and 1 for
-KL(student ‖ teacher), and at 1/2 their divergence is the symmetric Jensen-Shannon one, as here. The teacher's rows past the
-student's vocabulary (Qwen2.5 pads its larger models further) are cut off by a view for those that have no option for it.
-
-Masked tokens: ours, Liger's and the published TAID take all rows and the labels (or a mask). Plain PyTorch gets hidden[kept], as
-one writes it; TRL too, as its trainer does on a GPU.
+Masked tokens: ours and the published TAID take all rows and the labels (or a mask). Plain PyTorch gets hidden[kept], as one writes
+it.
 """
 
 from __future__ import annotations
@@ -27,8 +24,10 @@ from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint
 
 import kdkernels as kd
+from benchmarks import peers
 from benchmarks.cases import GIB, IGNORED, ONLINE, Case, Problem
 from benchmarks.gpu_device import cluster_rows, offset_logits
+from benchmarks.peers import Loss, NotOfferedError
 from kdkernels.backends.dtypes import product_dtype
 from kdkernels.backends.products import block_rows, cut_for_logits
 
@@ -39,14 +38,6 @@ OFFSETS_CUDA = "tokens, 16-bit logits, CUDA C++"
 TAID_T = 0.4  # the teacher's share in the target at the start of one of the published runs
 BLOCK = 512  # tokens per block of the bare products, on a CPU
 CHECKPOINTED_TOKENS = 256  # per chunk
-_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
-
-
-class NotOfferedError(Exception):
-    """Says which loss a contender does not have."""
-
-
-Loss = Callable[[Problem], Tensor]
 
 
 def bare_logits(hidden: Tensor, head: Tensor, out: Tensor) -> None:
@@ -198,7 +189,8 @@ def _checkpointed(loss: str) -> Loss:
 
 
 def _published_taid(loss: str) -> Loss:
-    """TAID as its authors' code computes it: float32 probabilities of all tokens, and the cross-entropy with them."""
+    """TAID as its authors' code computes it (SakanaAI/TAID, src/distil_losses): float32 probabilities of all tokens, and the
+    cross-entropy with them; without their mask of infinite logits."""
     if loss != "taid":
         raise NotOfferedError("the published formula of TAID alone")
 
@@ -213,60 +205,6 @@ def _published_taid(loss: str) -> Loss:
     return run
 
 
-def _beta(library: str, loss: str) -> float:
-    if loss not in _BETA:
-        raise NotOfferedError(f"{library} has no {loss.upper()}")
-    return _BETA[loss]
-
-
-def _liger(loss: str, compiled: bool) -> Loss:
-    """Liger-Kernel's chunked loss in torch, compiled by itself or not; without its hard-label term."""
-    beta = _beta("Liger-Kernel", loss)
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-    torch._dynamo.reset()
-    module = LigerFusedLinearJSDLoss(0.0, 1.0, beta=beta, ignore_index=IGNORED, compiled=compiled)
-
-    def run(given: Problem) -> Tensor:
-        labels = given.labels
-        if labels is None:
-            labels = torch.zeros(len(given.hidden), dtype=torch.int64, device=given.hidden.device)
-        inputs = (given.hidden, given.head, given.teacher_hidden, given.cut_teacher_head, labels)
-        value: Tensor = module(*inputs, student_bias=None, teacher_bias=None)
-        return value
-
-    return run
-
-
-def _liger_triton(loss: str) -> Loss:
-    """Liger-Kernel's fused linear JSD around its Triton kernel."""
-    beta = _beta("Liger-Kernel", loss)
-    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
-
-    module = LigerFusedLinearJSD(jsd_beta=beta, ignore_index=IGNORED)
-
-    def run(given: Problem) -> Tensor:
-        value: Tensor = module(given.hidden, given.head, given.teacher_hidden, given.cut_teacher_head, given.labels)
-        return value
-
-    return run
-
-
-def _trl(loss: str) -> Loss:
-    """TRL's chunked divergence: a value per token, whose mean is taken."""
-    beta = _beta("TRL", loss)
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-
-    def run(given: Problem) -> Tensor:
-        hidden, teacher_hidden = given.kept
-        student, teacher = (hidden, given.head, None), (teacher_hidden, given.cut_teacher_head, None)
-        divergence, _ = ChunkedDivergenceFunction.apply(*student, *teacher, beta)
-        value: Tensor = divergence.mean()
-        return value
-
-    return run
-
-
 CONTENDERS: dict[str, Callable[..., Loss]] = {
     **{strategy: partial(ours, strategy=strategy) for strategy in STRATEGIES},
     BUDGETED: partial(ours, strategy="tokens", memory_budget=GIB),
@@ -276,14 +214,15 @@ CONTENDERS: dict[str, Callable[..., Loss]] = {
     "eager": _eager,
     "compiled": _compiled,
     "checkpointed": _checkpointed,
-    "liger": lambda loss: _liger(loss, compiled=False),
-    "liger compiled": lambda loss: _liger(loss, compiled=True),
-    "liger triton": _liger_triton,
-    "trl": _trl,
+    **peers.CONTENDERS,
     "taid published": _published_taid,
 }
-CROSS_ENTROPY = ("taid published",)  # whose value is not the KL, but has the same gradient
+# The one loss that is compared: there is no other, or, of torchtune, one more that costs the same.
+ONLY = {"liger kl_div": "forward_kl", "fla": "forward_kl", "torchtune": "forward_kl", "taid published": "taid"}
+# Whose value is the cross-entropy with the teacher, not the KL, and has the same gradient.
+CROSS_ENTROPY = (("taid published", "taid"), ("torchtune", "forward_kl"))
 COMPILED = ("compiled", "liger compiled")  # their first step is the compiler's
+TRITON = ("liger triton", "liger kl_div", "fla")  # their kernels are Triton's alone, for a GPU
 
 
 def loss_of(case: Case) -> Loss:

@@ -16,7 +16,7 @@ Stages, in order of worth:
     profile  the kernels of a step (gpu_kernels.py)
     rows     the row kernel alone, with the table's sizes and others
     blocks   the kernels of the strategy vocab with other blocks than the table's
-    others   Liger's losses, TRL's, and torch.compile
+    others   the losses of Liger, TRL, flash-linear-attention and torchtune, and torch.compile
     sanitizer  every kernel under compute-sanitizer, where it is found (gpu_sanitizer.py)
 
 FILE is JSON Lines: the machine's facts, then each result as soon as it is known. Each stage and each item has a time limit of its
@@ -24,8 +24,8 @@ own; what hangs, or takes its process down, costs only its item, and a stage end
 if a check failed or anything broke off or was not run, and 2 if nothing could be measured.
 
 Runs from a checkout, nothing of it installed: PyTorch, Triton, NumPy and pytest are enough, and no compiled extension. The wheels
-liger-kernel and trl (with datasets, dill and multiprocess) add contenders. Times that the interpreter took say nothing about a GPU:
-such a file has ``"interpreter": true``.
+liger-kernel, trl (with datasets, dill and multiprocess), fla-core (with einops) and torchtune add contenders. Times that the
+interpreter took say nothing about a GPU: such a file has ``"interpreter": true``.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from benchmarks import gpu_checks, gpu_kernels, gpu_report, gpu_sanitizer, gpu_s
 from benchmarks.cases import DTYPES
 from benchmarks.gpu_device import interpreted
 from benchmarks.gpu_report import line
-from benchmarks.measure import version
+from benchmarks.measure import PEERS, version
 from benchmarks.runner import Part, Result, results
 from kdkernels.console import info
 from kdkernels.divergences import resolve
@@ -224,7 +224,7 @@ def machine(size: str) -> Result:
         "versions": {
             **{"driver": driver, "cuda": torch.version.cuda, "hip": torch.version.hip},
             **{name: facts[name] for name in ("torch", "triton", "transformers", "python", "kdkernels")},
-            **{peer: version(peer) for peer in ("liger-kernel", "trl")},
+            **{peer: version(peer) for peer in PEERS},
             "commit": said("git", "describe", "--always", "--dirty"),
             "sources": sources(),  # where the checkout was copied without its history
         },

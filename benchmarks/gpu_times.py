@@ -19,20 +19,24 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.cases import DTYPES, HEADS, LOSSES, Case, Head, Problem, problem
-from benchmarks.contenders import BUDGETED, CLUSTERED, OFFSETS, OFFSETS_CUDA, Loss, loss_of, products
+from benchmarks.contenders import BUDGETED, CLUSTERED, OFFSETS, OFFSETS_CUDA, loss_of, products
 from benchmarks.gpu_device import device_of
 from benchmarks.measure import interleaved, stepped
+from benchmarks.peers import Loss
 from benchmarks.runner import Result, freed, told
 
 SPREAD = 1.0  # of the logits: where they are rounded to 16 bits, the contenders' losses then agree to about two digits
 OURS = ("tokens", BUDGETED, CLUSTERED, OFFSETS, OFFSETS_CUDA, "vocab", "eager")
-PEERS = ("liger", "liger triton", "trl")
+PEERS = ("liger", "liger triton", "liger kl_div", "trl", "fla", "torchtune")
 # What a machine that has PyTorch and transformers lacks for a contender.
 WHEELS = {
     "liger": "liger-kernel",
     "liger compiled": "liger-kernel",
     "liger triton": "liger-kernel",
+    "liger kl_div": "liger-kernel",
     "trl": "trl, datasets, dill and multiprocess",
+    "fla": "fla-core and einops",
+    "torchtune": "torchtune",
 }
 
 

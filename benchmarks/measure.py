@@ -26,13 +26,15 @@ from torch import Tensor
 
 import kdkernels as kd
 from benchmarks.cases import Case, Problem
-from benchmarks.contenders import COMPILED, CROSS_ENTROPY, STRATEGIES, Loss, loss_of, products
+from benchmarks.contenders import COMPILED, CROSS_ENTROPY, STRATEGIES, loss_of, products
 from benchmarks.exact import Exact, errors
+from benchmarks.peers import Loss
 from kdkernels.backends import native
 from kdkernels.console import info
 from tests.support.memory import peak_above, status
 
-LIBRARIES = ("triton", "transformers", "liger-kernel", "trl")
+PEERS = ("liger-kernel", "trl", "fla-core", "torchtune")
+LIBRARIES = ("triton", "transformers", *PEERS)
 Step = Callable[[], object]
 
 
@@ -123,7 +125,7 @@ def measured(
     peak = peak_above(lambda: took.append(seconds(lambda: values.append(step()))))
     found = {"peak_bytes": peak, "process_bytes": status("VmHWM"), "returned_bytes": case.returned_bytes, "seconds": took[0]}
     if exact is not None:
-        found |= errors(values[0], given, exact(), case.contender in CROSS_ENTROPY)
+        found |= errors(values[0], given, exact(), (case.contender, case.loss) in CROSS_ENTROPY)
     if yardstick is None or not repeats:
         return found
     quick = took[0] <= slow

@@ -46,6 +46,7 @@ STYLES = {
     "liger": (SKY, "P"),
     "liger compiled": (SKY, "X"),
     "trl": (BLACK, "d"),
+    "torchtune": (GREY, "h"),
 }
 LOSS_NAMES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "jsd": "JSD", "taid": "TAID"}
 RATIO_TICKS = (0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0)
@@ -65,6 +66,12 @@ def _style(contender: str) -> tuple[str, str]:
 def _in_order(values: Iterable[Any]) -> list[Any]:
     """Each once, in order of first appearance."""
     return list(dict.fromkeys(values))
+
+
+def _contenders(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Those with a figure or a failure among the rows; who is not offered anywhere has no place in a picture."""
+    tried = {row["contender"] for row in rows if "skipped" not in row}
+    return [name for name in _in_order(row["contender"] for row in rows) if name in tried]
 
 
 def _has_figures(row: dict[str, Any]) -> bool:
@@ -147,7 +154,7 @@ def _cross() -> Line2D:
 def compare(results: dict[str, Any]) -> Figure:
     """A panel for each loss and head that was measured: the median ratio of each contender, and a bar from lowest to highest."""
     rows = results["rows"]
-    losses, heads, contenders = (_in_order(row[key] for row in rows) for key in ("loss", "head", "contender"))
+    (losses, heads), contenders = (_in_order(row[key] for row in rows) for key in ("loss", "head")), _contenders(rows)
     shown = [(loss, head) for loss in losses for head in heads if any((row["loss"], row["head"]) == (loss, head) for row in rows)]
     columns = min(4, len(shown))
     lines = -(-len(shown) // columns)
@@ -162,7 +169,7 @@ def compare(results: dict[str, Any]) -> Figure:
     )
     _ratio_axis(panels[0][0], "x", [ratio for row in rows if _has_figures(row) for ratio in row["ratios"]], line=False)
     for axes, (loss, head) in zip(panels.flat, shown, strict=False):
-        found = [row for row in rows if (row["loss"], row["head"]) == (loss, head)]
+        found = [row for row in rows if (row["loss"], row["head"]) == (loss, head) and row["contender"] in contenders]
         sizes = found[0]
         axes.set_title(
             f"{LOSS_NAMES.get(loss, loss)}, {head}\nV = {sizes['vocab']:,}, N = {sizes['tokens']:,}, "
@@ -225,7 +232,7 @@ _SWEEPS = {"tokens": ("vocab", "tokens N", "V"), "vocab": ("tokens", "vocabulary
 def growth(results: dict[str, Any]) -> Figure:
     """Time over the bare products, and peak memory, of each contender against N and against V."""
     rows = results["rows"]
-    contenders = _in_order(row["contender"] for row in rows)
+    contenders = _contenders(rows)
     figure, panels = plt.subplots(2, 2, figsize=(10.5, 7.6), sharex="col", sharey="row", layout="constrained")
     measured, failed = [row for row in rows if _has_figures(row)], any("failed" in row for row in rows)
     for column, (sweep, (fixed, label, letter)) in enumerate(_SWEEPS.items()):

@@ -14,13 +14,13 @@ from typing import Any
 
 from benchmarks import gpu_report, gpu_times, limits, linear, offsets
 from benchmarks.cases import GIB, LOSSES, MIB, ONLINE, Case, key
-from benchmarks.contenders import BUDGETED
+from benchmarks.measure import PEERS
+from benchmarks.overview import door_table, grid, on_a_gpu, overview_table
 from benchmarks.rows import RESULTS, Row
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 END = "<!-- end -->"
-PEERS = ("liger-kernel", "trl")
 ERRORS = {"value_error": "value", "hidden_grad_error": "dH", "head_grad_error": "dW"}
 
 
@@ -199,21 +199,6 @@ def methods_table(results: dict[str, Any]) -> str:
     return "\n".join(lines).replace("%", " %") + "\n"
 
 
-def _grid(corner: str, columns: dict[Any, str], rows: list[Row], column: Callable[[Row], Any], cell: Callable[[Row], str]) -> str:
-    """A table of contenders down and ``columns`` across, which ``column`` finds for a row; a dash where there is nothing to say."""
-
-    def shown(row: Row) -> str:
-        return cell(row) if "ratio" in row else "failed" if "failed" in row else "–"
-
-    found = {(row["contender"], column(row)): shown(row) for row in rows}
-    lines = [f"| {corner} | {' | '.join(columns.values())} |", "|---|" + "---|" * len(columns)]
-    for contender in dict.fromkeys(row["contender"] for row in rows):
-        cells = [found.get((contender, one), "–") for one in columns]
-        if set(cells) != {"–"}:
-            lines.append(f"| {contender} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def _time(row: Row) -> str:
     low, high = (f"{end(row['ratios']):.2f}" for end in (min, max))
     return f"{row['ratio']:.2f} ({low} to {high})" if low != high else f"{row['ratio']:.2f}"
@@ -256,6 +241,10 @@ def _error_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _folded(title: str, table: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{table}\n\n</details>"
+
+
 def compare_table(results: dict[str, Any]) -> str:
     """The contenders side by side: forward KL at every head, the other losses and masks, errors, and what is missing and why.
 
@@ -276,7 +265,7 @@ def compare_table(results: dict[str, Any]) -> str:
         f"{_where(results['machine'], *PEERS)}. Time of a step over its four bare products, the median (lowest to highest), and "
         "peak memory above inputs and returned gradients; forward KL of all tokens. Tokens are few here, so that a step takes "
         "seconds: how memory grows with them is below.",
-        _grid("forward KL", heads, plain, setting, _both),
+        _folded("forward KL of all tokens, with memory", grid("forward KL", heads, plain, setting, _both)),
         "The other losses, and half of the tokens masked: time over the products of the tokens that count, so that a contender "
         "that computes the masked ones too is near 2. A table for each head:",
     ]
@@ -285,11 +274,11 @@ def compare_table(results: dict[str, Any]) -> str:
         of = [(loss, masked) for loss in LOSSES for masked in (False, True) if (loss, masked) in set(map(kind, here))]
         if len(of) > 1:
             columns = {(loss, masked): loss + (", masked" if masked else "") for loss, masked in of}
-            table = _grid(title, columns, here, kind, _time)
-            sections.append(f"<details><summary>{title}</summary>\n\n{table}\n\n</details>")
+            table = grid(title, columns, here, kind, _time)
+            sections.append(_folded(title, table))
     sections += [
         "Errors against float64 on the inputs as rounded to the dtype, logits of standard deviation 3; dW on 512 of its rows.",
-        _error_table(rows),
+        _folded("errors of the loss, dH and dW", _error_table(rows)),
         _missing(rows),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -309,13 +298,9 @@ def growth_table(results: dict[str, Any]) -> str:
             one = here[0]
             corner = f"{symbols[fixed]} = {one[fixed]:,}, D_s = {one['student_dim']}, D_t = {one['teacher_dim']}"
             columns = {size: f"{symbols[sweep]} = {size:,}" for size in sorted({row[sweep] for row in here})}
-            sections.append(_grid(corner, columns, here, operator.itemgetter(sweep), _both))
+            sections.append(grid(corner, columns, here, operator.itemgetter(sweep), _both))
     sections.append(_missing(rows))
     return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def _on_a_gpu(row: Row) -> str:
-    return f"{row['median_ms']:.1f} ms, {row['ratio']:.2f}; {row['peak_bytes'] / GIB:.1f} GiB"
 
 
 def gpu_table(path: Path) -> str:
@@ -328,43 +313,13 @@ def gpu_table(path: Path) -> str:
     passed = sum(row["passed"] for row in checks)
     columns = {(row["head"], row["loss"]): f"{row['student']} ← {row['teacher']}, {row['loss']}" for row in rows}
     known = {name: version for machine in machines for name, version in machine["versions"].items() if version}
-    versions = ", ".join(f"{name} {known[name]}" for name in ("torch", "triton", *PEERS))
+    versions = ", ".join(f"{name} {known[name]}" for name in ("torch", "triton", *PEERS) if name in known)
     title = (
         f"{facts['device']}, {versions}, {facts['date'][:10]}; {passed} of {len(checks)} checks passed. "
         f"{rows[0]['tokens']:,} tokens, {rows[0]['dtype']}: a step's time, also over that of its four bare products, and its peak "
         "memory above inputs, returned gradients in it."
     )
-    return f"{title}\n\n{_grid('', columns, rows, lambda row: (row['head'], row['loss']), _on_a_gpu)}\n"
-
-
-def door_table(path: Path, grown: dict[str, Any]) -> str:
-    """What was timed beside others on a GPU, and the largest step on a CPU, of whoever took part in both. path: a result file of
-    benchmarks.gpu; grown: what growth.json holds."""
-    machines, found, _ = gpu_report.read(path)
-    timed = [row for row in gpu_report.latest(found) if row["stage"] in ("ours", "others") and "ratio" in row]
-    other = next(row for row in timed if row["stage"] == "others")
-    timed = [row for row in timed if row["head"] == other["head"]]
-    largest = max(row["tokens"] for row in grown["rows"] if row["part"] == "tokens")
-    on_cpu = [row for row in grown["rows"] if row["part"] == "tokens" and row["tokens"] == largest]
-    names = [*gpu_times.OURS, *(row["contender"] for row in timed)]
-    both = [name for name in dict.fromkeys(names) if name == BUDGETED or name in {row["contender"] for row in on_cpu}]
-    rows = sorted((row for row in [*timed, *on_cpu] if row["contender"] in both), key=lambda row: both.index(row["contender"]))
-
-    def column(row: Row) -> tuple[bool, str]:
-        return "median_ms" in row, row["loss"]
-
-    def cell(row: Row) -> str:
-        return _on_a_gpu(row) if "median_ms" in row else f"{row['ratio']:.2f}; {row['peak_bytes'] / GIB:.1f} GiB"
-
-    columns = {column(row): f"{machines[-1]['device']}, {row['loss']}" for row in timed}
-    columns[column(on_cpu[0])] = f"CPU, {on_cpu[0]['loss']}"
-    title = (
-        "Time, also over that of the bare products, and peak memory above the inputs, gradients included. "
-        f"GPU: {other['student']} ← {other['teacher']}, {other['tokens']:,} tokens, {other['dtype']}; "
-        f"CPU: V = {on_cpu[0]['vocab']:,}, {largest:,} tokens, {on_cpu[0]['dtype']}. `tokens` and `vocab` are this library's "
-        "strategies, with the scratch that they take by default or 1 GiB; eager is PyTorch as one writes it."
-    )
-    return f"{title}\n\n{_grid('', columns, rows, column, cell)}\n"
+    return f"{title}\n\n{grid('', columns, rows, lambda row: (row['head'], row['loss']), on_a_gpu)}\n"
 
 
 def _between(page: str, mark: str, content: str) -> str:
@@ -389,7 +344,9 @@ def updated(page: str) -> str:
     for mark, (file, make) in SECTIONS.items():
         page = _between(page, mark, make(json.loads((RESULTS / file).read_text())))
     on_gpu = RESULTS / "gpu-h100.jsonl"
-    page = _between(page, "door", door_table(on_gpu, json.loads((RESULTS / "growth.json").read_text())))
+    grown, compared = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("growth", "compare"))
+    page = _between(page, "door", door_table(on_gpu, grown))
+    page = _between(page, "overview", overview_table(on_gpu, grown, compared))
     page = _between(page, "predicted", offsets.predicted_table())
     return _between(page, "gpu", gpu_table(on_gpu))
 

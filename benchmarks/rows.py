@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import runner
 from benchmarks.cases import MIB, Case, key, name
-from benchmarks.measure import limit_memory, machine, planned
+from benchmarks.measure import LIBRARIES, limit_memory, machine, planned
 from benchmarks.runner import Part, told
 from kdkernels.console import files
 
@@ -26,7 +26,8 @@ Row = dict[str, Any]
 class File:
     """order: the cases as they are listed, in whose order the rows stand; others, kept from an earlier run, come last.
 
-    keeps: whether the rows that are there stay until there are new ones; ValueError if they are of another machine.
+    keeps: whether the rows that are there stay until there are new ones; ValueError if they are of another machine. A library that
+    it does not know had no part in them.
     """
 
     def __init__(self, path: Path, order: list[Case], keeps: bool) -> None:
@@ -35,7 +36,8 @@ class File:
         self.rows: list[Row] = []
         if keeps and path.exists():
             found = json.loads(path.read_text())
-            known = {fact: found["machine"].get(fact) for fact in self.machine if fact != "date"}
+            no_part = {"date", *(set(LIBRARIES) - found["machine"].keys())}
+            known = {fact: found["machine"].get(fact) for fact in self.machine if fact not in no_part}
             other = [f"{fact} {value!r}" for fact, value in known.items() if value != self.machine[fact]]
             if other:
                 raise ValueError(f"{path} is of another machine ({', '.join(other)}); --only adds to results of this one: run all")

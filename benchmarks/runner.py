@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case, key
-from benchmarks.contenders import NotOfferedError
+from benchmarks.peers import NotOfferedError
 
 START_S = 60.0  # for a process to import what it needs and to make its inputs, before its first item
 MOST_PROCESSES = 16

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compare, measure, readme, runner
-from benchmarks.cases import MIB, Case, problem
+from benchmarks import compare, measure, overview, peers, readme, runner
+from benchmarks.cases import GIB, MIB, Case, problem
 from benchmarks.rows import RESULTS, line
 from tests.support import ROOT
 
@@ -100,6 +100,14 @@ class TestRows:
         rows = list(compare.rows(toy("vocab", "eager", "trl"), 1))
         assert [row["failed"] for row in rows] == ["no float64 results: MemoryError"] * 4
 
+    def test_who_needs_a_gpu_says_so_in_no_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(runner, "results", lambda *_: iter([{}]))
+        monkeypatch.delattr(runner, "rows")
+        chosen = toy("heads", "fla", "liger kl_div")
+        rows = list(compare.rows(chosen, 1))
+        assert {(row["contender"], row["loss"]) for row in rows} == {("fla", "forward_kl"), ("liger kl_div", "forward_kl")}
+        assert all("Triton" in row["skipped"] for row in rows)
+
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -135,6 +143,28 @@ class TestCommand:
 
 
 class TestTables:
+    def test_the_overview_has_a_row_for_each_contender_with_what_was_measured_and_what_it_offers(self, tmp_path: Path) -> None:
+        timed = {"stage": "others", "head": "qwen2.5", "student": "small", "teacher": "large", "tokens": 8192, "dtype": "bfloat16"}
+        timed |= {"loss": "forward_kl", "median_ms": 50.0, "ratio": 2.5, "peak_bytes": 3 * GIB, "contender": "fla"}
+        path = tmp_path / "gpu.jsonl"
+        path.write_text("\n".join(map(json.dumps, ({"device": "H9"}, timed, timed | {"loss": "jsd", "median_ms": 70.0}))))
+        of_tokens = {**ROW, "part": "tokens", "peak_bytes": 2 * GIB}
+        failed = {**part_of(ROW), "part": "tokens", "contender": "torchtune", "failed": "MemoryError"}
+        grown = {"rows": [of_tokens, of_tokens | {"tokens": 64, "ratio": 9.0}, failed]}
+        bf16 = [ROW | {"dtype": "bf16", "contender": "trl", "head_grad_error": error} for error in (1e-3, 4e-3, 2e-3)]
+        shown = overview.overview_table(path, grown, {"rows": [ROW, *bf16]})
+        cells = {row.split(" | ")[0].removeprefix("| "): row.split(" | ")[1:] for row in shown.splitlines() if row.startswith("| ")}
+        assert set(peers.OFFERS) <= set(cells)
+        assert {name: found[:3] for name, found in cells.items() if name in ("tokens", "trl", "fla", "torchtune", "eager")} == {
+            "tokens": ["–", "1.25; 2.0 GiB", "–"],
+            "trl": ["–", "–", "4.0e-03"],
+            "fla": ["50.0 ms, 2.50; 3.0 GiB", "–", "–"],
+            "torchtune": ["–", "failed", "–"],
+            "eager": ["–", "–", "–"],
+        }
+        assert cells["fla"][3:] == [*peers.OFFERS["fla"][1:], f"{peers.OFFERS['fla'].source} |"]
+        assert set(cells["vocab"][3:-1]) == {"″"}
+
     def test_the_comparison_shows_times_memory_errors_and_what_is_missing(self) -> None:
         rows = [
             ROW,

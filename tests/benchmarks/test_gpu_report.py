@@ -66,6 +66,12 @@ class TestReport:
             tmp_path, H100, row("vocab", 50.0), row("eager", 90.0, 1.1)
         )
 
+    def test_a_cross_entropy_is_no_loss_that_differs(self, tmp_path: Path) -> None:
+        loss = {"loss": "forward_kl"}
+        rows = row("vocab", 50.0) | loss, row("torchtune", 90.0, 7.0) | loss
+        assert "DIFFER" not in self.text(tmp_path, H100, *rows)
+        assert "DIFFER: vocab 1, eager 7" in self.text(tmp_path, H100, *rows, row("eager", 90.0, 7.0) | loss)
+
     def test_the_best_blocks_are_marked_for_each_kernel_and_together(self, tmp_path: Path) -> None:
         text = self.text(tmp_path, H100, blocks_row("wide", 20.0, 9.0), blocks_row("tall", 15.0, 10.0))
         words = [line.split() for line in text.splitlines()]
@@ -154,7 +160,9 @@ class TestPlan:
             for name in ("tokens", "tokens 1 GiB", gpu_times.CLUSTERED, gpu_times.OFFSETS, gpu_times.OFFSETS_CUDA, "vocab", "eager")
         ]
         (others,) = short["others"]
-        assert [item[2] for item in others.items[::2]] == ["liger", "liger triton", "trl", "compiled"]
+        assert [item[2] for item in others.items[::2]] == [
+            *("liger", "liger triton", "liger kl_div", "trl", "fla", "torchtune", "compiled")
+        ]
         assert {item[:2] for item in full["ours"][-1].items} == {
             (tokens, loss) for tokens in (2048, 4096, 8192, 16_384, 32_768) for loss in LOSSES
         }

@@ -120,6 +120,9 @@ class TestThroughTheInterpreter:
             if row["contender"] in ASKED:
                 assert "what it asks for takes no rows here" in row["failed"]
                 continue
+            if "skipped" in row:
+                assert row["loss"] != "forward_kl", row
+                continue
             if "failed" in row:
                 assert row["contender"] in gpu_times.WHEELS, row
                 assert gpu_times.WHEELS[row["contender"]] in row["failed"]
@@ -131,7 +134,8 @@ class TestThroughTheInterpreter:
     def test_the_contenders_computed_the_same_loss(self, run: Any) -> None:
         values: dict[str, list[float]] = {}
         for row in of(run, "ours", "loss_value") + of(run, "others", "loss_value"):
-            values.setdefault(row["loss"], []).append(row["loss_value"])
+            if (row["contender"], row["loss"]) not in contenders.CROSS_ENTROPY:
+                values.setdefault(row["loss"], []).append(row["loss_value"])
         for some in values.values():
             assert some == pytest.approx([some[0]] * len(some), rel=1e-4)
 

@@ -15,8 +15,8 @@ import torch
 
 from benchmarks import cases, compare, limits, linear, measure, runner
 from benchmarks.cases import Case, Head, key, problem
-from benchmarks.contenders import NotOfferedError
 from benchmarks.measure import Timed, interleaved, measured
+from benchmarks.peers import NotOfferedError
 from benchmarks.rows import File, Row, line, options, run
 from benchmarks.runner import Part, told
 from tests.support import memory
@@ -119,6 +119,8 @@ class TestFile:
         assert File(path, [CASE], keeps=True).rows == []
         path.write_text(json.dumps({"machine": here | {"date": "long ago"}, "rows": [CASE.facts]}))
         assert File(path, [CASE], keeps=True).rows == [CASE.facts]
+        path.write_text(json.dumps({"machine": {fact: here[fact] for fact in here if fact != "trl"}, "rows": [CASE.facts]}))
+        assert File(path, [CASE], keeps=True).rows == [CASE.facts], "it was not there, so it had no part in them"
         path.write_text(json.dumps({"machine": here | {"torch": "2"}, "rows": [CASE.facts]}))
         with pytest.raises(ValueError, match=r"torch '2'.*run all"):
             File(path, [CASE], keeps=True)

@@ -184,6 +184,16 @@ def test_each_ratio_is_drawn_once_and_each_failure_is_a_word() -> None:
     assert len(figure.axes) == len({(row["loss"], row["head"]) for row in results["rows"]}) + 1, "7 panels in rows of 4"
 
 
+@pytest.mark.parametrize(("picture", "rows"), [("compare", compare_results), ("growth", growth_results)])
+def test_who_is_skipped_everywhere_has_no_place(picture: str, rows: Any) -> None:
+    results = rows()
+    facts = {key: value for key, value in results["rows"][0].items() if key not in ("ratio", "ratios", "peak_bytes", "failed")}
+    results["rows"].insert(0, facts | {"contender": "fla", "skipped": "its kernels are Triton's alone"})
+    before, after = (plots.PICTURES[picture](shown) for shown in (rows(), results))
+    assert texts(after) == texts(before)
+    assert len(after.axes[0].get_lines()) == len(before.axes[0].get_lines())
+
+
 def test_growth_has_each_figure_at_its_size_and_a_cross_for_each_failure() -> None:
     results = growth_results()
     figure = plots.growth(results)

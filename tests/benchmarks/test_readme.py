@@ -16,7 +16,7 @@ def test_the_tables_come_from_the_results_files(page: str) -> None:
     assert readme.updated(TEXTS[page]) == TEXTS[page], "run python -m benchmarks.readme"
 
 
-@pytest.mark.parametrize("mark", [*readme.SECTIONS, "door", "gpu", "roofline"])
+@pytest.mark.parametrize("mark", [*readme.SECTIONS, "door", "overview", "gpu", "roofline"])
 def test_every_table_has_its_place(mark: str) -> None:
     assert sum(text.count(f"<!-- {mark} -->") for text in TEXTS.values()) == 1
 
