@@ -338,8 +338,8 @@ def training_table(results: dict[str, Any]) -> str:
     ]
     sections = [
         f"{_where(results['machine'], 'transformers', *PEERS)}. Forward KL, {one['dtype']}, V = {one['vocab']:,}, hidden sizes "
-        f"{one['student_dim']} and {one['teacher_dim']}, two layers, one sequence with N predicted tokens a step; each process may hold "
-        f"{one['limit'] / GIB:g} GiB. Medians, and peak memory above models, gradients and optimizer state (in parentheses, above "
+        f"{one['student_dim']} and {one['teacher_dim']}, two layers, one sequence with N predicted tokens a step; each process may "
+        f"hold {one['limit'] / GIB:g} GiB. Medians; peak memory above models, gradients and optimizer state (in parentheses, above "
         "models and optimizer state alone).",
         *tables,
         "The first counted step's loss against float64:",
