@@ -29,17 +29,18 @@ demo: setup
 test: setup
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadscope
 
-# About two hours on 2 cores, which should have nothing else to do.
 # The documentation's site, with warnings as errors; NO_MKDOCS_2_WARNING: its makers' advice on another program.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet
 	@echo "build/site/index.html"
 
+# Two to three hours on 2 cores, which should have nothing else to do.
 bench: setup
 	$(PY) -m pytest -o addopts= benchmarks --benchmark-only
 	$(PY) -m benchmarks.linear
 	$(PY) -m benchmarks.compare
 	$(PY) -m benchmarks.limits
+	$(PY) -m benchmarks.training
 	$(PY) -m benchmarks.plots
 	$(PY) -m benchmarks.readme
 

@@ -37,7 +37,7 @@ from benchmarks.cases import GIB, MIB, Case, Head, Problem, problem
 from benchmarks.contenders import STRATEGIES, loss_of
 from benchmarks.exact import Exact
 from benchmarks.measure import measured, stepped
-from benchmarks.rows import Row, alone, options, run
+from benchmarks.rows import Row, alone, growing, options, run
 
 FILES = dict.fromkeys(("largest", "tokens", "vocab", "break-even"), "limits.json")
 CONTENDERS = ("tokens", "vocab", "eager", "compiled")
@@ -143,18 +143,7 @@ def measure(case: Case, repeats: int) -> Row:
 
 
 def rows(chosen: list[Case], repeats: int) -> Iterator[Row]:
-    """A row for each case; none of a sweep is run behind one at which the same contender failed."""
-    failed: dict[tuple[str, str], Row] = {}
-    for case in chosen:
-        before = failed.get((case.part, case.contender))
-        if before is not None:
-            letter = "N" if case.part == "tokens" else "V"
-            yield case.facts | {"skipped": f"not run: it failed at {letter} = {before[case.part]:,}"}
-            continue
-        for row in alone(case, measure, repeats):
-            if "failed" in row and case.part in ("tokens", "vocab"):
-                failed[case.part, case.contender] = row
-            yield row
+    return growing(chosen, lambda case: alone(case, measure, repeats))
 
 
 def main() -> int:

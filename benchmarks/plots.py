@@ -4,6 +4,7 @@
     growth.json   -> growth.png    that ratio and peak memory, against N and against V
     limits.json   -> limits.png    memory under a limit against N and against V, and the strategies' break-even
     methods.json  -> methods.png   held-out loss, accuracy and time of the training methods
+    training.json -> training.png  tokens per second and memory of whole steps against the length of a sequence
 
 Nothing is measured here. Colours are those of Okabe and Ito, which stay apart for colour-blind readers, and each contender has a
 marker of its own besides. A case without figures is in the picture too: as a word or a cross where its figure would be.
@@ -47,8 +48,17 @@ STYLES = {
     "liger compiled": (SKY, "X"),
     "trl": (BLACK, "d"),
     "torchtune": (GREY, "h"),
+    "KDTrainer": (BLUE, "o"),
+    "accelerate, kd": (GREEN, "s"),
+    "accelerate, eager": (VERMILION, "^"),
+    "TRL GKD": (ORANGE, "D"),
+    "TRL GKD, patched": (SKY, "P"),
+    "TRL GKD, Liger's loss": (PURPLE, "v"),
+    "TRL Distillation": (BLACK, "d"),
+    "TRL Distillation, patched": (BLUE, "X"),
 }
 LOSS_NAMES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "jsd": "JSD", "taid": "TAID"}
+SPEED_TICKS = [mantissa * 10.0**exponent for exponent in range(7) for mantissa in (1, 2, 5)]
 RATIO_TICKS = (0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0)
 RC: dict[Any, Any] = {
     "font.size": 9,
@@ -379,11 +389,40 @@ def methods(results: dict[str, Any]) -> Figure:
     return figure
 
 
+def training(results: dict[str, Any]) -> Figure:
+    """Tokens per second of whole steps, and their memory above models, gradients and optimizer state, against the tokens."""
+    rows = [
+        row | {"speed": row["tokens"] / row["seconds"], "scratch": row["peak_bytes"] - row["returned_bytes"]}
+        if _has_figures(row)
+        else row
+        for row in results["rows"]
+    ]
+    measured = [row for row in rows if _has_figures(row)]
+    contenders = _in_order(row["contender"] for row in measured)
+    figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.8), layout="constrained")
+    for axes, key, label in zip(panels, ("speed", "scratch"), ("tokens per second", "peak memory of a step"), strict=True):
+        for contender in contenders:
+            _line(axes, _series(rows, contender, "tokens"), contender, "tokens", key)
+        _size_axis(axes, sorted({row["tokens"] for row in rows}), "predicted tokens N of a sequence")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.25, linewidth=0.6)
+    if measured:
+        speeds = [row["speed"] for row in measured]
+        _ticks(_log(panels[0], "y"), SPEED_TICKS, "{:,.0f}".format)
+        panels[0].set_ylim(min(speeds) / 1.4, max(speeds) * 2)  # room for the crosses
+        _bytes_axis(panels[1], "y", [row["scratch"] for row in measured], room=4)
+    _crosses(panels, rows, contenders, "tokens")
+    _legend(figure, [*_contender_handles(contenders), _cross()], columns=5)
+    _caption(figure, results["machine"], "Memory above models, gradients and optimizer state")
+    return figure
+
+
 PICTURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "compare": compare,
     "growth": growth,
     "limits": limits,
     "methods": methods,
+    "training": training,
 }
 
 

@@ -129,10 +129,15 @@ def _largest_table(rows: list[Row]) -> list[str]:
 
 
 def _reason(row: Row) -> str:
-    """Why a row has no figures, without the place in the allocator's source that its message starts with."""
-    text = re.sub(r"\[enforce fail at [^\]]*\]\s*(err == 0\.)?\s*", "", row["failed"])
+    """Why a row has no figures."""
+    return f"failed: {_plain(row['failed'])}"
+
+
+def _plain(reason: str) -> str:
+    """Without the place in the allocator's source that its message starts with."""
+    text = re.sub(r"\[enforce fail at [^\]]*\]\s*(err == 0\.)?\s*", "", reason)
     text = re.sub(r"\d{7,}", lambda size: f"{int(size[0]):,}", text)
-    return f"failed: {text if len(text) <= 160 else text[:157] + '...'}"
+    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def _break_even_table(rows: list[Row]) -> list[str]:
@@ -215,7 +220,7 @@ def _missing(rows: list[Row]) -> str:
         for kind in ("failed", "skipped"):
             if kind in row:
                 at = f"{row['loss']} at {row['head']} {row['dtype']}, N = {row['tokens']:,}, V = {row['vocab']:,}"
-                found.setdefault((row["contender"], kind, row[kind]), []).append(at)
+                found.setdefault((row["contender"], kind, _plain(row[kind])), []).append(at)
     lines = []
     for (contender, kind, reason), places in found.items():
         at = "" if kind == "skipped" else f" ({'; '.join(dict.fromkeys(places))})"
@@ -231,13 +236,14 @@ def _error_table(rows: list[Row]) -> str:
     """The largest relative error of each contender in each dtype, over heads, losses and masks."""
     measured = [row for row in rows if "ratio" in row]
     dtypes = list(dict.fromkeys(row["dtype"] for row in measured))
+    errors = {error: title for error, title in ERRORS.items() if any(error in row for row in measured)}
     lines = [
-        "| largest relative error | " + " | ".join(f"{dtype} {title}" for dtype in dtypes for title in ERRORS.values()) + " |",
-        "|---|" + "---|" * (len(dtypes) * len(ERRORS)),
+        "| largest relative error | " + " | ".join(f"{dtype} {title}" for dtype in dtypes for title in errors.values()) + " |",
+        "|---|" + "---|" * (len(dtypes) * len(errors)),
     ]
     for contender in dict.fromkeys(row["contender"] for row in measured):
         of = {dtype: [row for row in measured if (row["contender"], row["dtype"]) == (contender, dtype)] for dtype in dtypes}
-        lines.append(f"| {contender} | {' | '.join(_largest(of[dtype], error) for dtype in dtypes for error in ERRORS)} |")
+        lines.append(f"| {contender} | {' | '.join(_largest(of[dtype], error) for dtype in dtypes for error in errors)} |")
     return "\n".join(lines)
 
 
@@ -303,6 +309,35 @@ def growth_table(results: dict[str, Any]) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def training_table(results: dict[str, Any]) -> str:
+    """Speed and memory of whole steps against the length of a sequence. results: what training.json holds."""
+    rows: list[Row] = results["rows"]
+    one = rows[0]
+
+    def speed(row: Row) -> str:
+        return f"{row['tokens'] / row['seconds']:,.0f} ({row['ratio']:.2f})"
+
+    def memory(row: Row) -> str:
+        return f"{_scratch(row):,.0f} ({row['peak_bytes'] / MIB:,.0f})"
+
+    columns = {size: f"N = {size:,}" for size in sorted({row["tokens"] for row in rows})}
+    tables = [
+        grid(corner, columns, rows, operator.itemgetter("tokens"), cell)
+        for corner, cell in (("tokens/s (time over the bare work)", speed), ("MiB (gradients included)", memory))
+    ]
+    sections = [
+        f"{_where(results['machine'], 'transformers', *PEERS)}. Forward KL, {one['dtype']}, V = {one['vocab']:,}, hidden sizes "
+        f"{one['student_dim']} and {one['teacher_dim']}, two layers, one sequence with N predicted tokens a step; each process may "
+        f"hold {one['limit'] / GIB:g} GiB. Medians; peak memory above models, gradients and optimizer state (in parentheses, above "
+        "models and optimizer state alone).",
+        *tables,
+        "The first counted step's loss against float64:",
+        _error_table(rows),
+        _missing(rows),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
 def gpu_table(path: Path) -> str:
     """Times and memory of a result file of benchmarks.gpu, and how its checks went."""
     machines, found, _ = gpu_report.read(path)
@@ -336,6 +371,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "measured": ("linear.json", linear_table),
     "methods": ("methods.json", methods_table),
     "offsets": ("offsets.json", offsets.error_table),
+    "training": ("training.json", training_table),
 }
 
 

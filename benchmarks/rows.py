@@ -1,4 +1,4 @@
-"""Result files of rows, and the command that fills them: what benchmarks.compare, limits and linear share.
+"""Result files of rows, and the command that fills them: what benchmarks.compare, limits, linear and training share.
 
 A file is {"machine": …, "rows": [...]}, written after each row. A row has the facts of its case and what was measured, or says why
 there is nothing in "failed" or "skipped".
@@ -69,6 +69,23 @@ def alone(case: Case, measure: Measure, repeats: int) -> Iterator[Row]:
     return runner.rows(Part("case", opened, (measure, repeats), ((case,),), TIMEOUT))
 
 
+SWEEPS = {"tokens": "N", "vocab": "V"}  # parts that are named by what grows in them, and its letter
+
+
+def growing(chosen: list[Case], measured: Callable[[Case], Iterable[Row]]) -> Iterator[Row]:
+    """A row for each case; none of a sweep is run behind one at which the same contender failed."""
+    failed: dict[tuple[str, str], Row] = {}
+    for case in chosen:
+        before = failed.get((case.part, case.contender))
+        if before is not None:
+            yield case.facts | {"skipped": f"not run: it failed at {SWEEPS[case.part]} = {before[case.part]:,}"}
+            continue
+        for row in measured(case):
+            if "failed" in row and case.part in SWEEPS:
+                failed[case.part, case.contender] = row
+            yield row
+
+
 def line(row: Row) -> str:
     """A row, for the terminal."""
     for reason in ("failed", "skipped"):
@@ -80,8 +97,9 @@ def line(row: Row) -> str:
     parts += [f"{row['seconds']:.2f} s", f"{row['peak_bytes'] / MIB:.0f} MiB, {row['returned_bytes'] / MIB:.0f} of them gradients"]
     if "planned_peak_bytes" in row:
         parts.append(f"planned {row['planned_seconds']:.2f} s, {row['planned_peak_bytes'] / MIB:.0f} MiB")
-    if "value_error" in row:
-        parts.append("errors " + " ".join(f"{row[f'{of}_error']:.0e}" for of in ("value", "hidden_grad", "head_grad")))
+    errors = [f"{row[f'{of}_error']:.0e}" for of in ("value", "hidden_grad", "head_grad") if f"{of}_error" in row]
+    if errors:
+        parts.append(f"errors {' '.join(errors)}")
     return "  ".join([name(row), *parts])
 
 

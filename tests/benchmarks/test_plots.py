@@ -126,7 +126,28 @@ def methods_results() -> dict[str, Any]:
     return {"machine": MACHINE, "steps": 500, "seeds": [0, 1, 2], "teacher": {"loss": 4.05}, "runs": runs}
 
 
-MADE_UP = {"compare": compare_results, "growth": growth_results, "limits": limits_results, "methods": methods_results}
+def training_results() -> dict[str, Any]:
+    """Two loops whose memory is flat, one that fails from 2,048 tokens on, and one that never ran."""
+    rows: list[dict[str, Any]] = []
+    for contender, copies in (("KDTrainer", 0), ("TRL GKD, patched", 0), ("TRL GKD", 8), ("TRL GKD, use_liger_kernel", 99)):
+        for tokens in (256, 512, 1024, 2048, 4096):
+            row = {"part": "tokens", "contender": contender, "dtype": "fp32", "tokens": tokens, "vocab": 151_936}
+            scratch = 400 * MIB + copies * tokens * 151_936 * 4
+            if scratch > 8 * GIB:
+                row["failed"] = "RuntimeError: DefaultCPUAllocator: can't allocate memory"
+            else:
+                row |= {"seconds": tokens / (900 + copies), "peak_bytes": scratch + 150 * MIB, "returned_bytes": 150 * MIB}
+            rows.append(row)
+    return {"machine": MACHINE, "rows": rows}
+
+
+MADE_UP = {
+    "compare": compare_results,
+    "growth": growth_results,
+    "limits": limits_results,
+    "methods": methods_results,
+    "training": training_results,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -220,6 +241,16 @@ def test_who_meets_the_limit_is_a_cross_on_its_line() -> None:
     assert [x / MIB for line in hollow for x in line.get_xdata()] == [budget for budget in budgets if 0.6 + 4.0 / budget > 1.2]
 
 
+def test_whole_steps_have_each_figure_at_its_length_and_a_cross_for_each_failure() -> None:
+    speed, memory = plots.training(training_results()).axes
+    tokens = [256, 512, 1024, 2048, 4096]
+    assert points(speed, plots.BLUE, "o") == [(size, 900.0) for size in tokens]
+    assert points(memory, plots.SKY, "P") == [(size, 400 * MIB) for size in tokens]
+    assert points(memory, plots.ORANGE, "D") == [(size, 400 * MIB + 8 * size * 151_936 * 4) for size in tokens[:3]]
+    assert [x for x, _ in points(speed, plots.ORANGE, "x")] == tokens[3:]
+    assert points(memory, plots.GREY, "x") == [], "who never ran has no line to end"
+
+
 def test_a_run_that_is_not_done_is_drawn_as_far_as_it_is() -> None:
     """Results are written after every process, so any of them may be all there is."""
     for name in ("growth", "limits"):
@@ -233,6 +264,8 @@ def test_a_run_that_is_not_done_is_drawn_as_far_as_it_is() -> None:
     plots.compare(alone).draw_without_rendering()
     failed = {"machine": MACHINE, "rows": [row for row in limits_results()["rows"] if "failed" in row]}
     plots.limits(failed).draw_without_rendering()
+    never = {"machine": MACHINE, "rows": [row for row in training_results()["rows"] if "failed" in row]}
+    plots.training(never).draw_without_rendering()
     plots.limits({"machine": MACHINE, "rows": []}).draw_without_rendering()
 
 

@@ -16,16 +16,21 @@ def status(key: str) -> int:
     return int(match[1]) * 1024
 
 
-def peak_above(run: Callable[[], object]) -> int:
-    """Bytes by which the process's resident memory rose above its start while ``run`` ran (Linux).
+def mark() -> int:
+    """Starts the high-water mark of the resident memory (VmHWM) anew, and returns what is resident now, in bytes (Linux).
 
-    What the C library holds of memory freed before is given back first: ``run`` would use it without a rise.
+    What the C library holds of memory freed before is given back first: it would be used without a rise.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
     if trim is not None:
         trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
+    return status("VmRSS")
+
+
+def peak_above(run: Callable[[], object]) -> int:
+    """Bytes by which the process's resident memory rose above its start while ``run`` ran (Linux)."""
+    before = mark()
     run()
     return status("VmHWM") - before
