@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 import subprocess
 import sys
@@ -41,10 +42,16 @@ class TestClusterKernel:
     def test_every_divergence_with_nothing_and_with_everything_in_both_cuts(self) -> None:
         limits = TARGETS["sm_90"]
         found = static_cluster.launches(torch.bfloat16, limits.shared, limits.shared_all)
-        switches = [name for name, _ in found[0][1] if name not in ("KD_PAIR", "KD_WEIGH", "KD_FLAT", "KD_GRAD", "KD_OUT")]
-        settings = {(name, *(dict(macros)[one] for one in switches), shape.blocks) for name, macros, shape in found}
+        switches = [
+            name for name, _ in found[0][1] if name not in ("KD_PAIR", "KD_WEIGH", "KD_METRICS", "KD_FLAT", "KD_GRAD", "KD_OUT")
+        ]
+        settings = {
+            (name, dict(macros)["KD_METRICS"], *(dict(macros)[one] for one in switches), shape.blocks)
+            for name, macros, shape in found
+        }
         assert settings == {
-            (name, *[dressed] * len(switches), blocks) for name in kd.divergences() for dressed in (0, 1) for blocks in (1, 3)
+            (name, metrics, *[dressed] * len(switches), blocks)
+            for name, metrics, dressed, blocks in itertools.product(kd.divergences(), (0, 1), (0, 1), (1, 3))
         }
         assert len(found) == len(settings)
 
