@@ -98,6 +98,16 @@ def test_of_equal_logits_the_first_is_the_largest(t: float) -> None:
     assert_metrics(found, one)
 
 
+def test_the_teachers_largest_is_its_own_where_the_target_is_mixed() -> None:
+    """One thread has both columns, in either order: the target's largest is the student's, far above the teacher's."""
+    x, z = 10 * peaks((0,), (257,), (257,)), peaks((257,), (0,), (257,))
+    one = replace(problem("jsd", 0, VOCAB, 1.0, t=0.4), x=x, z=z)
+    with cut(2, 2):
+        found = one.run(metrics=True)
+    assert found["agreement"].tolist() == [0, 0, 1]
+    assert_metrics(found, one)
+
+
 class TestSpecialValues:
     @every_divergence
     @pytest.mark.parametrize("model", ["student", "teacher", "both", "apart"])
