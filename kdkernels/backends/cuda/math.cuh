@@ -277,16 +277,6 @@ struct Sums {
 #endif
 };
 
-KD_INLINE void add(Sums& to, const Sums& more) {
-  to.value += more.value;
-  to.slope += more.slope;
-#if KD_METRICS
-  to.target_entropy += more.target_entropy;
-  to.student_entropy += more.student_entropy;
-  to.overlap += more.overlap;
-#endif
-}
-
 // A slope that compares (total variation) can hide a NaN that the value shows.
 KD_INLINE Sums shown(Sums sums) {
   if (sums.value != sums.value) sums.slope = sums.value;
@@ -315,12 +305,12 @@ KD_INLINE Sums value_and_slope(float x, float y, const Row& row, const Terms& te
 // 0 log 0 = 0
 KD_INLINE float entropy_term(float log_probability) { return banned(log_probability) ? 0.f : -exp(log_probability) * log_probability; }
 
-// The metrics of an entry. z: the teacher's, which the target y is at t = 1.
-KD_INLINE void measure(Sums& of, float x, float y, float z, const Row& row) {
+// The metrics of an entry more. z: the teacher's, which the target y is at t = 1.
+KD_INLINE void measure(Sums& to, float x, float y, float z, const Row& row) {
   const float lq = (x - row.x_max) - row.x_log;
-  of.target_entropy = entropy_term((y - row.y_max) - row.y_log);
-  of.student_entropy = entropy_term(lq);
-  of.overlap = minimum(exp(lq), exp((z - row.z_max) - row.z_log));
+  to.target_entropy += entropy_term((y - row.y_max) - row.y_log);
+  to.student_entropy += entropy_term(lq);
+  to.overlap += minimum(exp(lq), exp((z - row.z_max) - row.z_log));
 }
 #endif
 

@@ -30,24 +30,24 @@ typedef long long int64;
 template <class T>
 constexpr int PARTS = (sizeof(T) + sizeof(float4) - 1) / sizeof(float4);
 
-template <class T>
-__device__ __forceinline__ T of_lane(const T& of, int lane) {
-  float fields[sizeof(T) / sizeof(float)];
-  memcpy(fields, &of, sizeof(T));
-#pragma unroll
-  for (float& field : fields) field = of_lane(field, lane);
-  T found;
-  memcpy(&found, fields, sizeof(T));
-  return found;
+// (By name: through an array the compiler takes more registers for it.)
+__device__ __forceinline__ Statistics of_lane(const Statistics& of, int lane) {
+  return {of_lane(of.x_max, lane),   of_lane(of.x_sum, lane), of_lane(of.y_max, lane),  of_lane(of.y_sum, lane),
+          of_lane(of.one_sum, lane), of_lane(of.mass, lane),  of_lane(of.moment, lane), of_lane(of.label_logit, lane),
+#if KD_METRICS
+          of_lane(of.z_max, lane),   of_lane(of.z_sum, lane), of_lane(of.x_at, lane),   of_lane(of.z_at, lane)
+#endif
+  };
 }
 
 // To that block of the cluster, which counts the bytes by ``sent``. place, sent: as in this block.
 template <class T>
 __device__ __forceinline__ void send(const T& of, float4 (&place)[PARTS<T>], barrier* sent, int block) {
+  const unsigned to = in_block(address(place), block), by = in_block(address(sent), block);
   float4 parts[PARTS<T>] = {};
   memcpy(parts, &of, sizeof(T));
 #pragma unroll
-  for (int k = 0; k < PARTS<T>; k++) send(in_block(address(place + k), block), parts[k], in_block(address(sent), block));
+  for (int k = 0; k < PARTS<T>; k++) send(to + k * sizeof(float4), parts[k], by);
 }
 
 template <class T>
@@ -70,7 +70,15 @@ __device__ __forceinline__ void merge_lanes(Statistics& of, float temperature) {
 
 __device__ __forceinline__ void merge_lanes(Sums& of) {
   const int lane = threadIdx.x % 32;
-  for (int mask = 16; mask; mask /= 2) add(of, of_lane(of, lane ^ mask));
+  for (int mask = 16; mask; mask /= 2) {
+    of.value += of_lane(of.value, lane ^ mask);
+    of.slope += of_lane(of.slope, lane ^ mask);
+#if KD_METRICS
+    of.target_entropy += of_lane(of.target_entropy, lane ^ mask);
+    of.student_entropy += of_lane(of.student_entropy, lane ^ mask);
+    of.overlap += of_lane(of.overlap, lane ^ mask);
+#endif
+  }
 }
 
 #if KD_OUT == 0
@@ -166,12 +174,12 @@ __device__ __forceinline__ Sums sums(const float* x, float* y, int count, float 
 #pragma unroll
     for (int k = 0; k < 4; k++) {
       const float target = AT_ONE || !METRICS ? v[k] : mixed(u[k], v[k], t);
-      Sums entry = value_and_slope<KD_PAIR>(u[k], target, row, of.terms);
-      slopes[k] = entry.slope;
+      const Sums entry = value_and_slope<KD_PAIR>(u[k], target, row, of.terms);
+      found.value += entry.value;
+      found.slope += slopes[k] = entry.slope;
 #if KD_METRICS
-      measure(entry, u[k], target, v[k], row);
+      measure(found, u[k], target, v[k], row);
 #endif
-      add(found, entry);
     }
     *reinterpret_cast<float4*>(y + at) = {slopes[0], slopes[1], slopes[2], slopes[3]};
   }
@@ -249,7 +257,8 @@ __device__ __forceinline__ void compute(float* x, float* y, int begin, int count
       if (lane < CLUSTER) send(found, shared.statistics[parity][rank], shared.statistics_sent + parity, lane);
     }
     await_sent(shared.statistics_sent + parity, used);
-    found = lane < CLUSTER ? received<Statistics>(shared.statistics[parity][lane]) : no_statistics();
+    found = no_statistics();
+    if (lane < CLUSTER) found = received<Statistics>(shared.statistics[parity][lane]);
     merge_lanes(found, temperature);
     const Row row = finished(found, temperature);
 
