@@ -9,8 +9,8 @@ is printed (--all: each): registers of a thread, bytes spilled to memory, shared
 instructions, and occupancy, the share of the multiprocessor's warps that fit.
 
 The cluster row kernel (static_cluster.py) is compiled by NVRTC for sm_90 and sm_100, of a plain loss and of one with everything,
-for rows that leave room for three blocks on a multiprocessor and for longer ones; the product in CUDA C++ (static_product.py) for
-sm_90a.
+with and without metrics, for rows that leave room for three blocks on a multiprocessor and for longer ones; the product in CUDA
+C++ (static_product.py) for sm_90a.
 
 For Triton's row kernels a second table, of NVIDIA's machine code: instructions per logit in each sweep of a plain loss (no bias,
 softcap, temperature or cross-entropy; float32 logits, or 16-bit offsets), at t = 1 and at t < 1, and the widths in bits of the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -43,22 +44,23 @@ def recorded() -> Iterator[list[tuple[str, rows.Macros, rows.Shape]]]:
 
 
 def launches(dtype: torch.dtype, of_block: int, of_multiprocessor: int) -> list[tuple[str, rows.Macros, rows.Shape]]:
-    """Every divergence with nothing and with everything that a loss can have, in both cuts. dtype: of dx. of_block,
-    of_multiprocessor: bytes of shared memory."""
+    """Every divergence with nothing and with everything that a loss can have, with and without metrics, in both cuts. dtype: of
+    dx. of_block, of_multiprocessor: bytes of shared memory."""
     with recorded() as found:
         for vocab in VOCABULARIES:
             x, z, dx = torch.empty(ROWS, vocab), torch.empty(ROWS, vocab), torch.empty(ROWS, vocab, dtype=dtype)
             bias, labels = torch.empty(vocab), torch.zeros(ROWS, dtype=torch.int64)
             with mock.patch.object(rows, "_shapes", return_value=rows.shapes_of(vocab, of_block, of_multiprocessor)[:1]):
-                for name in kd.divergences():
+                for name, metrics in itertools.product(kd.divergences(), (False, True)):
                     weights, a = (torch.ones(ROWS), torch.ones(()), name), resolve(name).a
-                    rows.row_loss(x, z, None, None, None, *weights, a, 1.0, 1.0, 0.0, [1.0, 0.0, 1.0, 0.0], dx, False)
-                    rows.row_loss(x, z, bias, bias, labels, *weights, a, 2.0, 1.0, 0.5, [0.5, 30.0, 0.5, 30.0], dx, False)
+                    rows.row_loss(x, z, None, None, None, *weights, a, 1.0, 1.0, 0.0, [1.0, 0.0, 1.0, 0.0], dx, metrics)
+                    rows.row_loss(x, z, bias, bias, labels, *weights, a, 2.0, 1.0, 0.5, [0.5, 30.0, 0.5, 30.0], dx, metrics)
     return found
 
 
 def compiled(divergence: str, macros: rows.Macros, shape: rows.Shape, architecture: str, dtype: str) -> Compiled:
     options = (*rows.OPTIONS, "--ptxas-options=-v")
+    of = dict(macros)
     _, log = compile.compiled(rows.source(divergence, macros, shape), options, architecture)
     registers, static = (
         int(found[1]) if (found := re.search(form, log)) else 0 for form in (r"Used (\d+) reg", r"(\d+) bytes smem")
@@ -67,7 +69,7 @@ def compiled(divergence: str, macros: rows.Macros, shape: rows.Shape, architectu
         architecture,
         dtype,
         CLUSTER,
-        divergence + ("" if dict(macros)["KD_CE"] else PLAIN),
+        divergence + (", metrics" if of["KD_METRICS"] else "") + ("" if of["KD_SCALED"] else PLAIN),
         f"{shape.cluster} x {shape.slice}",
         registers,
         sum(map(int, re.findall(r"(\d+) bytes spill", log))),

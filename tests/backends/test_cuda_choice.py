@@ -29,11 +29,13 @@ class Device:
         self.errors: dict[tuple[str, int], Exception] = {}
         self.clusters: dict[int, int] = {}
         self.asked: list[tuple[str, int]] = []
+        self.macros: list[dict[str, int | str]] = []
         self.started: list[tuple[str, int]] = []
 
     def kernel(self, divergence: str, macros: rows.Macros, shape: rows.Shape, device: torch.device) -> tuple[Any, int]:
         of = divergence, shape.cluster
         self.asked.append(of)
+        self.macros.append(dict(macros))
         if isinstance(self.errors.get(of), CompileError | OSError):
             raise self.errors[of]
 
@@ -44,11 +46,11 @@ class Device:
 
         return mock.Mock(launch=launch), self.clusters.get(shape.cluster, MULTIPROCESSORS // shape.cluster)
 
-    def run(self, divergence: str) -> bool:
+    def run(self, divergence: str, metrics: bool = False) -> bool:
         """Whether it is done."""
         x, z = torch.zeros(2, 3, VOCAB)
-        options = (None, None, None, torch.ones(3), torch.ones(()), divergence, 0.5, 1.0, 1.0, 0.0, [1.0, 0.0, 1.0, 0.0], x, False)
-        return rows.row_loss(x, z, *options) is not None
+        options = (None, None, None, torch.ones(3), torch.ones(()), divergence, 0.5, 1.0, 1.0, 0.0, [1.0, 0.0, 1.0, 0.0], x)
+        return rows.row_loss(x, z, *options, metrics) is not None
 
 
 @pytest.fixture
@@ -104,6 +106,15 @@ def test_too_few_clusters_at_a_time_are_left_for_others(device: Device, caplog: 
     device.clusters[4] = 0
     assert not device.run("jsd")
     assert [message for message in caplog.messages if "0 clusters of 2 blocks" in message] == caplog.messages[:1]
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
+def test_metrics_are_made_here_too_in_two_sweeps(name: str, device: Device) -> None:
+    assert device.run(name, metrics=True)
+    assert device.started == [(name, 2)]
+    assert [(of["KD_METRICS"], of["KD_WEIGH"]) for of in device.macros] == [(1, 0)]
+    assert device.run(name)
+    assert device.macros[-1]["KD_METRICS"] == 0
 
 
 class TestTime:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from benchmarks import static, static_cluster, static_launches, static_product
 from benchmarks.compiled import CLUSTER, PRODUCT, ROW_KERNELS, TARGETS, Compiled
 from benchmarks.machine_code import Sweep, stores_of, sweeps_of
 from benchmarks.static_launches import BARE, KERNELS, ODD, PLAIN, VALUE, Launch, launches
-from kdkernels.backends.cuda import compile, product
+from kdkernels.backends.cuda import compile, product, rows
 from kdkernels.backends.triton.blocks import LEAN, TABLE
 from kdkernels.planning.roofline import OFFSETS_INSTRUCTIONS, ROW_INSTRUCTIONS
 from tests.support import ROOT
@@ -41,22 +42,30 @@ class TestClusterKernel:
     def test_every_divergence_with_nothing_and_with_everything_in_both_cuts(self) -> None:
         limits = TARGETS["sm_90"]
         found = static_cluster.launches(torch.bfloat16, limits.shared, limits.shared_all)
-        switches = [name for name, _ in found[0][1] if name not in ("KD_PAIR", "KD_WEIGH", "KD_FLAT", "KD_GRAD", "KD_OUT")]
-        settings = {(name, *(dict(macros)[one] for one in switches), shape.blocks) for name, macros, shape in found}
+        switches = [
+            name for name, _ in found[0][1] if name not in ("KD_PAIR", "KD_WEIGH", "KD_METRICS", "KD_FLAT", "KD_GRAD", "KD_OUT")
+        ]
+        settings = {
+            (name, dict(macros)["KD_METRICS"], *(dict(macros)[one] for one in switches), shape.blocks)
+            for name, macros, shape in found
+        }
         assert settings == {
-            (name, *[dressed] * len(switches), blocks) for name in kd.divergences() for dressed in (0, 1) for blocks in (1, 3)
+            (name, metrics, *[dressed] * len(switches), blocks)
+            for name, metrics, dressed, blocks in itertools.product(kd.divergences(), (0, 1), (0, 1), (1, 3))
         }
         assert len(found) == len(settings)
 
     @pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
     def test_what_the_assembler_says_of_it(self, architecture: str) -> None:
         limits = TARGETS[architecture]
-        launch = static_cluster.launches(torch.bfloat16, limits.shared, limits.shared_all)[0]
-        made = static_cluster.compiled(*launch, architecture, "bf16")
-        assert 32 <= made.registers <= 72, "of three blocks of 9 warps"
-        assert made.spilled == 0
-        assert launch[2].shared < made.shared <= limits.shared_all // 3
-        assert made.warps == 9
+        found = static_cluster.launches(torch.bfloat16, limits.shared, limits.shared_all)
+        for metrics in (0, 1):
+            launch = next(one for one in found if dict(one[1])["KD_METRICS"] == metrics)
+            made = static_cluster.compiled(*launch, architecture, "bf16")
+            assert 32 <= made.registers <= 72, "of three blocks of 9 warps"
+            assert made.spilled == 0
+            assert launch[2].shared < made.shared <= launch[2].shared + rows.REST - 1024 <= limits.shared_all // 3 - 1024
+            assert made.warps == 9
 
     def test_a_spill_is_a_fault_and_nothing_about_matrix_units_is(self) -> None:
         good = replace(GOOD, kernel=CLUSTER, tensor_cores=0)

@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from kdkernels.backends.columns import Row
 from kdkernels.backends.cuda import rows
 from kdkernels.divergences import resolve
 from tests.support import cxx, oracle
@@ -108,8 +109,8 @@ class Problem:
     labels: Tensor | None = None
     weight: Tensor | None = None
 
-    def plain(self, dtype: torch.dtype) -> Result:
-        """The formulas with autograd."""
+    def plain(self, dtype: torch.dtype, metrics: bool = False) -> Result:
+        """The formulas with autograd. metrics: with those, of each row, besides."""
 
         def after(v: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
             v = (v if bias is None else v + bias.to(dtype)) * scale
@@ -119,10 +120,20 @@ class Problem:
             return after(x, self.biases[0], *self.heads[:2]), after(self.z.to(dtype), self.biases[1], *self.heads[2:])
 
         found = oracle.with_gradients(logits, {"x": self.x}, dtype, self.labels, self.weight, self.options)
-        return {"losses": found["losses"], "x": found["x"]}
+        result = {"losses": found["losses"], "x": found["x"]}
+        if metrics:
+            x, z = logits(self.x.to(dtype))
+            of_rows = [
+                oracle.metrics(
+                    x[row], z[row], *(None if of is None else of[row] for of in (self.labels, self.weight)), self.options
+                )
+                for row in torch.arange(len(x)).split(1)
+            ]
+            result |= {name: torch.stack([of_row[name] for of_row in of_rows]) for name in of_rows[0] if name != "tokens"}
+        return result
 
-    def run(self, grad: bool = True) -> Result:
-        """The kernel's losses and gradient."""
+    def run(self, grad: bool = True, metrics: bool = False) -> Result:
+        """The kernel's losses and gradient, and metrics."""
         (x, z), options = map(with_room, (self.x, self.z)), self.options
         kd_scale = options.kd_weight * options.temperature**2
         weight = torch.ones(len(x)) if self.weight is None else self.weight
@@ -130,11 +141,16 @@ class Problem:
         pair = resolve(options.divergence)
         columns = rows.row_loss(
             *(x, z, *self.biases, self.labels, weight, torch.tensor(options.t), options.divergence, pair.a, options.temperature),
-            *(kd_scale, options.ce_weight, list(self.heads), dx, False),
+            *(kd_scale, options.ce_weight, list(self.heads), dx, metrics),
         )
         assert columns is not None
-        losses = weight * (kd_scale * columns[:, 0] + options.ce_weight * columns[:, 1])
-        return {"losses": losses} if dx is None else {"losses": losses, "x": dx}
+        of = Row(*columns.unbind(1))._asdict()
+        found = {"losses": weight * (kd_scale * of["kd"] + options.ce_weight * of["ce"])}
+        if dx is not None:
+            found["x"] = dx
+        if metrics:
+            found |= {name: column for name, column in of.items() if name != "ce" or self.labels is not None}
+        return found
 
 
 def with_room(values: Tensor) -> Tensor:

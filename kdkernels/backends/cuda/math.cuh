@@ -3,8 +3,8 @@
 // Plain C++ where no GPU compiler reads it, so that the arithmetic can be held to the oracle on a CPU.
 //
 // Macros that a compilation sets: KD_FLAT (the temperature alone makes any two distributions close), KD_WEIGH (whose exponentials the
-// moments are weighed by: 0 nobody's, 1 the target's, 2 the student's), KD_CE (cross-entropy), KD_TEMPERED (a temperature other than
-// 1), KD_X_BIAS, KD_Z_BIAS, KD_X_SOFTCAP, KD_Z_SOFTCAP, each 0 or 1; and the polynomials of backends/polynomials.py.
+// moments are weighed by: 0 nobody's, 1 the target's, 2 the student's), KD_METRICS (entropies, overlap and agreement; KD_WEIGH is 0
+// then), KD_CE (cross-entropy), KD_TEMPERED (a temperature other than 1), KD_X_BIAS, KD_Z_BIAS, KD_X_SOFTCAP, KD_Z_SOFTCAP, each 0 or 1; and the polynomials of backends/polynomials.py.
 #ifdef __CUDACC__
 #define KD_INLINE __device__ __forceinline__
 #else
@@ -46,6 +46,8 @@ KD_INLINE float exp(float v) { return std::exp2(v * 1.4426950408889634f); }
 #endif
 
 KD_INLINE float infinity() { return float_of(0x7F800000); }
+// NaN where either is.
+KD_INLINE float minimum(float v, float w) { return v < w || v != v ? v : w; }
 KD_INLINE float abs(float v) { return float_of(bits_of(v) & 0x7FFFFFFF); }
 KD_INLINE float where(bool condition, float yes, float no) { return condition ? yes : no; }
 KD_INLINE bool banned(float v) { return v == -infinity(); }
@@ -124,9 +126,18 @@ KD_INLINE float mixed(float x, float z, float t) {
 // Of a part of a row: largest entries, sums of exponentials counted from them, and moments counted from both models' largest.
 struct Statistics {
   float x_max, x_sum, y_max, y_sum, one_sum, mass, moment, label_logit;
+#if KD_METRICS
+  float z_max, z_sum, x_at, z_at;  // at: the column of the largest entry, the first of equals; below 2^24, so exact
+#endif
 };
 
-KD_INLINE Statistics no_statistics() { return {-infinity(), 0.f, -infinity(), 0.f, 0.f, 0.f, 0.f, 0.f}; }
+KD_INLINE Statistics no_statistics() {
+  return {-infinity(), 0.f, -infinity(), 0.f, 0.f, 0.f, 0.f, 0.f,
+#if KD_METRICS
+          -infinity(), 0.f, 0.f, 0.f
+#endif
+  };
+}
 
 KD_INLINE float counted_from(float largest) { return banned(largest) ? 0.f : largest; }
 
@@ -178,7 +189,53 @@ KD_INLINE void add(Statistics& to, const float* x, const float* y, [[maybe_unuse
   }
 }
 
+#if KD_METRICS
+// ``at`` where COUNT entries more, the first of them of that column, are larger than the largest.
+template <int COUNT>
+KD_INLINE void add_top(float& at, float largest, const float* v, int column) {
+  float seen = largest;
+#pragma unroll
+  for (int k = 0; k < COUNT; k++) seen = maximum(seen, v[k]);
+  if (seen > largest)
+#pragma unroll
+    for (int k = COUNT - 1; k >= 0; k--)
+      if (v[k] == seen) at = static_cast<float>(column + k);
+}
+
+// What ``add`` leaves out of COUNT entries more; before it, which moves on to their largest. TARGET: whether z is the target.
+template <bool TARGET, int COUNT>
+KD_INLINE void add_teacher(Statistics& to, const float* x, const float* z, int column) {
+  add_top<COUNT>(to.x_at, to.x_max, x, column);
+  add_top<COUNT>(to.z_at, TARGET ? to.y_max : to.z_max, z, column);
+  if constexpr (!TARGET) {
+    float z_max = to.z_max;
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) z_max = maximum(z_max, z[k]);
+    if (z_max != to.z_max) to.z_sum *= exp(to.z_max - counted_from(z_max));
+    to.z_max = z_max;
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) to.z_sum += exp(z[k] - counted_from(z_max));
+  }
+}
+
+KD_INLINE float first_of_tops(float v_max, float v_at, float w_max, float w_at) {
+  return v_max > w_max || (v_max == w_max && v_at < w_at) ? v_at : w_at;
+}
+
+// Before ``merge``, likewise.
+KD_INLINE void merge_teacher(Statistics& to, const Statistics& from) {
+  to.x_at = first_of_tops(to.x_max, to.x_at, from.x_max, from.x_at);
+  to.z_at = first_of_tops(to.z_max, to.z_at, from.z_max, from.z_at);
+  const float z_max = maximum(to.z_max, from.z_max), z_from = counted_from(z_max);
+  to.z_sum = to.z_sum * exp(to.z_max - z_from) + from.z_sum * exp(from.z_max - z_from);
+  to.z_max = z_max;
+}
+#endif
+
 KD_INLINE void merge(Statistics& to, Statistics from, float temperature) {
+#if KD_METRICS
+  merge_teacher(to, from);
+#endif
   const float x_max = maximum(to.x_max, from.x_max), y_max = maximum(to.y_max, from.y_max);
   raise(to, x_max, y_max, temperature);
   raise(from, x_max, y_max, temperature);
@@ -193,12 +250,21 @@ KD_INLINE void merge(Statistics& to, Statistics from, float temperature) {
 // Of a whole row.
 struct Row {
   float x_max, x_log, y_max, y_log, one_max, one_log, label_logit;
+#if KD_METRICS
+  float z_max, z_log;
+  bool agree;
+#endif
 };
 
 KD_INLINE Row finished(const Statistics& of, float temperature) {
   Row row{of.x_max, log_of_sum(of.x_sum), of.y_max, log_of_sum(of.y_sum), 0.f, 0.f, of.label_logit};
   row.one_max = at_one(of.x_max, temperature);
   row.one_log = KD_CE && KD_TEMPERED ? log_of_sum(of.one_sum) : row.x_log;
+#if KD_METRICS
+  row.z_max = of.z_max;
+  row.z_log = log_of_sum(of.z_sum);
+  row.agree = of.x_at == of.z_at;
+#endif
   return row;
 }
 
@@ -206,10 +272,16 @@ KD_INLINE float cross_entropy(const Row& row) { return row.one_log - (row.label_
 
 struct Sums {
   float value, slope;
+#if KD_METRICS
+  float target_entropy, student_entropy, overlap;
+#endif
 };
 
 // A slope that compares (total variation) can hide a NaN that the value shows.
-KD_INLINE Sums shown(Sums sums) { return {sums.value, sums.value == sums.value ? sums.slope : sums.value}; }
+KD_INLINE Sums shown(Sums sums) {
+  if (sums.value != sums.value) sums.slope = sums.value;
+  return sums;
+}
 
 KD_INLINE Sums sums_of_one_sweep(const Statistics& of, const Row& row, const Terms& terms) {
   const float own = KD_WEIGH == 1 ? row.y_log : row.x_log, other = KD_WEIGH == 1 ? row.x_log : row.y_log;
@@ -228,6 +300,19 @@ KD_INLINE Sums value_and_slope(float x, float y, const Row& row, const Terms& te
   const float c = Pair::template apply<float>(lp, lq, d, terms.share, terms.rest, terms.temperature, of.value, of.slope);
   return {counts(d) ? of.value : c * (q - exp(lp)), counts(d) ? of.slope : c * q};
 }
+
+#if KD_METRICS
+// 0 log 0 = 0
+KD_INLINE float entropy_term(float log_probability) { return banned(log_probability) ? 0.f : -exp(log_probability) * log_probability; }
+
+// The metrics of an entry more. z: the teacher's, which the target y is at t = 1.
+KD_INLINE void measure(Sums& to, float x, float y, float z, const Row& row) {
+  const float lq = (x - row.x_max) - row.x_log;
+  to.target_entropy += entropy_term((y - row.y_max) - row.y_log);
+  to.student_entropy += entropy_term(lq);
+  to.overlap += minimum(exp(lq), exp((z - row.z_max) - row.z_log));
+}
+#endif
 
 // dx of an entry: kd (slope - q sum slope) + ce (softmax(x) - e_label), through the head's chain rule. factor: weight times scale.
 KD_INLINE float gradient(float x, float slope, const Row& row, float slope_sum, [[maybe_unused]] bool is_label, float factor,

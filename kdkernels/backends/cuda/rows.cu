@@ -11,6 +11,9 @@
 // meet between a sweep and the next, so that a thread reads the logits and slopes that others wrote.
 // (tests/backends/test_cuda_cluster.py holds every access to shared memory to what orders it.)
 //
+// With metrics the teacher's logits stay where they came to, for the sums are over them too, and the target of t < 1 is mixed anew in
+// each of both sweeps: a few instructions, where a third slice would leave room for two blocks on a multiprocessor instead of three.
+//
 // Macros besides math.cuh's: KD_PAIR (the functor), KD_CLUSTER (blocks of a cluster), KD_WARPS (that compute), KD_CHUNK (logits of a
 // model that are copied together), KD_SLICE (of a block, at most), KD_BLOCKS (that a multiprocessor holds), KD_SCALED (a head's scale is
 // not 1), KD_GRAD, KD_OUT (of dx: 0 float32, 1 bfloat16, 2 float16); KD_ROW_COLUMNS of the result, and the place of each, KD_ROW_KD and so
@@ -19,12 +22,42 @@
 constexpr int CLUSTER = KD_CLUSTER, WARPS = KD_WARPS, THREADS = WARPS * 32, CHUNK = KD_CHUNK, SLICE = KD_SLICE;
 constexpr int CHUNKS = (SLICE + CHUNK - 1) / CHUNK;
 constexpr int WIDE = 8;  // entries of dx that a thread stores together
-constexpr bool ONE_SWEEP = KD_WEIGH != 0;
+constexpr bool ONE_SWEEP = KD_WEIGH != 0, METRICS = KD_METRICS;
+static_assert(!(ONE_SWEEP && METRICS), "metrics are made in the sums' sweep");
 typedef long long int64;
 
+// Float4s that hold a Statistics or Sums, as blocks send it.
+template <class T>
+constexpr int PARTS = (sizeof(T) + sizeof(float4) - 1) / sizeof(float4);
+
+// (By name: through an array the compiler takes more registers for it.)
 __device__ __forceinline__ Statistics of_lane(const Statistics& of, int lane) {
   return {of_lane(of.x_max, lane),   of_lane(of.x_sum, lane), of_lane(of.y_max, lane),  of_lane(of.y_sum, lane),
-          of_lane(of.one_sum, lane), of_lane(of.mass, lane),  of_lane(of.moment, lane), of_lane(of.label_logit, lane)};
+          of_lane(of.one_sum, lane), of_lane(of.mass, lane),  of_lane(of.moment, lane), of_lane(of.label_logit, lane),
+#if KD_METRICS
+          of_lane(of.z_max, lane),   of_lane(of.z_sum, lane), of_lane(of.x_at, lane),   of_lane(of.z_at, lane)
+#endif
+  };
+}
+
+// To that block of the cluster, which counts the bytes by ``sent``. place, sent: as in this block.
+template <class T>
+__device__ __forceinline__ void send(const T& of, float4 (&place)[PARTS<T>], barrier* sent, int block) {
+  const unsigned to = in_block(address(place), block), by = in_block(address(sent), block);
+  float4 parts[PARTS<T>] = {};
+  memcpy(parts, &of, sizeof(T));
+#pragma unroll
+  for (int k = 0; k < PARTS<T>; k++) send(to + k * sizeof(float4), parts[k], by);
+}
+
+template <class T>
+__device__ __forceinline__ T received(const float4 (&place)[PARTS<T>]) {
+  float4 parts[PARTS<T>];
+#pragma unroll
+  for (int k = 0; k < PARTS<T>; k++) parts[k] = place[k];
+  T found;
+  memcpy(&found, parts, sizeof(T));
+  return found;
 }
 
 // Of the parts that the lanes of a warp hold, in every lane the same: the first one's, since two lanes that merge the same two parts
@@ -40,6 +73,11 @@ __device__ __forceinline__ void merge_lanes(Sums& of) {
   for (int mask = 16; mask; mask /= 2) {
     of.value += of_lane(of.value, lane ^ mask);
     of.slope += of_lane(of.slope, lane ^ mask);
+#if KD_METRICS
+    of.target_entropy += of_lane(of.target_entropy, lane ^ mask);
+    of.student_entropy += of_lane(of.student_entropy, lane ^ mask);
+    of.overlap += of_lane(of.overlap, lane ^ mask);
+#endif
   }
 }
 
@@ -71,14 +109,14 @@ struct Arguments {
 // What the blocks of a cluster tell each other, by turns in one of two sets.
 struct Shared {
   barrier full[CHUNKS], empty[CHUNKS], statistics_sent[2], sums_sent[2];
-  float4 statistics[2][CLUSTER][2], sums[2][CLUSTER];
+  float4 statistics[2][CLUSTER][PARTS<Statistics>], sums[2][CLUSTER][PARTS<Sums>];
   Statistics of_warps[WARPS];
   Sums sums_of_warps[WARPS];
 };
 
 // Writes over raw logits what the sweeps after the first need, unless they are that already.
 template <bool AT_ONE>
-constexpr bool DRESSED = !AT_ONE || KD_X_BIAS || KD_Z_BIAS || KD_X_SOFTCAP || KD_Z_SOFTCAP || KD_TEMPERED || KD_SCALED;
+constexpr bool DRESSED = (!AT_ONE && !METRICS) || KD_X_BIAS || KD_Z_BIAS || KD_X_SOFTCAP || KD_Z_SOFTCAP || KD_TEMPERED || KD_SCALED;
 
 template <bool AT_ONE>
 __device__ __forceinline__ Statistics statistics(float* x, float* y, int begin, int count, float t, int parity, Shared& shared,
@@ -98,7 +136,7 @@ __device__ __forceinline__ Statistics statistics(float* x, float* y, int begin, 
           const int column = min(begin + at + k, of.vocab - 1);
           u[k] = after_head<KD_X_BIAS, KD_X_SOFTCAP>(u[k], of.x_head, temperature, column);
           v[k] = after_head<KD_Z_BIAS, KD_Z_SOFTCAP>(v[k], of.z_head, temperature, column);
-          if constexpr (!AT_ONE) v[k] = mixed(u[k], v[k], t);
+          if constexpr (!AT_ONE && !METRICS) v[k] = mixed(u[k], v[k], t);
         }
       }
       if (last)
@@ -109,15 +147,25 @@ __device__ __forceinline__ Statistics statistics(float* x, float* y, int begin, 
         *reinterpret_cast<float4*>(x + at) = {u[0], u[1], u[2], u[3]};
         *reinterpret_cast<float4*>(y + at) = {v[0], v[1], v[2], v[3]};
       }
+#if KD_METRICS
+      add_teacher<AT_ONE, 4>(found, u, v, begin + at);
+      if constexpr (!AT_ONE)
+#pragma unroll
+        for (int k = 0; k < 4; k++) v[k] = mixed(u[k], v[k], t);
+#endif
       add<4>(found, u, v, temperature);
     }
   }
+#if KD_METRICS
+  if (AT_ONE) found.z_max = found.y_max, found.z_sum = found.y_sum;
+#endif
   return found;
 }
 
-// The slopes over y's place.
-__device__ __forceinline__ Sums sums(const float* x, float* y, int count, const Row& row, const Arguments& of) {
-  Sums found{0.f, 0.f};
+// The slopes over y's place. y: the target's logits, or with metrics the teacher's.
+template <bool AT_ONE>
+__device__ __forceinline__ Sums sums(const float* x, float* y, int count, float t, const Row& row, const Arguments& of) {
+  Sums found{};
   const int filled = (count + WIDE - 1) / WIDE * WIDE;
   for (int at = threadIdx.x * 4; at < filled; at += THREADS * 4) {
     const float4 a = *reinterpret_cast<const float4*>(x + at), b = *reinterpret_cast<float4*>(y + at);
@@ -125,9 +173,13 @@ __device__ __forceinline__ Sums sums(const float* x, float* y, int count, const 
     float slopes[4];
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-      const Sums entry = value_and_slope<KD_PAIR>(u[k], v[k], row, of.terms);
+      const float target = AT_ONE || !METRICS ? v[k] : mixed(u[k], v[k], t);
+      const Sums entry = value_and_slope<KD_PAIR>(u[k], target, row, of.terms);
       found.value += entry.value;
       found.slope += slopes[k] = entry.slope;
+#if KD_METRICS
+      measure(found, u[k], target, v[k], row);
+#endif
     }
     *reinterpret_cast<float4*>(y + at) = {slopes[0], slopes[1], slopes[2], slopes[3]};
   }
@@ -186,8 +238,8 @@ __device__ __forceinline__ void compute(float* x, float* y, int begin, int count
     turn++;
     const int64 label = KD_CE ? of.labels[r] : -1;
     if (thread == 0) {
-      expect(shared.statistics_sent + parity, CLUSTER * 32);
-      if (!ONE_SWEEP) expect(shared.sums_sent + parity, CLUSTER * 16);
+      expect(shared.statistics_sent + parity, sizeof shared.statistics[parity]);
+      if (!ONE_SWEEP) expect(shared.sums_sent + parity, sizeof shared.sums[parity]);
     }
 
     Statistics found = statistics<AT_ONE>(x, y, begin, count, t, parity, shared, of);
@@ -202,19 +254,11 @@ __device__ __forceinline__ void compute(float* x, float* y, int begin, int count
         found.label_logit = at_one(x[label - begin], temperature);
       }
       __syncwarp();  // of_warps is read: with what is sent the other warps may come to write it for the next row
-      if (lane < CLUSTER) {
-        const unsigned sent = in_block(address(shared.statistics_sent + parity), lane);
-        const unsigned place = in_block(address(shared.statistics[parity][rank]), lane);
-        send(place, {found.x_max, found.x_sum, found.y_max, found.y_sum}, sent);
-        send(place + 16, {found.one_sum, found.mass, found.moment, found.label_logit}, sent);
-      }
+      if (lane < CLUSTER) send(found, shared.statistics[parity][rank], shared.statistics_sent + parity, lane);
     }
     await_sent(shared.statistics_sent + parity, used);
     found = no_statistics();
-    if (lane < CLUSTER) {
-      const float4 a = shared.statistics[parity][lane][0], b = shared.statistics[parity][lane][1];
-      found = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-    }
+    if (lane < CLUSTER) found = received<Statistics>(shared.statistics[parity][lane]);
     merge_lanes(found, temperature);
     const Row row = finished(found, temperature);
 
@@ -222,26 +266,29 @@ __device__ __forceinline__ void compute(float* x, float* y, int begin, int count
     if constexpr (ONE_SWEEP) {
       total = sums_of_one_sweep(found, row, of.terms);
     } else {
-      total = sums(x, y, count, row, of);
+      total = sums<AT_ONE>(x, y, count, t, row, of);
       merge_lanes(total);
       if (lane == 0) shared.sums_of_warps[warp] = total;
       together();
       if (warp == 0) {
-        total = lane < WARPS ? shared.sums_of_warps[lane] : Sums{0.f, 0.f};
+        total = lane < WARPS ? shared.sums_of_warps[lane] : Sums{};
         merge_lanes(total);
-        if (lane < CLUSTER)
-          send(in_block(address(shared.sums[parity] + rank), lane), {total.value, total.slope, 0.f, 0.f},
-               in_block(address(shared.sums_sent + parity), lane));
+        if (lane < CLUSTER) send(total, shared.sums[parity][rank], shared.sums_sent + parity, lane);
       }
       await_sent(shared.sums_sent + parity, used);
-      const float4 part = lane < CLUSTER ? shared.sums[parity][lane] : float4{0.f, 0.f, 0.f, 0.f};
-      total = {part.x, part.y};
+      total = lane < CLUSTER ? received<Sums>(shared.sums[parity][lane]) : Sums{};
       merge_lanes(total);
       total = shown(total);
     }
     if (rank == 0 && thread == 0) {
       columns[KD_ROW_KD] = total.value;
       if (KD_CE) columns[KD_ROW_CE] = cross_entropy(row);
+#if KD_METRICS
+      columns[KD_ROW_TARGET_ENTROPY] = total.target_entropy;
+      columns[KD_ROW_STUDENT_ENTROPY] = total.student_entropy;
+      columns[KD_ROW_AGREEMENT] = row.agree ? 1.f : 0.f;
+      columns[KD_ROW_OVERLAP] = total.overlap;
+#endif
     }
     gradients(x, y, begin, count, label, row, total.slope, weight, dx, shared, of);
   }

@@ -22,7 +22,7 @@ from kdkernels.divergences import Divergence, flat, resolve
 WIDE = 8  # entries of dx that a thread stores together
 OUT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # What a block holds in shared memory besides its slices, at most; 1 KiB of it the system's.
-REST = 4096
+REST = 5120
 OPTIONS = ("--std=c++17",)
 logger = logging.getLogger(__name__)
 Macros = tuple[tuple[str, int | str], ...]  # names and values
@@ -201,10 +201,9 @@ def _say_slow(shape: Shape, clusters: int, device: torch.device) -> None:
     )
 
 
-def _takes(x: Tensor, z: Tensor, dx: Tensor | None, kd_scale: float, metrics: bool) -> bool:
+def _takes(x: Tensor, z: Tensor, dx: Tensor | None, kd_scale: float) -> bool:
     return (
-        not metrics
-        and kd_scale != 0.0
+        kd_scale != 0.0
         and x.dtype == z.dtype == torch.float32
         and not why_not(x.device)
         and (dx is None or dx.dtype in OUT)
@@ -238,13 +237,16 @@ def _terms(divergence: Divergence, weigh: str, temperature: float, kd_scale: flo
     return terms
 
 
-def _macros(divergence: str, weigh: str, temperature: float, arguments: Arguments, out: torch.dtype | None) -> Macros:
+def _macros(
+    divergence: str, weigh: str, temperature: float, metrics: bool, arguments: Arguments, out: torch.dtype | None
+) -> Macros:
     """What the arguments have: the rest is compiled away. out: of the gradient, None where there is none."""
     x_head, z_head = arguments.x_head, arguments.z_head
     return (
         ("KD_PAIR", divergence),
         ("KD_WEIGH", WEIGH[weigh]),
         ("KD_FLAT", int(flat(temperature))),
+        ("KD_METRICS", int(metrics)),
         ("KD_CE", int(arguments.labels is not None)),
         ("KD_TEMPERED", int(temperature != 1.0)),
         ("KD_SCALED", int((x_head.scale, z_head.scale) != (1.0, 1.0))),
@@ -275,17 +277,17 @@ def row_loss(
     metrics: bool,
 ) -> Tensor | None:
     """As backends/operators.py says, or None for what the kernel does not take: it does float32 logits with room behind each row,
-    and no metrics. dx: where the gradient goes, which may be x; None for no gradient."""
-    if not _takes(x, z, dx, kd_scale, metrics):
+    and no loss of the cross-entropy alone. dx: where the gradient goes, which may be x; None for no gradient."""
+    if not _takes(x, z, dx, kd_scale):
         return None
     rows, vocab = x.shape
     of = replace(resolve(divergence), a=a)
-    # Running sums cancel in flat distributions to nothing.
-    weigh = "" if flat(temperature) else of.one_sweep
+    # Running sums cancel in flat distributions to nothing; metrics take a sweep for sums anyway.
+    weigh = "" if metrics or flat(temperature) else of.one_sweep
     columns = torch.empty((rows, len(ROW_COLUMNS)), dtype=torch.float32, device=x.device)
     # Held until the launch, as the arguments name only their addresses.
     x_bias, z_bias = (None if bias is None else bias.to(torch.float32).contiguous() for bias in (x_bias, z_bias))
-    labels = None if labels is None or ce_scale == 0.0 else labels.contiguous()
+    labels = None if labels is None or not (ce_scale != 0.0 or metrics) else labels.contiguous()
     weight, t = weight.to(torch.float32).contiguous(), t.to(torch.float32)
     arguments = Arguments(
         x=_address(x),
@@ -304,7 +306,7 @@ def row_loss(
         rows=rows,
         vocab=vocab,
     )
-    macros = _macros(divergence, weigh, temperature, arguments, None if dx is None else dx.dtype)
+    macros = _macros(divergence, weigh, temperature, metrics, arguments, None if dx is None else dx.dtype)
     return columns if _started(divergence, macros, arguments, x.device) else None
 
 
