@@ -55,6 +55,8 @@ def launch() -> None:
             for shape in CLUSTERS if not cuda.compile.missing(torch.device("cuda")) else ():
                 with cluster_rows(shape, AT_A_TIME) as started:
                     case.run(strategy="tokens")
+                    leaves = {name: leaf.detach().requires_grad_() for name, leaf in case.learned().items()}
+                    case.loss(leaves, strategy="tokens", return_metrics=True)
                 if not started:
                     raise LookupError(f"the cluster kernel took no rows of {VOCAB} logits in clusters of {shape[0]}")
     torch.cuda.synchronize()

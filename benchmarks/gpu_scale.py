@@ -32,6 +32,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 # Rows that are as many and as long as those of models: clusters take several of them, one after the other, in several chunks each.
 AT_SCALE = ((2048, 128_256), (2048, 151_936), (1024, 262_147))
+VARIANTS = ((False, False), (True, False), (True, True))  # dressed, with metrics
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class LongRows:
         x = self.logits[0, :, : self.vocab]
         return ((((x + self.bias) * 0.7 / 20.0).tanh_() * 10.0) if is_dressed else x).softmax(1)
 
-    def row_loss(self, divergence: str, dtype: torch.dtype, is_dressed: bool) -> tuple[Tensor, Tensor]:
+    def row_loss(self, divergence: str, dtype: torch.dtype, is_dressed: bool, metrics: bool) -> tuple[Tensor, Tensor]:
         """ROW_COLUMNS, and dx in ``dtype`` as float32."""
         from kdkernels.backends.triton.rows import row_loss  # Triton may not be installed
 
@@ -69,11 +70,11 @@ class LongRows:
         if is_dressed:
             t, head = weight.new_tensor(0.4), [0.7, 20.0, 0.7, 20.0]
             columns = row_loss(
-                x, z, self.bias, self.bias, self.labels, weight, t, divergence, a, 2.0, 1.0, 0.5, head, True, False, out
+                x, z, self.bias, self.bias, self.labels, weight, t, divergence, a, 2.0, 1.0, 0.5, head, True, metrics, out
             )
         else:
             t, head = weight.new_tensor(1.0), [1.0, 0.0, 1.0, 0.0]
-            columns = row_loss(x, z, None, None, None, weight, t, divergence, a, 1.0, 1.0, 0.0, head, True, False, out)
+            columns = row_loss(x, z, None, None, None, weight, t, divergence, a, 1.0, 1.0, 0.0, head, True, metrics, out)
         return columns, out.float()
 
 
@@ -88,16 +89,15 @@ def rows_at_scale(dtype: torch.dtype, _: str, device: str) -> Result:
     worst: dict[str, float] = {}
     for rows, vocab in AT_SCALE:
         given = LongRows.drawn(rows, vocab, device)
-        for divergence, is_dressed in itertools.product(kd.divergences(), (False, True)):
-            name = f"{divergence}{', dressed' if is_dressed else ''}, {rows} x {vocab}"
+        for divergence, (is_dressed, metrics) in itertools.product(kd.divergences(), VARIANTS):
+            options = (divergence, dtype, is_dressed, metrics)
+            said = ", dressed" * is_dressed + ", metrics" * metrics
+            name = f"{divergence}{said}, {rows} x {vocab}"
             with mock.patch.dict(os.environ, KDKERNELS_ROWS="triton"):
-                expected, dx = given.row_loss(divergence, dtype, is_dressed)
+                expected, dx = given.row_loss(*options)
             with cluster_rows() as started:
-                found, made = given.row_loss(divergence, dtype, is_dressed)
-                same(
-                    dict(zip(("columns", "dx"), given.row_loss(divergence, dtype, is_dressed), strict=True)),
-                    {"columns": found, "dx": made},
-                )
+                found, made = given.row_loss(*options)
+                same(dict(zip(("columns", "dx"), given.row_loss(*options), strict=True)), {"columns": found, "dx": made})
             if len(started) != 2:
                 raise LookupError(f"the cluster kernel took no rows of {vocab} logits")
             allowed = dx.abs() * (2 * torch.finfo(dtype).eps) + may_differ(dx, given.student(is_dressed))
