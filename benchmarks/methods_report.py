@@ -136,7 +136,7 @@ def extent(results: Results) -> str:
     """Which measurement it is, and how far it is done."""
     seeds = results["plan"]["seeds"]
     done = (f"{_counted(results, gap)} of {seeds} at {gap}" for gap in results["plan"]["students"])
-    return f"Asked for was {results['asked']}; there are these seeds: {', '.join(done)}"
+    return f"Result of {results['asked']}, with these seeds so far: {', '.join(done)}"
 
 
 def _counted(results: Results, gap: str) -> str:

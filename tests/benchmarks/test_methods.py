@@ -70,7 +70,7 @@ def test_the_teacher_is_as_it_was_after_all_the_runs(bench: Bench, measured: tup
 def test_the_table_and_the_picture_are_drawn_from_a_part_of_the_runs(measured: tuple[Path, dict[str, Any]]) -> None:
     path, results = measured
     page = methods_table(results)
-    assert f"Asked for was a test; there are these seeds: 1 of 2 at {WIDE}, 0 of 2 at {NARROW}" in page
+    assert f"Result of a test, with these seeds so far: 1 of 2 at {WIDE}, 0 of 2 at {NARROW}" in page
     assert all(f"| {name} |" in page for name in NAMES)
     assert "too few runs" in page
     assert plots.draw(path.parent) == [path.with_suffix(".png")]

@@ -125,7 +125,7 @@ def test_the_table_has_means_over_the_seeds_and_the_chosen_rate() -> None:
 def test_the_page_says_how_far_the_measurement_is() -> None:
     results = methods_results()
     del results["runs"][WIDE]["OKD"]["2"]
-    assert "Asked for was a test; there are these seeds: 2 to 3 of 5 at 8:1, 1 of 5 at 3:1." in methods_table(results)
+    assert "Result of a test, with these seeds so far: 2 to 3 of 5 at 8:1, 1 of 5 at 3:1." in methods_table(results)
 
 
 def test_the_picture_has_each_seeds_distance_from_cross_entropy() -> None:
