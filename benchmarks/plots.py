@@ -354,13 +354,13 @@ def methods(results: dict[str, Any]) -> Figure:
     shown = ("loss", "teacher_loss", "rouge_l", "distinct")
     names = [name for name in results["plan"]["methods"] if name != AGAINST]
     figure, panels = plt.subplots(
-        len(gaps), len(shown) + 1, figsize=(15, 0.9 + 3.4 * len(gaps)), sharey=True, squeeze=False, layout="constrained"
+        len(gaps), len(shown) + 1, figsize=(15.5, 0.9 + 3.4 * len(gaps)), sharey=True, squeeze=False, layout="constrained"
     )
     for line, gap in zip(panels, gaps, strict=True):
         for axes, key in zip(line, shown, strict=False):
             title, _, less = FIGURES[key]
             _apart(axes, [_above(results["runs"].get(gap, {}), name, key) for name in names], statistics.mean, line=0.0)
-            sense = "more varied to the right" if key == "distinct" else f"better to the {'left' if less else 'right'}"
+            sense = "right: more varied" if key == "distinct" else f"{'left' if less else 'right'}: better"
             axes.set_xlabel(f"{title},\nless {AGAINST}'s ({sense})")
         times = results["times"].get(gap, {})
         _apart(line[-1], [times[name]["ratios"] if name in times else [] for name in names], statistics.median, line=1.0)
@@ -373,7 +373,12 @@ def methods(results: dict[str, Any]) -> Figure:
         _mark(VERMILION, "|", "mean of the seeds, median of the rounds", markersize=11, markeredgewidth=2),
     ]
     _legend(figure, marks)
-    _caption(figure, results["machine"], f"Teacher to student by parameters, {results['plan']['steps']} steps", extent(results))
+    _caption(
+        figure,
+        results["machine"],
+        f"Teacher to student by parameters, {results['plan']['steps']} steps",
+        extent(results).replace("`", ""),
+    )
     return figure
 
 
