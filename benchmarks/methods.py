@@ -1,181 +1,223 @@
-"""The methods of the papers side by side on the demo's corpus: held-out loss, next-token accuracy and time per step of a student.
+"""The methods of the papers side by side, from students that were trained before, at two gaps between teacher and student.
 
-    python -m benchmarks.methods                       # 9 runs for each of 3 seeds; about half an hour on 2 cores
+    python -m benchmarks.methods --quick        # the wider gap, three seeds: about half an hour
+    python -m benchmarks.methods                # both gaps, five seeds: hours; it says how many once it has timed the steps
     python -m benchmarks.methods --only taid --fresh   # these runs again, the others kept
 
-A teacher (the demo's) is trained once on the Python sources of the interpreter. Then for each seed and method a student,
-initialised by the seed, takes the same steps on the same windows through ``KDTrainer``, from the teacher's distribution alone;
-"cross-entropy" learns from the text alone. Nothing is tuned for any method: one learning rate, published or default settings.
-Held-out losses are computed in plain PyTorch on whole files that no model has seen. The methods take turns within a seed, so that a
-machine that slows down does so for all of them.
+A teacher is trained once on the Python sources of the interpreter. For each gap and seed a student, initialised by the seed, learns
+from the text alone first; then each method takes it further from the same weights by the same number of steps on the same windows,
+through ``KDTrainer``, from the teacher's distribution alone ("cross-entropy": from the text alone). Each method is tried with the
+same three learning rates, on a seed that is not counted, and takes the one whose loss is lowest on held-out files that no figure is
+of; all else is published or default settings. The figures are of further held-out files: loss, accuracy and calibration, and what
+the student writes from held-out prompts, at temperature 1: the teacher's loss on it, ROUGE-L against how the text goes on, and
+distinct 3-grams. A step's time is measured apart, in turn with steps of cross-entropy, so that the rest may run on a busy machine.
 
-Results go to benchmarks/results/methods.json after each run, from there by ``python -m benchmarks.plots`` to methods.png, and by
-``python -m benchmarks.readme`` into the README.
+Results go to benchmarks/results/methods.json after each run, and a later call does what is missing, in the same order: what --quick
+runs is a part of the whole. From there go ``python -m benchmarks.plots`` and ``python -m benchmarks.readme``. Trained models are
+kept in demo-output/methods.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
-import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.readme import methods_table
+from benchmarks.methods_report import NARROW, WIDE, best_rate, methods_table
+from benchmarks.methods_runs import SEARCH_SEED, Bench, Plan
+from benchmarks.rows import RESULTS
 from kdkernels.console import files, info
-from kdkernels.demo import corpus as corpora
-from kdkernels.demo.corpus import Corpus
-from kdkernels.demo.models import Model, build, hidden_states, mean_and_error
-from kdkernels.demo.settings import ModelSize, Settings
-from kdkernels.demo.train import teacher_phase, train
-from kdkernels.transformers import KDConfig, KDTrainer
+from kdkernels.demo.settings import AGAINST, ModelSize, Settings
 
 CACHE = Path("demo-output") / "methods"
-RESULTS = Path(__file__).parent / "results" / "methods.json"
-SEEDS, STEPS = 3, 500
-WARM_UP = 5  # steps that are not timed
-# The teacher takes its planned steps however long they last, so that its weights do not depend on the machine's speed.
-SETTINGS = Settings(teacher_steps=6000, teacher_seconds=1e9, student=ModelSize(width=64, layers=1, heads=2))
-RUNS: dict[str, dict[str, Any]] = {
-    "cross-entropy": {"kd_weight": 0.0, "ce_weight": 1.0},
-    "forward KL": {"method": "forward_kl"},
-    "reverse KL": {"method": "reverse_kl"},
-    "JSD": {"method": "jsd"},
-    "skew forward KL": {"method": "skew_forward_kl"},
-    "skew reverse KL": {"method": "skew_reverse_kl"},
-    "TAID": {"method": "taid"},
-    "OKD": {"method": "okd", "okd_learning_rate": 1e-3},
-    "GKD": {"method": "jsd", "on_policy_fraction": 0.5, "on_policy_max_new_tokens": 64},
-}
+PLAN = Plan(
+    # Models take their planned steps however long they last, so that weights do not depend on the machine's speed.
+    settings=Settings(
+        vocab=4096,
+        teacher=ModelSize(width=128, layers=3, heads=4),
+        teacher_steps=3000,
+        teacher_seconds=1e9,
+        student_steps=1000,
+        student_seconds=1e9,
+        prompts=192,
+        checkpoint_seconds=60.0,
+    ),
+    students={WIDE: ModelSize(width=28, layers=3, heads=2), NARROW: ModelSize(width=60, layers=3, heads=2)},
+    methods={
+        AGAINST: {"kd_weight": 0.0, "ce_weight": 1.0},
+        "forward KL": {"method": "forward_kl"},
+        "reverse KL": {"method": "reverse_kl"},
+        "JSD": {"method": "jsd"},
+        "skew forward KL": {"method": "skew_forward_kl"},
+        "skew reverse KL": {"method": "skew_reverse_kl"},
+        "total variation": {"method": "total_variation"},
+        "TAID": {"method": "taid"},
+        "OKD": {"method": "okd", "okd_learning_rate": 1e-3},
+        "GKD": {"method": "jsd", "on_policy_fraction": 0.5, "on_policy_max_new_tokens": 64},
+        # From 0, where its authors start, the fraction would hardly grow in a run this short, nor would a longer buffer be filled.
+        "DistiLLM": {
+            "method": "skew_reverse_kl",
+            "on_policy_fraction": 0.5,
+            "on_policy_schedule": "adaptive",
+            "on_policy_max_new_tokens": 64,
+            "replay_buffer_size": 64,
+        },
+    },
+    steps=300,
+    rates=(4e-3, 9e-3, 2e-2),  # from the one of the students' first steps upwards; below it, every loss tried was higher
+    seeds=5,
+)
+QUICK_GAPS, QUICK_SEEDS = 1, 3
 
 
-class Windows(Dataset):  # type: ignore[type-arg]
-    """Training windows by number; each is drawn by its number and the seed alone."""
+class Job(NamedTuple):
+    """A run that is counted, or one of the search where there is a rate."""
 
-    def __init__(self, corpus: Corpus, settings: Settings, seed: int, steps: int) -> None:
-        self.batches = [corpus.batch(settings, f"methods {seed}", step)[0] for step in range(steps)]
+    gap: str
+    name: str
+    seed: int
+    rate: float | None = None
 
-    def __len__(self) -> int:
-        return sum(len(batch) for batch in self.batches)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        at, row = divmod(index, len(self.batches[0]))
-        ids = self.batches[at][row].tolist()
-        return {"input_ids": ids, "labels": ids}
-
-
-class Clock(TrainerCallback):
-    """Seconds from the end of one step to the end of the next, with all that a step takes."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.ends.append(time.perf_counter())
-
-    def seconds(self) -> float:
-        counted = self.ends[min(WARM_UP, len(self.ends) - 2) :]
-        return (counted[-1] - counted[0]) / (len(counted) - 1)
+    def place(self, results: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        """Where its figures stand, and under which key."""
+        kind, key = ("runs", str(self.seed)) if self.rate is None else ("search", f"{self.rate:g}")
+        return results[kind].setdefault(self.gap, {}).setdefault(self.name, {}), key
 
 
-@torch.no_grad()
-def held_out(model: Model, inputs: Tensor, labels: Tensor) -> dict[str, float]:
-    """Loss in nats per token with its standard error over windows, and next-token accuracy; in plain PyTorch."""
-    model.eval()
-    losses, hits = [], []
-    for x, y in zip(inputs.split(2), labels.split(2), strict=True):
-        logits = hidden_states(model, x) @ model.lm_head.weight.T
-        losses.append(torch.nn.functional.cross_entropy(logits.mT, y, reduction="none").mean(1))
-        hits.append((logits.argmax(-1) == y).double().mean(1))
-    loss, error = mean_and_error(torch.cat(losses))
-    return {"loss": loss, "error": error, "accuracy": float(torch.cat(hits).mean())}
+def jobs(plan: Plan, gaps: Sequence[str], seeds: int, names: Sequence[str]) -> Iterator[Job]:
+    """In the order in which they are run: a call with fewer gaps and seeds does the first part of one with more."""
+    for gap in gaps:
+        for seed in range(seeds):
+            for name in names:
+                if seed == 0:
+                    yield from (Job(gap, name, SEARCH_SEED, rate) for rate in plan.rates)
+                yield Job(gap, name, seed)
 
 
-def trained_teacher(settings: Settings, corpus: Corpus, folder: Path) -> Model:
-    """The demo's teacher, from the folder where it was finished before."""
-    phase = teacher_phase(settings, corpus)
+class Results:
+    """The result file, written after each run. fresh: names of methods whose runs are done again."""
 
-    def watch(phase: Any, note: str) -> None:
-        if note and phase.step % max(1, phase.steps // 10) == 0:
-            print(f"teacher: step {phase.step} of {phase.steps}, held out {note}", flush=True)
+    def __init__(self, path: Path, plan: Plan, corpus: dict[str, Any], fresh: Sequence[str] = ()) -> None:
+        self.path = path
+        made_of = json.loads(json.dumps({"plan": dataclasses.asdict(plan), "corpus": corpus}))
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        if found and any(found.get(key) != value for key, value in made_of.items()):
+            kept = path.replace(path.with_suffix(".old.json"))
+            print(f"other settings or another text: all is run anew, what there was is now {kept}")
+            found = {}
+        self.content = found or {**made_of, "asked": "", "parameters": {}, "references": {}, "before": {}}
+        for kind in ("times", "search", "runs"):
+            for of_gap in self.content.setdefault(kind, {}).values():
+                for name in fresh:
+                    of_gap.pop(name, None)
 
-    train(phase, settings, corpus, folder / "teacher.safetensors", True, watch)
-    return phase.learners[0].model
+        self.content.setdefault("machine", {**info.facts(), "threads": torch.get_num_threads()})
 
+    def write(self) -> None:
+        self.content["machine"]["date"] = datetime.date.today().isoformat()
+        files.write(self.path, (json.dumps(self.content, indent=1) + "\n").encode())
 
-def run(name: str, seed: int, steps: int, settings: Settings, corpus: Corpus, teacher: Model) -> dict[str, float]:
-    """One student, trained and judged."""
-    student = build(settings.student, corpus.facts["vocab"], settings.window, seed)
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as folder:
-        args = KDConfig(
-            output_dir=folder,
-            seed=seed,
-            max_steps=steps,
-            per_device_train_batch_size=settings.batch,
-            learning_rate=settings.learning_rate,
-            adam_beta2=0.99,
-            lr_scheduler_type="cosine",
-            warmup_steps=max(1, steps // 20),
-            train_sampling_strategy="sequential",
-            save_strategy="no",
-            logging_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-            **RUNS[name],
-        )
-        trainer = KDTrainer(student, args, train_dataset=Windows(corpus, settings, seed, steps), teacher=teacher, callbacks=[clock])
-        trainer.train()
-        if trainer.online is not None:
-            trainer.online.unload()
-    found = held_out(student, *corpus.held_out(settings.heldout_windows, settings.window))
-    return {**found, "seconds_per_step": clock.seconds()}
+    def has(self, job: Job) -> bool:
+        place, key = job.place(self.content)
+        return key in place
 
 
 def measure(
-    settings: Settings, folder: Path, path: Path, *, steps: int, seeds: int, names: tuple[str, ...], fresh: bool = False
+    bench: Bench,
+    path: Path,
+    *,
+    gaps: Sequence[str],
+    seeds: int,
+    names: Sequence[str],
+    asked: str = "the whole measurement",
+    fresh: bool = False,
 ) -> dict[str, Any]:
-    """Everything that is not in the results yet; written after each run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    corpus = corpora.prepare(settings, folder, print)
-    teacher = trained_teacher(settings, corpus, folder)
-    setup = {"steps": steps, "seeds": list(range(seeds)), "corpus": corpus.facts, "settings": {name: RUNS[name] for name in RUNS}}
-    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if any(results.get(key) != value for key, value in json.loads(json.dumps(setup)).items()):
-        results = {**setup, "runs": {name: {} for name in RUNS}}
-    results["teacher"] = held_out(teacher, *corpus.held_out(settings.heldout_windows, settings.window))
-    for seed in range(seeds):
-        for name in names:
-            runs = results["runs"].setdefault(name, {})
-            if str(seed) in runs and not fresh:
-                continue
-            runs[str(seed)] = run(name, seed, steps, settings, corpus, teacher)
-            results["machine"] = {**info.facts(), "threads": torch.get_num_threads(), "date": datetime.date.today().isoformat()}
-            files.write(path, (json.dumps(results, indent=1) + "\n").encode())
-            figures = "  ".join(f"{key} {value:.4f}" for key, value in runs[str(seed)].items())
-            print(f"seed {seed}  {name:16} {figures}", flush=True)
-    return results
+    """Everything of these gaps, seeds and methods that is not in the results yet. asked: which measurement this is, in words."""
+    plan = bench.plan
+    results = Results(path, plan, bench.corpus.facts, names if fresh else ())
+    content = results.content
+    content["asked"] = asked
+    content["parameters"] = {"teacher": bench.teacher.num_parameters()}
+    content["parameters"] |= {gap: bench.untrained(gap).num_parameters() for gap in plan.students}
+    begun = time.perf_counter()
+    content["references"] = {"teacher": bench.judge.scores(bench.teacher, 0), "text": bench.judge.text()}
+    scoring = time.perf_counter() - begun
+    for gap in gaps:
+        time_steps(bench, results, gap, names)
+    planned = [job for job in jobs(plan, gaps, seeds, names) if not results.has(job)]
+    print(estimate(content, planned, plan.steps, scoring), flush=True)
+    for job in planned:
+        figures = run(bench, results, job)
+        place, key = job.place(content)
+        place[key] = figures if job.rate is None else figures["loss"]
+        results.write()
+        what = f"rate {job.rate:g}" if job.rate else f"seed {job.seed}"
+        print(
+            f"{job.gap}  {what:12} {job.name:16} " + "  ".join(f"{key} {value:.4f}" for key, value in figures.items()), flush=True
+        )
+    results.write()
+    return content
+
+
+def time_steps(bench: Bench, results: Results, gap: str, names: Sequence[str]) -> None:
+    """The seconds of a step of each method. None of one whose schedule changes what a step does."""
+    of_gap = results.content["times"].setdefault(gap, {})
+    for name in names:
+        if name not in of_gap and bench.plan.methods[name].get("on_policy_schedule") != "adaptive":
+            of_gap[name] = bench.step_times(gap, name)
+            results.write()
+            ratios = of_gap[name]["ratios"]
+            print(f"{gap}  {name:16} {of_gap[name]['seconds']:.4f} s a step, {min(ratios):.2f} to {max(ratios):.2f} of {AGAINST}'s")
+
+
+def estimate(content: dict[str, Any], planned: Sequence[Job], steps: int, scoring: float) -> str:
+    """How long the runs will last. scoring: seconds that it takes to judge a student."""
+    seconds = 0.0
+    for job in planned:
+        times = content["times"][job.gap]
+        step = times[job.name]["seconds"] if job.name in times else max((one["seconds"] for one in times.values()), default=0.0)
+        seconds += steps * step + scoring
+    return f"{len(planned)} runs to do, about {seconds / 3600:.1f} hours, besides the students' first steps"
+
+
+def run(bench: Bench, results: Results, job: Job) -> dict[str, float]:
+    """The figures of a student, trained from where its seed's stands; of the search its validation loss alone."""
+    start = bench.student(job.gap, job.seed)
+    if job.rate is not None:
+        return {"loss": bench.validation_loss(bench.further(start, job.name, job.rate, job.seed, bench.plan.steps))}
+    before = results.content["before"].setdefault(job.gap, {})
+    if str(job.seed) not in before:
+        before[str(job.seed)] = bench.judge.scores(start, job.seed)
+    rate = best_rate(results.content["search"][job.gap][job.name])
+    return bench.judge.scores(bench.further(start, job.name, rate, job.seed, bench.plan.steps), job.seed)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="methods whose name contains this")
-    parser.add_argument("--fresh", action="store_true", help="run again what is in the results")
+    parser.add_argument("--quick", action="store_true", help=f"the first {QUICK_SEEDS} seeds of the wider gap: half an hour")
+    parser.add_argument("--only", default="", metavar="TEXT", help="methods whose name contains this")
+    parser.add_argument("--fresh", action="store_true", help="run again what the results have of these methods")
     arguments = parser.parse_args()
-    names = tuple(name for name in RUNS if arguments.only.lower() in name.lower())
+    names = tuple(name for name in PLAN.methods if arguments.only.lower() in name.lower())
     if not names:
-        parser.error(f"--only {arguments.only!r} is in no name; accepted: parts of {', '.join(RUNS)}")
+        parser.error(f"--only {arguments.only!r} is in no name; accepted: parts of {', '.join(PLAN.methods)}")
     transformers_logging.set_verbosity_error()
-    results = measure(SETTINGS, CACHE, RESULTS, steps=STEPS, seeds=SEEDS, names=names, fresh=arguments.fresh)
+    torch.set_num_threads(1)  # models this small are hardly faster with more
+    gaps, seeds = tuple(PLAN.students), PLAN.seeds
+    if arguments.quick:
+        gaps, seeds = gaps[:QUICK_GAPS], QUICK_SEEDS
+    asked = "`--quick`" if arguments.quick else "the whole measurement"
+    results = measure(
+        Bench(PLAN, CACHE), RESULTS / "methods.json", gaps=gaps, seeds=seeds, names=names, asked=asked, fresh=arguments.fresh
+    )
     print(methods_table(results))
     return 0
 

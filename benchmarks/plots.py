@@ -3,7 +3,7 @@
     compare.json  -> compare.png   time over the bare products, by loss, head and contender
     growth.json   -> growth.png    that ratio and peak memory, against N and against V
     limits.json   -> limits.png    memory under a limit against N and against V, and the strategies' break-even
-    methods.json  -> methods.png   held-out loss, accuracy and time of the training methods
+    methods.json  -> methods.png   losses, written text and time of the training methods, against cross-entropy
     training.json -> training.png  tokens per second and memory of whole steps against the length of a sequence
 
 Nothing is measured here. Colours are those of Okabe and Ito, which stay apart for colour-blind readers, and each contender has a
@@ -32,7 +32,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.cases import GIB, MIB
 from benchmarks.limits import planned_ratio
+from benchmarks.methods_report import FIGURES, extent
 from benchmarks.rows import RESULTS
+from kdkernels.demo.settings import AGAINST
 
 KIB = 2**10
 BLUE, ORANGE, GREEN, SKY, VERMILION, PURPLE, BLACK = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#CC79A7", "#000000"
@@ -362,30 +364,38 @@ def _break_even(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def methods(results: dict[str, Any]) -> Figure:
-    """Held-out loss, accuracy and seconds per step of each method: a point for each seed, a line at their mean."""
-    names = list(results["runs"])
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4.4), sharey=True, layout="constrained")
-    shown = (
-        ("loss", "held-out loss, nats per token"),
-        ("accuracy", "next-token accuracy"),
-        ("seconds_per_step", "seconds per step"),
+    """Figures of each method less those of cross-entropy from the same start, a row for each gap: a point for each seed, a line at
+    their mean; and a step's time over one of cross-entropy, a point for each round, a line at the median."""
+    there = list(results["plan"]["students"])
+    gaps = [gap for gap in there if results["runs"].get(gap, {}).get(AGAINST)] or there[:1]
+    shown = ("loss", "teacher_loss", "rouge_l", "distinct")
+    names = [name for name in results["plan"]["methods"] if name != AGAINST]
+    figure, panels = plt.subplots(
+        len(gaps), len(shown) + 1, figsize=(15.5, 0.9 + 3.4 * len(gaps)), sharey=True, squeeze=False, layout="constrained"
     )
-    for axes, (key, label) in zip(panels, shown, strict=True):
-        for row, name in enumerate(names):
-            values = [one[key] for one in results["runs"][name].values()]
-            axes.plot(values, [row] * len(values), "o", color=BLUE, alpha=0.6, markersize=6)
-            axes.plot([statistics.mean(values)] * 2, [row - 0.3, row + 0.3], color=VERMILION, linewidth=2)
-        axes.set_xlabel(label)
-        axes.grid(axis="x", alpha=0.3)
-    panels[0].set_yticks(range(len(names)), names)
-    panels[0].invert_yaxis()
-    panels[2].set_xlim(left=0)
-    _legend(
+    for line, gap in zip(panels, gaps, strict=True):
+        for axes, key in zip(line, shown, strict=False):
+            title, _, less = FIGURES[key]
+            _apart(axes, [_above(results["runs"].get(gap, {}), name, key) for name in names], statistics.mean, line=0.0)
+            sense = "right: more varied" if key == "distinct" else f"{'left' if less else 'right'}: better"
+            axes.set_xlabel(f"{title},\nless {AGAINST}'s ({sense})")
+        times = results["times"].get(gap, {})
+        _apart(line[-1], [times[name]["ratios"] if name in times else [] for name in names], statistics.median, line=1.0)
+        line[-1].set_xlabel(f"time of a step\nover {AGAINST}'s")
+        line[0].set_title(gap, loc="left")
+        line[0].set_yticks(range(len(names)), names)
+        line[0].set_ylim(len(names) - 0.5, -0.5)
+    marks = [
+        _mark(BLUE, "o", "a seed, or a round of the times", alpha=0.6),
+        _mark(VERMILION, "|", "mean of the seeds, median of the rounds", markersize=11, markeredgewidth=2),
+    ]
+    _legend(figure, marks)
+    _caption(
         figure,
-        [_mark(BLUE, "o", "a seed", alpha=0.6), _mark(VERMILION, "|", "mean of the seeds", markersize=11, markeredgewidth=2)],
+        results["machine"],
+        f"Teacher to student by parameters, {results['plan']['steps']} steps",
+        extent(results).replace("`", ""),
     )
-    note = f"Students after {results['steps']} steps on the demo's corpus; the teacher is at {results['teacher']['loss']:.2f} nats"
-    _caption(figure, results["machine"], note)
     return figure
 
 
@@ -415,6 +425,22 @@ def training(results: dict[str, Any]) -> Figure:
     _legend(figure, [*_contender_handles(contenders), _cross()], columns=5)
     _caption(figure, results["machine"], "Memory above models, gradients and optimizer state")
     return figure
+
+
+def _above(runs: dict[str, Any], name: str, key: str) -> list[float]:
+    """A method's figure less that of cross-entropy, of each seed that both have."""
+    alone = runs.get(AGAINST, {})
+    return [one[key] - alone[seed][key] for seed, one in runs.get(name, {}).items() if seed in alone]
+
+
+def _apart(axes: Axes, values: Sequence[Sequence[float]], middle: Callable[[Sequence[float]], float], *, line: float) -> None:
+    """Points of each row, and where their middle is; a thin line where nothing differs."""
+    axes.axvline(line, color=GREY, linewidth=0.8, zorder=0)
+    axes.grid(axis="x", alpha=0.3)
+    for row, of_row in enumerate(values):
+        if of_row:
+            axes.plot(of_row, [row] * len(of_row), "o", color=BLUE, alpha=0.6, markersize=6)
+            axes.plot([middle(of_row)] * 2, [row - 0.3, row + 0.3], color=VERMILION, linewidth=2)
 
 
 PICTURES: dict[str, Callable[[dict[str, Any]], Figure]] = {

@@ -7,7 +7,6 @@ import json
 import math
 import operator
 import re
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from benchmarks import gpu_report, gpu_times, limits, linear, offsets
 from benchmarks.cases import GIB, LOSSES, MIB, ONLINE, Case, key
 from benchmarks.measure import PEERS
+from benchmarks.methods_report import methods_table
 from benchmarks.overview import door_table, grid, on_a_gpu, overview_table
 from benchmarks.rows import RESULTS, Row
 
@@ -178,30 +178,6 @@ def crossing(budgets: Sequence[int], ratios: Sequence[float]) -> float | None:
         if above * below <= 0:
             return float(left * (right / left) ** (above / (above - below)))
     return None
-
-
-def methods_table(results: dict[str, Any]) -> str:
-    """The methods side by side: means over the seeds, and the range of their losses."""
-    machine = results["machine"]
-    where = f"{machine['processor']}, {machine['threads']} thread, torch {machine['torch']}, {machine['date']}"
-    lines = [
-        f"{where}; {results['steps']} steps, {len(results['seeds'])} seeds.",
-        "",
-        "| method | held-out loss, nats (lowest to highest seed) | next-token accuracy | seconds per step |",
-        "|---|---|---|---|",
-    ]
-    for method, seeds in results["runs"].items():
-        losses, accuracies, seconds = ([one[key] for one in seeds.values()] for key in ("loss", "accuracy", "seconds_per_step"))
-        cells = (
-            method,
-            f"{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})",
-            f"{statistics.mean(accuracies):.1%}",
-            f"{statistics.mean(seconds):.3f}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    teacher = results["teacher"]
-    lines.append(f"| the teacher itself | {teacher['loss']:.3f} | {teacher['accuracy']:.1%} | |")
-    return "\n".join(lines).replace("%", " %") + "\n"
 
 
 def _time(row: Row) -> str:
