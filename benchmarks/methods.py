@@ -1,7 +1,7 @@
 """The methods of the papers side by side, from students that were trained before, at two gaps between teacher and student.
 
     python -m benchmarks.methods --quick        # the wider gap, three seeds: about half an hour
-    python -m benchmarks.methods                # both gaps, five seeds: hours; it says how many once it has timed the steps
+    python -m benchmarks.methods                # both gaps, five seeds: one to two hours; it says how many once steps are timed
     python -m benchmarks.methods --only taid --fresh   # these runs again, the others kept
 
 A teacher is trained once on the Python sources of the interpreter. For each gap and seed a student, initialised by the seed, learns
