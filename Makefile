@@ -7,7 +7,7 @@ TORCH := 2.13.0
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.py) kdkernels/divergences.py \
 	$(addprefix kdkernels/backends/,functors.py columns.py polynomials.py)
 
-.PHONY: setup demo test bench docs static launch sanitize lint clean
+.PHONY: setup demo test oldest bench docs static launch sanitize lint clean
 
 setup: .venv/.built
 
@@ -22,12 +22,39 @@ setup: .venv/.built
 	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
+# A copy of what is built and tested, whose extension is its own: the normal build stays.
+define copied
+	mkdir -p $(1)
+	rm -rf $(addprefix $(1)/,kdkernels tests benchmarks)
+	cp -rp kdkernels tests benchmarks csrc setup.py pyproject.toml README.md LICENSE $(1)
+	rm -f $(1)/kdkernels/*.so
+endef
+
 demo: setup
 	$(PY) -m kdkernels demo
 
 # A class or module of tests stays in one process, so that what it makes for all of them is made once.
 test: setup
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadscope
+
+# Losses, with the oldest versions that pyproject.toml takes, on the oldest Python; uv finds both. PYENV_VERSION lets pyenv,
+# where it is, show that Python.
+OLDEST := build/oldest
+OLDEST_PYTHON := $(shell sed -n 's/^requires-python = ">=\(.*\)"$$/\1/p' pyproject.toml)
+# Not yet those of transformers: its Trainer's arguments at the oldest release are not those that KDConfig's tests give.
+OLDEST_TESTS := tests/losses/test_autograd.py tests/losses/test_numerics.py tests/compat/test_liger.py
+
+$(OLDEST)/.installed: .venv/.deps
+	mkdir -p $(OLDEST)
+	PYENV_VERSION=$(OLDEST_PYTHON) .venv/bin/uv venv --quiet --clear --python $(OLDEST_PYTHON) $(OLDEST)/.venv
+	.venv/bin/uv pip install --quiet --python $(OLDEST)/.venv --resolution lowest-direct --requirements pyproject.toml \
+		--extra demo --extra liger --extra test --extra transformers "setuptools>=77"
+	touch $@
+
+oldest: setup $(OLDEST)/.installed
+	$(call copied,$(OLDEST))
+	cd $(OLDEST) && $(PY) setup.py --quiet build_ext --inplace
+	cd $(OLDEST) && $(PY) -m pytest -n auto --maxprocesses 4 --dist loadscope $(OLDEST_TESTS)
 
 # The documentation's site, with warnings as errors; NO_MKDOCS_2_WARNING: its makers' advice on another program.
 docs: setup
@@ -66,10 +93,7 @@ SANITIZED := build/sanitize
 SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
 
 sanitize: setup
-	mkdir -p $(SANITIZED)
-	rm -rf $(addprefix $(SANITIZED)/,kdkernels tests benchmarks)
-	cp -rp kdkernels tests benchmarks csrc setup.py pyproject.toml README.md LICENSE $(SANITIZED)
-	rm -f $(SANITIZED)/kdkernels/*.so
+	$(call copied,$(SANITIZED))
 	cd $(SANITIZED) && KDKERNELS_SANITIZE=1 $(CURDIR)/$(PY) setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && KDKERNELS_SANITIZE=1 LD_PRELOAD="$(SANITIZERS)" \
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
