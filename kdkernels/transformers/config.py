@@ -9,6 +9,9 @@ from transformers import TrainingArguments
 from kdkernels.transformers.methods import SETTINGS, AllSettings
 from kdkernels.transformers.settings import said
 
+# Of a Trainer that computes activations twice: since transformers 5.23, and before, which is to go with 6.
+CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name))
+
 
 @dataclass
 class KDConfig(AllSettings, TrainingArguments):
@@ -44,3 +47,8 @@ class KDConfig(AllSettings, TrainingArguments):
         if self.label_smoothing_factor != 0.0:
             raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor} is not a term of this loss; accepted: 0")
         super().__post_init__()
+
+    @property
+    def checkpoints_activations(self) -> bool:
+        """Whether activations are computed twice instead of kept."""
+        return bool(getattr(self, CHECKPOINTING))

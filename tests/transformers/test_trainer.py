@@ -16,6 +16,7 @@ import transformers
 
 import kdkernels as kd
 from kdkernels.transformers import KDTrainer
+from kdkernels.transformers.config import CHECKPOINTING
 from kdkernels.transformers.methods import methods
 from kdkernels.transformers.online import query_value_modules
 from tests.support import README, oracle
@@ -248,7 +249,7 @@ def test_accumulating_is_a_larger_batch(tmp_path: Path) -> None:
 def test_checkpointed_activations_change_nothing(tmp_path: Path) -> None:
     found = []
     for on in (False, True):
-        run = trainer(tmp_path / str(on), method="okd", activation_checkpointing=on)
+        run = trainer(tmp_path / str(on), method="okd", **{CHECKPOINTING: on})
         run.train()
         found.append([weights(run.model), weights(run.teacher)])
     assert_same(found[0], found[1])

@@ -21,14 +21,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("dtype", one_of("auto", "float32", "bfloat16"), "NAME", "of the student's weights; auto: as saved", "float32"),
         Option("teacher_dtype", one_of("auto", "float32", "bfloat16", "float16"), "NAME", "of the teacher's weights", "auto"),
         Option("bf16", SWITCH, "", "compute in bfloat16 from float32 weights (autocast)", False, sets=("bf16",)),
-        Option(
-            "gradient_checkpointing",
-            SWITCH,
-            "",
-            "compute activations twice instead of keeping them",
-            False,
-            sets=("activation_checkpointing",),
-        ),
+        Option("gradient_checkpointing", SWITCH, "", "compute activations twice instead of keeping them", False),
     ),
     "data": (
         Option("data", TEXT, "DATA", f"{SOURCES} (with a cached teacher: the examples of the cache)"),

@@ -29,7 +29,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from kdkernels.console import files, terminal
 from kdkernels.errors import CommandError
 from kdkernels.transformers.cache import TopKCache, is_cache
-from kdkernels.transformers.config import KDConfig
+from kdkernels.transformers.config import CHECKPOINTING, KDConfig
 from kdkernels.transformers.data import Example
 from kdkernels.transformers.distill.configuration import RUN, read_run
 from kdkernels.transformers.distill.data import check_answers, check_length, digest_of, examples_of
@@ -209,6 +209,7 @@ def _config(settings: argparse.Namespace, out: Path) -> KDConfig:
     }
     fixed = {
         "output_dir": str(out),
+        CHECKPOINTING: settings.gradient_checkpointing,
         "warmup_steps": settings.warmup if settings.warmup < 1 else int(settings.warmup),
         "lr_scheduler_type": "constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
         "save_strategy": "steps",

@@ -65,7 +65,7 @@ class OKD(Fixed):
             seed=args.seed,
         )
         trainer.teacher = target.teacher = self.online.model
-        if args.activation_checkpointing:
+        if args.checkpoints_activations:
             self.online.checkpoint_activations()
 
     def begin_run(self) -> None:
