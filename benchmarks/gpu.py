@@ -93,7 +93,7 @@ def _checks(size: str) -> list[Part]:
     strategies = (*STRATEGIES, gpu_checks.CLUSTER, *of_16_bits)
     taken = [(one, dtype) for one, dtype in itertools.product(strategies, dtypes) if dtype != "fp32" or one not in of_16_bits]
     shards = [
-        *((strategy, gpu_checks.items(size, dtype, of)) for of in divergences for strategy, dtype in taken),
+        *((strategy, gpu_checks.items(size, dtype, of, strategy)) for of in divergences for strategy, dtype in taken),
         *((strategy, gpu_checks.items_of_dtype(dtype, strategy)) for strategy, dtype in taken),
     ]
     if size == "toy":
@@ -101,6 +101,7 @@ def _checks(size: str) -> list[Part]:
     return [
         Part(f"check {strategy}", gpu_checks.opened, (size, strategy), tuple(items), 75, together=True)
         for strategy, items in shards
+        if items
     ]
 
 

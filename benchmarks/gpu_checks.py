@@ -269,27 +269,27 @@ def checked(facts: Result, check: Callable[..., Result], *arguments: Any) -> Res
 
 REPEATED_CHECKS = (two_runs, backward_twice, host_syncs, captured, special_values)
 OF_DTYPE = (planned_memory, large_offsets)
-# Beside those, or in their place.
-OF_CLUSTERS, OF_OFFSETS = (rows_at_scale,), (*OF_DTYPE, products_at_scale)
+OF_OFFSETS = (*OF_DTYPE, products_at_scale)
 Item = tuple[str, str | None, str, float | None]  # dtype, divergence, check, spread
 
 
-def items(size: str, dtype: str, divergence: str) -> list[Item]:
+def items(size: str, dtype: str, divergence: str, strategy: str) -> list[Item]:
     """The checks of a divergence."""
     spreads = (3.0,) if size == "toy" else SPREADS
     at_spreads: list[Item] = [(dtype, divergence, "accuracy", spread) for spread in spreads]
-    return at_spreads + [(dtype, divergence, check.__name__, None) for check in REPEATED_CHECKS]
+    checks = (*REPEATED_CHECKS, *((rows_at_scale,) if strategy == CLUSTER else ()))
+    return at_spreads + [(dtype, divergence, check.__name__, None) for check in checks]
 
 
 def items_of_dtype(dtype: str, strategy: str) -> list[Item]:
     """The checks that are made once for each dtype."""
-    of_strategy = {CLUSTER: OF_CLUSTERS, OFFSETS: OF_OFFSETS, OFFSETS_CUDA: OF_OFFSETS}
+    of_strategy = {CLUSTER: (), OFFSETS: OF_OFFSETS, OFFSETS_CUDA: OF_OFFSETS}
     return [(dtype, None, check.__name__, None) for check in of_strategy.get(strategy, OF_DTYPE)]
 
 
 def opened(size: str, strategy: str) -> Callable[[str, str | None, str, float | None], Iterator[Result]]:
     device = device_of(size)
-    by_name = {check.__name__: check for check in (*REPEATED_CHECKS, *OF_CLUSTERS, *OF_OFFSETS)}
+    by_name = {check.__name__: check for check in (*REPEATED_CHECKS, *OF_OFFSETS)}
 
     def run(dtype_name: str, divergence: str | None, name: str, spread: float | None) -> Iterator[Result]:
         dtype = DTYPES[dtype_name]
@@ -303,7 +303,9 @@ def opened(size: str, strategy: str) -> Callable[[str, str | None, str, float | 
             yield checked(facts, check, dtype, strategy, device)
             return
         facts["divergence"] = divergence
-        if spread is None:
+        if name == rows_at_scale.__name__:
+            yield checked(facts, rows_at_scale, dtype, divergence, device)
+        elif spread is None:
             yield checked(facts, _with_shared_rows, by_name[name], repeated(divergence, dtype, size, device), strategy)
         else:
             yield checked({**facts, "spread": spread}, accuracy, divergence, strategy, dtype, spread, size, device)
