@@ -360,6 +360,7 @@ def updated(page: str) -> str:
     page = _between(page, "door", door_table(on_gpu, grown))
     page = _between(page, "overview", overview_table(on_gpu, grown, compared))
     page = _between(page, "predicted", offsets.predicted_table())
+    page = _between(page, "gpu-h200", gpu_table(RESULTS / "gpu-h200.jsonl"))
     return _between(page, "gpu", gpu_table(on_gpu))
 
 

@@ -19,9 +19,9 @@ from tests.support.training import examples, logs, models, trainer, weights
 def test_a_cached_teacher_teaches_what_the_model_would(method: str, tmp_path: Path) -> None:
     """With every token listed nothing is lost: not in training, not in evaluation, and the data may be left to the cache."""
     data, held_out = examples(), examples(5, seed=3)
-    student, teacher = models(torch.float32)
-    start = weights(student)
-    options = {"method": method, "temperature": 1.5, "ce_weight": 0.2, "taid_alpha": 0.1}
+    _, teacher = models(torch.float32)
+    # SGD: Adam takes as long steps where a gradient is so small that rounding, which processors do in other orders, is a part of it.
+    options = {"method": method, "temperature": 1.5, "ce_weight": 0.2, "taid_alpha": 0.1, "optim": "sgd", "learning_rate": 1.0}
     write_cache(teacher, [*data, *held_out], tmp_path / "cache", top_k=VOCAB, temperature=1.5)
     runs = []
     for name, given in (("model", teacher), ("folder", str(tmp_path / "cache")), ("cache", TopKCache(tmp_path / "cache"))):
@@ -29,8 +29,8 @@ def test_a_cached_teacher_teaches_what_the_model_would(method: str, tmp_path: Pa
         run.train()
         runs.append((weights(run.model), logs(run), run.evaluate()))
     for state, logged, evaluated in runs[1:]:
-        for name, tensor in runs[0][0].items():  # Adam steps as far where a gradient is small and its rounding a part of it
-            assert (state[name] - tensor).norm() <= 1e-2 * (tensor - start[name]).norm()
+        for name, tensor in runs[0][0].items():
+            torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=2e-4)
         for one, other in zip(logged, runs[0][1], strict=True):
             assert one == pytest.approx(other, rel=1e-3)
         for name in ("eval_loss", "eval_kd", "eval_ce", "eval_agreement"):
