@@ -93,15 +93,7 @@ class TestSpecialValues:
             problems = []
             for seed in range(3):
                 one = problem(name, seed, self.VOCAB, 3.0, t=t)
-                bans = torch.zeros(one.x.shape, dtype=torch.bool)
-                bans[0, ::7] = bans[1, :512] = bans[2, 640:] = bans[3, :640] = bans[4] = True
-                bans[4, 700] = False
-                if model != "teacher":
-                    one.x[bans] = -INF
-                if model in ("teacher", "both"):
-                    one.z[bans] = -INF
-                if model == "apart":
-                    one.z[5, :640] = -INF
+                one.ban(model)
                 problems.append(one)
             with cut(2, 2):
                 found[t] = compared(problems)

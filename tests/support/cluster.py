@@ -109,6 +109,19 @@ class Problem:
     labels: Tensor | None = None
     weight: Tensor | None = None
 
+    def ban(self, model: str) -> None:
+        """Takes tokens of five rows from the student, the teacher or both ("apart": from the student, and the sixth row's from the
+        teacher): every seventh, a chunk, either of two blocks that meet at 640, and all but one."""
+        bans = torch.zeros(self.x.shape, dtype=torch.bool)
+        bans[0, ::7] = bans[1, :512] = bans[2, 640:] = bans[3, :640] = bans[4] = True
+        bans[4, 700] = False
+        if model != "teacher":
+            self.x[bans] = -torch.inf
+        if model in ("teacher", "both"):
+            self.z[bans] = -torch.inf
+        if model == "apart":
+            self.z[5, :640] = -torch.inf
+
     def plain(self, dtype: torch.dtype, metrics: bool = False) -> Result:
         """The formulas with autograd. metrics: with those, of each row, besides."""
 

@@ -20,7 +20,7 @@ def test_a_cached_teacher_teaches_what_the_model_would(method: str, tmp_path: Pa
     """With every token listed nothing is lost: not in training, not in evaluation, and the data may be left to the cache."""
     data, held_out = examples(), examples(5, seed=3)
     _, teacher = models(torch.float32)
-    # SGD: Adam takes as long steps where a gradient is so small that rounding, which processors do in other orders, is a part of it.
+    # SGD: Adam takes as long steps where a gradient is so small that rounding, in orders of the processor's, is a part of it.
     options = {"method": method, "temperature": 1.5, "ce_weight": 0.2, "taid_alpha": 0.1, "optim": "sgd", "learning_rate": 1.0}
     write_cache(teacher, [*data, *held_out], tmp_path / "cache", top_k=VOCAB, temperature=1.5)
     runs = []
