@@ -6,8 +6,7 @@
     methods.json  -> methods.png   losses, written text and time of the training methods, against cross-entropy
     training.json -> training.png  tokens per second and memory of whole steps against the length of a sequence
 
-Nothing is measured here. Colours are those of Okabe and Ito, which stay apart for colour-blind readers, and each contender has a
-marker of its own besides. A case without figures is in the picture too: as a word or a cross where its figure would be.
+Nothing is measured here. How they look is in drawing.py.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import argparse
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,148 +24,48 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from benchmarks.cases import GIB, MIB
+from benchmarks.drawing import (
+    BLACK,
+    BLUE,
+    GREY,
+    LOSS_NAMES,
+    PURPLE,
+    RC,
+    SKY,
+    SPEED_TICKS,
+    VERMILION,
+    bytes_axis,
+    bytes_text,
+    caption,
+    contender_handles,
+    cross,
+    draw_crosses,
+    draw_line,
+    has_figures,
+    in_order,
+    legend,
+    log_axis,
+    mark,
+    ratio_axis,
+    series_of,
+    size_axis,
+    style,
+    ticks,
+    tried_contenders,
+)
 from benchmarks.limits import planned_ratio
 from benchmarks.methods_report import FIGURES, extent
 from benchmarks.rows import RESULTS
 from kdkernels.demo.settings import AGAINST
 
-KIB = 2**10
-BLUE, ORANGE, GREEN, SKY, VERMILION, PURPLE, BLACK = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#CC79A7", "#000000"
-GREY = "#6E6E6E"
-# Colour and marker of each contender; one that is not listed is grey.
-STYLES = {
-    "tokens": (BLUE, "o"),
-    "vocab": (GREEN, "s"),
-    "eager": (VERMILION, "^"),
-    "compiled": (ORANGE, "D"),
-    "checkpointed": (PURPLE, "v"),
-    "liger": (SKY, "P"),
-    "liger compiled": (SKY, "X"),
-    "trl": (BLACK, "d"),
-    "torchtune": (GREY, "h"),
-    "KDTrainer": (BLUE, "o"),
-    "accelerate, kd": (GREEN, "s"),
-    "accelerate, eager": (VERMILION, "^"),
-    "TRL GKD": (ORANGE, "D"),
-    "TRL GKD, patched": (SKY, "P"),
-    "TRL GKD, Liger's loss": (PURPLE, "v"),
-    "TRL Distillation": (BLACK, "d"),
-    "TRL Distillation, patched": (BLUE, "X"),
-}
-LOSS_NAMES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "jsd": "JSD", "taid": "TAID"}
-SPEED_TICKS = [mantissa * 10.0**exponent for exponent in range(7) for mantissa in (1, 2, 5)]
-RATIO_TICKS = (0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0)
-RC: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9,
-    "legend.frameon": False,
-}
-
-
-def _style(contender: str) -> tuple[str, str]:
-    return STYLES.get(contender, (GREY, "h"))
-
-
-def _in_order(values: Iterable[Any]) -> list[Any]:
-    """Each once, in order of first appearance."""
-    return list(dict.fromkeys(values))
-
-
-def _contenders(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Those with a figure or a failure among the rows; who is not offered anywhere has no place in a picture."""
-    tried = {row["contender"] for row in rows if "skipped" not in row}
-    return [name for name in _in_order(row["contender"] for row in rows) if name in tried]
-
-
-def _has_figures(row: dict[str, Any]) -> bool:
-    return "failed" not in row and "skipped" not in row
-
-
-def _ticks(axis: Axis, values: Sequence[float], text: Callable[[float], str]) -> None:
-    """A logarithmic axis that is labelled at these values alone, in plain numbers."""
-    axis.set_major_locator(FixedLocator(list(values)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
-    axis.set_minor_locator(NullLocator())
-
-
-def _log(axes: Axes, which: str) -> Axis:
-    if which == "x":
-        axes.set_xscale("log")
-        return axes.xaxis
-    axes.set_yscale("log")
-    return axes.yaxis
-
-
-def _ratio_axis(axes: Axes, which: str, values: Sequence[float], *, line: bool = True, room: float = 1.25) -> None:
-    """Logarithmic, a little wider than the values (``room`` times above them), with a line at 1."""
-    axis = _log(axes, which)
-    low, high = min([1.0, *values]) / 1.15, max([1.0, *values]) * room
-    (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
-    _ticks(axis, [tick for tick in RATIO_TICKS if low <= tick <= high], "{:g}".format)
-    if line:
-        axes.axhline(1.0, color=GREY, linewidth=0.8, zorder=0)
-
-
-def _bytes(size: float) -> str:
-    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
-        if size >= unit:
-            return f"{size / unit:g} {name}"
-    return f"{size:g} B"
-
-
-def _bytes_axis(axes: Axes, which: str, values: Sequence[float], *, room: float = 1.4) -> None:
-    """Logarithmic, a little wider than the values (``room`` times above them), labelled at powers of 2 or 4."""
-    axis = _log(axes, which)
-    low, high = min(values) / 1.4, max(values) * room
-    (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
-    factor = 2 if high < 64 * low else 4
-    powers = [float(factor**exponent) for exponent in range(50)]
-    _ticks(axis, [power for power in powers if low <= power <= high], _bytes)
-
-
-def _size_axis(axes: Axes, sizes: Sequence[int], label: str) -> None:
-    """A logarithmic x axis that is labelled at the sizes that were measured."""
-    _ticks(_log(axes, "x"), sizes, lambda size: f"{int(size):,}")
-    axes.set_xlim(min(sizes) / 1.25, max(sizes) * 1.25)
-    axes.set_xlabel(label)
-
-
-def _caption(figure: Figure, machine: dict[str, Any], *notes: str) -> None:
-    """Where and when it was measured, small, under everything else."""
-    threads = f"{machine['threads']} thread" + ("s" if machine["threads"] != 1 else "")
-    parts = [*notes, f"{machine['processor']}, {threads}, torch {machine['torch']}, {machine['date']}"]
-    figure.supxlabel(". ".join(parts) + ".", fontsize=7.5, color=GREY, x=0.01, ha="left")
-
-
-def _legend(figure: Figure, handles: Sequence[Line2D], columns: int | None = None) -> None:
-    """Above the panels, where it covers nothing."""
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns or len(handles), handlelength=2.4)
-
-
-def _mark(colour: str, marker: str, label: str, **options: Any) -> Line2D:
-    return Line2D([], [], color=colour, marker=marker, label=label, **{"linestyle": "none", "markersize": 5.5, **options})
-
-
-def _contender_handles(contenders: Sequence[str]) -> list[Line2D]:
-    return [_mark(*_style(name), name, linestyle="-", linewidth=1.4) for name in contenders]
-
-
-def _cross() -> Line2D:
-    return _mark(GREY, "x", "failed", markeredgewidth=1.8)
-
 
 def compare(results: dict[str, Any]) -> Figure:
     """A panel for each loss and head that was measured: the median ratio of each contender, and a bar from lowest to highest."""
     rows = results["rows"]
-    (losses, heads), contenders = (_in_order(row[key] for row in rows) for key in ("loss", "head")), _contenders(rows)
+    (losses, heads), contenders = (in_order(row[key] for row in rows) for key in ("loss", "head")), tried_contenders(rows)
     shown = [(loss, head) for loss in losses for head in heads if any((row["loss"], row["head"]) == (loss, head) for row in rows)]
     columns = min(4, len(shown))
     lines = -(-len(shown) // columns)
@@ -179,7 +78,7 @@ def compare(results: dict[str, Any]) -> Figure:
         squeeze=False,
         layout="constrained",
     )
-    _ratio_axis(panels[0][0], "x", [ratio for row in rows if _has_figures(row) for ratio in row["ratios"]], line=False)
+    ratio_axis(panels[0][0], "x", [ratio for row in rows if has_figures(row) for ratio in row["ratios"]], line=False)
     for axes, (loss, head) in zip(panels.flat, shown, strict=False):
         found = [row for row in rows if (row["loss"], row["head"]) == (loss, head) and row["contender"] in contenders]
         sizes = found[0]
@@ -202,17 +101,17 @@ def compare(results: dict[str, Any]) -> Figure:
     panels[0][0].set_ylim(len(contenders) - 0.4, -0.6)
     kinds = {(row["dtype"], row["masked"]) for row in rows}
     handles = [
-        _mark(colour, "o", f"{dtype}, {'half masked' if masked else 'no mask'}", markerfacecolor="white" if masked else colour)
+        mark(colour, "o", f"{dtype}, {'half masked' if masked else 'no mask'}", markerfacecolor="white" if masked else colour)
         for dtype, colour in _DTYPE_COLOURS.items()
         for masked in (False, True)
         if (dtype, masked) in kinds
     ]
-    _legend(figure, handles)
+    legend(figure, handles)
     notes = [
         "Points are medians, bars go from the lowest to the highest ratio",
         "Masked steps: over the products of the tokens that count",
     ]
-    _caption(figure, results["machine"], *notes)
+    caption(figure, results["machine"], *notes)
     return figure
 
 
@@ -223,7 +122,7 @@ _OFFSETS = {("fp32", False): -0.27, ("fp32", True): -0.09, ("bf16", False): 0.09
 
 def _compared(axes: Axes, row: dict[str, Any], place: int) -> None:
     colour, height = _DTYPE_COLOURS[row["dtype"]], place + _OFFSETS[row["dtype"], row["masked"]]
-    if not _has_figures(row):
+    if not has_figures(row):
         if row["masked"]:  # the unmasked one beside it says it already, for the same reason
             return
         word = "failed" if "failed" in row else "not offered"
@@ -233,20 +132,15 @@ def _compared(axes: Axes, row: dict[str, Any], place: int) -> None:
     axes.plot([row["ratio"]], [height], "o", color=colour, markersize=4.5, markerfacecolor="white" if row["masked"] else colour)
 
 
-def _series(rows: Sequence[dict[str, Any]], contender: str, sweep: str) -> list[dict[str, Any]]:
-    """A contender's rows of a sweep, from small to large."""
-    return sorted((row for row in rows if row["part"] == sweep and row["contender"] == contender), key=lambda row: row[sweep])
-
-
 _SWEEPS = {"tokens": ("vocab", "tokens N", "V"), "vocab": ("tokens", "vocabulary V", "N")}
 
 
 def growth(results: dict[str, Any]) -> Figure:
     """Time over the bare products, and peak memory, of each contender against N and against V."""
     rows = results["rows"]
-    contenders = _contenders(rows)
+    contenders = tried_contenders(rows)
     figure, panels = plt.subplots(2, 2, figsize=(10.5, 7.6), sharex="col", sharey="row", layout="constrained")
-    measured, failed = [row for row in rows if _has_figures(row)], any("failed" in row for row in rows)
+    measured, failed = [row for row in rows if has_figures(row)], any("failed" in row for row in rows)
     for column, (sweep, (fixed, label, letter)) in enumerate(_SWEEPS.items()):
         of_sweep = [row for row in rows if row["part"] == sweep]
         if not of_sweep:
@@ -259,45 +153,29 @@ def growth(results: dict[str, Any]) -> Figure:
             loc="left",
         )
         for contender in contenders:
-            series = _series(of_sweep, contender, sweep)
+            series = series_of(of_sweep, contender, sweep)
             for axes, key in ((time, "ratio"), (memory, "peak_bytes")):
-                _line(axes, series, contender, sweep, key)
-        _crosses((time, memory), of_sweep, contenders, sweep)
-        _size_axis(memory, sorted({row[sweep] for row in of_sweep}), label)
+                draw_line(axes, series, contender, sweep, key)
+        draw_crosses((time, memory), of_sweep, contenders, sweep)
+        size_axis(memory, sorted({row[sweep] for row in of_sweep}), label)
     if measured:
         room = 2.0 if failed else 1.25  # for the crosses
-        _ratio_axis(panels[0][0], "y", [row["ratio"] for row in measured], room=room)
-        _bytes_axis(panels[1][0], "y", [row["peak_bytes"] for row in measured], room=2 * room)
+        ratio_axis(panels[0][0], "y", [row["ratio"] for row in measured], room=room)
+        bytes_axis(panels[1][0], "y", [row["peak_bytes"] for row in measured], room=2 * room)
     panels[0][0].set_ylabel("time over the bare products")
     panels[1][0].set_ylabel("peak memory above the inputs")
     for axes in panels.flat:
         axes.grid(alpha=0.25, linewidth=0.6)
-    handles = _contender_handles(contenders) + ([_cross()] if failed else [])
-    _legend(figure, handles, columns=-(-len(handles) // (1 if len(handles) < 7 else 2)))
-    _caption(figure, results["machine"], "Returned gradients are part of the peak")
+    handles = contender_handles(contenders) + ([cross()] if failed else [])
+    legend(figure, handles, columns=-(-len(handles) // (1 if len(handles) < 7 else 2)))
+    caption(figure, results["machine"], "Returned gradients are part of the peak")
     return figure
-
-
-def _line(axes: Axes, series: Sequence[dict[str, Any]], contender: str, sweep: str, key: str) -> None:
-    colour, marker = _style(contender)
-    points = [(row[sweep], row[key]) for row in series if _has_figures(row)]
-    dashes = "--" if contender == "liger compiled" else "-"  # shares its colour with the one that is not compiled
-    axes.plot(*zip(*points, strict=True), dashes, color=colour, marker=marker, markersize=5, linewidth=1.4) if points else None
-
-
-def _crosses(panels: Sequence[Axes], rows: Sequence[dict[str, Any]], contenders: Sequence[str], sweep: str) -> None:
-    """Along the upper edge, one under another: who failed at which size."""
-    for place, contender in enumerate(contenders):
-        sizes = [row[sweep] for row in _series(rows, contender, sweep) if "failed" in row]
-        for axes in panels:
-            at = [0.97 - 0.035 * place] * len(sizes)
-            axes.plot(sizes, at, "x", color=_style(contender)[0], transform=axes.get_xaxis_transform(), markeredgewidth=1.8)
 
 
 def limits(results: dict[str, Any]) -> Figure:
     """Memory against N and against V under the limit, failures on its line, and time of "tokens" over "vocab" by budget."""
     rows = [row for row in results["rows"] if row["part"] in _SWEEPS]
-    contenders = _in_order(row["contender"] for row in rows)
+    contenders = in_order(row["contender"] for row in rows)
     figure, panels = plt.subplots(1, 3, figsize=(14, 4.7), layout="constrained")
     sizes = [row[key] for row in rows for key in ("peak_bytes", "limit") if key in row]
     for axes, (sweep, (fixed, label, letter)) in zip(panels, _SWEEPS.items(), strict=False):
@@ -308,27 +186,27 @@ def limits(results: dict[str, Any]) -> Figure:
         row = of_sweep[0]
         axes.set_title(f"{row['dtype']}, {letter} = {row[fixed]:,}, D = {row['student_dim']} and {row['teacher_dim']}", loc="left")
         for contender in contenders:
-            series = _series(of_sweep, contender, sweep)
-            _line(axes, series, contender, sweep, "peak_bytes")
+            series = series_of(of_sweep, contender, sweep)
+            draw_line(axes, series, contender, sweep, "peak_bytes")
             plans = [(row[sweep], row["planned_peak_bytes"]) for row in series if "planned_peak_bytes" in row]
             if plans:
-                axes.plot(*zip(*plans, strict=True), ":", color=_style(contender)[0], linewidth=1.2)
+                axes.plot(*zip(*plans, strict=True), ":", color=style(contender)[0], linewidth=1.2)
             failed = [row for row in series if "failed" in row]
             at = [row[sweep] for row in failed], [row["limit"] for row in failed]
-            axes.plot(*at, "x", color=_style(contender)[0], markersize=8, markeredgewidth=2, zorder=3)
+            axes.plot(*at, "x", color=style(contender)[0], markersize=8, markeredgewidth=2, zorder=3)
         axes.axhline(row["limit"], color=GREY, linewidth=1, linestyle="--")
-        _size_axis(axes, sorted({row[sweep] for row in of_sweep}), label)
-        _bytes_axis(axes, "y", sizes)
+        size_axis(axes, sorted({row[sweep] for row in of_sweep}), label)
+        bytes_axis(axes, "y", sizes)
         axes.grid(alpha=0.25, linewidth=0.6)
     panels[0].set_ylabel("peak memory above the inputs")
-    _break_even(panels[2], [row for row in results["rows"] if row["part"] == "break-even" and _has_figures(row)])
-    handles = _contender_handles(contenders)
-    handles += [Line2D([], [], color=GREY, linestyle=":", label="planned"), _cross()]
+    _break_even(panels[2], [row for row in results["rows"] if row["part"] == "break-even" and has_figures(row)])
+    handles = contender_handles(contenders)
+    handles += [Line2D([], [], color=GREY, linestyle=":", label="planned"), cross()]
     if rows:
-        label = f"limit of the process, {_bytes(rows[0]['limit'])}"
+        label = f"limit of the process, {bytes_text(rows[0]['limit'])}"
         handles.append(Line2D([], [], color=GREY, linewidth=1, linestyle="--", label=label))
-    _legend(figure, handles)
-    _caption(figure, results["machine"], "Returned gradients are part of the peak")
+    legend(figure, handles)
+    caption(figure, results["machine"], "Returned gradients are part of the peak")
     return figure
 
 
@@ -337,7 +215,7 @@ def _break_even(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
         axes.set_axis_off()
         return
     styles = itertools.cycle(((BLACK, "o"), (PURPLE, "^"), (SKY, "s")))  # the other panels' contenders have the other colours
-    for (loss, dtype), (colour, marker) in zip(_in_order((row["loss"], row["dtype"]) for row in rows), styles, strict=False):
+    for (loss, dtype), (colour, marker) in zip(in_order((row["loss"], row["dtype"]) for row in rows), styles, strict=False):
         points = [row for row in rows if (row["loss"], row["dtype"]) == (loss, dtype)]
         budgets, ratios = ([point[key] for point in points] for key in ("budget", "ratio"))
         name = f"{LOSS_NAMES.get(loss, loss)}, {dtype}"
@@ -351,8 +229,8 @@ def _break_even(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
         at = [point["budget"] for point in hollow], [point["ratio"] for point in hollow]
         axes.plot(*at, marker, color=colour, markerfacecolor="white", markersize=5.5, zorder=3)
         axes.plot(budgets, list(map(planned_ratio, points)), ":", color=colour)
-    _ratio_axis(axes, "y", [ratio for row in rows for ratio in row["ratios"]] + list(map(planned_ratio, rows)))
-    _bytes_axis(axes, "x", [row["budget"] for row in rows])
+    ratio_axis(axes, "y", [ratio for row in rows for ratio in row["ratios"]] + list(map(planned_ratio, rows)))
+    bytes_axis(axes, "x", [row["budget"] for row in rows])
     row = rows[0]
     axes.set_title(
         f"N = {row['tokens']:,}, V = {row['vocab']:,}, D = {row['student_dim']:,} and {row['teacher_dim']:,}", loc="left"
@@ -386,11 +264,11 @@ def methods(results: dict[str, Any]) -> Figure:
         line[0].set_yticks(range(len(names)), names)
         line[0].set_ylim(len(names) - 0.5, -0.5)
     marks = [
-        _mark(BLUE, "o", "a seed, or a round of the times", alpha=0.6),
-        _mark(VERMILION, "|", "mean of the seeds, median of the rounds", markersize=11, markeredgewidth=2),
+        mark(BLUE, "o", "a seed, or a round of the times", alpha=0.6),
+        mark(VERMILION, "|", "mean of the seeds, median of the rounds", markersize=11, markeredgewidth=2),
     ]
-    _legend(figure, marks)
-    _caption(
+    legend(figure, marks)
+    caption(
         figure,
         results["machine"],
         f"Teacher to student by parameters, {results['plan']['steps']} steps",
@@ -403,27 +281,27 @@ def training(results: dict[str, Any]) -> Figure:
     """Tokens per second of whole steps, and their memory above models, gradients and optimizer state, against the tokens."""
     rows = [
         row | {"speed": row["tokens"] / row["seconds"], "scratch": row["peak_bytes"] - row["returned_bytes"]}
-        if _has_figures(row)
+        if has_figures(row)
         else row
         for row in results["rows"]
     ]
-    measured = [row for row in rows if _has_figures(row)]
-    contenders = _in_order(row["contender"] for row in measured)
+    measured = [row for row in rows if has_figures(row)]
+    contenders = in_order(row["contender"] for row in measured)
     figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.8), layout="constrained")
     for axes, key, label in zip(panels, ("speed", "scratch"), ("tokens per second", "peak memory of a step"), strict=True):
         for contender in contenders:
-            _line(axes, _series(rows, contender, "tokens"), contender, "tokens", key)
-        _size_axis(axes, sorted({row["tokens"] for row in rows}), "predicted tokens N of a sequence")
+            draw_line(axes, series_of(rows, contender, "tokens"), contender, "tokens", key)
+        size_axis(axes, sorted({row["tokens"] for row in rows}), "predicted tokens N of a sequence")
         axes.set_ylabel(label)
         axes.grid(alpha=0.25, linewidth=0.6)
     if measured:
         speeds = [row["speed"] for row in measured]
-        _ticks(_log(panels[0], "y"), SPEED_TICKS, "{:,.0f}".format)
+        ticks(log_axis(panels[0], "y"), SPEED_TICKS, "{:,.0f}".format)
         panels[0].set_ylim(min(speeds) / 1.4, max(speeds) * 2)  # room for the crosses
-        _bytes_axis(panels[1], "y", [row["scratch"] for row in measured], room=4)
-    _crosses(panels, rows, contenders, "tokens")
-    _legend(figure, [*_contender_handles(contenders), _cross()], columns=5)
-    _caption(figure, results["machine"], "Memory above models, gradients and optimizer state")
+        bytes_axis(panels[1], "y", [row["scratch"] for row in measured], room=4)
+    draw_crosses(panels, rows, contenders, "tokens")
+    legend(figure, [*contender_handles(contenders), cross()], columns=5)
+    caption(figure, results["machine"], "Memory above models, gradients and optimizer state")
     return figure
 
 

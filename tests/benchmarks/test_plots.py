@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import plots
+from benchmarks import drawing, plots
 from benchmarks.cases import GIB, MIB
 
 MACHINE = {"processor": "a processor", "threads": 2, "torch": "2.13.0", "date": "2026-11-24", "instruction_sets": ["avx512"]}
@@ -215,7 +215,7 @@ def test_a_picture_says_where_and_when_it_was_measured(name: str) -> None:
 @pytest.mark.parametrize("name", plots.PICTURES)
 def test_nothing_lies_outside_of_the_picture_or_over_something_else(name: str) -> None:
     """No text leaves the figure, the legend covers no panel, and no title another."""
-    with plt.rc_context(plots.RC):
+    with plt.rc_context(drawing.RC):
         figure = plots.PICTURES[name](MADE_UP[name]())
         figure.draw_without_rendering()
         needed, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
@@ -254,12 +254,12 @@ def test_growth_has_each_figure_at_its_size_and_a_cross_for_each_failure() -> No
     results = growth_results()
     figure = plots.growth(results)
     time, memory = figure.axes[0], figure.axes[2]
-    assert points(time, plots.BLUE, "o") == [(tokens, 1.04) for tokens in (256, 1024, 4096, 16_384)]
-    assert points(memory, plots.ORANGE, "D") == [
+    assert points(time, drawing.BLUE, "o") == [(tokens, 1.04) for tokens in (256, 1024, 4096, 16_384)]
+    assert points(memory, drawing.ORANGE, "D") == [
         (tokens, tokens * 32_000 * 4 * 4 + 40 * MIB) for tokens in (256, 1024, 4096, 16_384)
     ]
-    assert [x for x, _ in points(time, plots.VERMILION, "x")] == [16_384]
-    assert [x for x, _ in points(figure.axes[1], plots.VERMILION, "x")] == [262_144]
+    assert [x for x, _ in points(time, drawing.VERMILION, "x")] == [16_384]
+    assert [x for x, _ in points(figure.axes[1], drawing.VERMILION, "x")] == [262_144]
     labels = [label.get_text() for label in memory.get_xticklabels()]
     assert labels == ["256", "1,024", "4,096", "16,384"]
 
@@ -267,23 +267,25 @@ def test_growth_has_each_figure_at_its_size_and_a_cross_for_each_failure() -> No
 def test_who_meets_the_limit_is_a_cross_on_its_line() -> None:
     figure = plots.limits(limits_results())
     against_tokens, against_vocab, break_even = figure.axes
-    assert points(against_tokens, plots.VERMILION, "x") == [(2048, 8 * GIB)]
-    assert points(against_tokens, plots.ORANGE, "x") == [(4096, 8 * GIB)]
-    assert points(against_vocab, plots.VERMILION, "x") == [(65_536, 8 * GIB)]
-    assert len(points(against_tokens, plots.BLUE, "o")) == 6
+    assert points(against_tokens, drawing.VERMILION, "x") == [(2048, 8 * GIB)]
+    assert points(against_tokens, drawing.ORANGE, "x") == [(4096, 8 * GIB)]
+    assert points(against_vocab, drawing.VERMILION, "x") == [(65_536, 8 * GIB)]
+    assert len(points(against_tokens, drawing.BLUE, "o")) == 6
     budgets = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
-    hollow = [line for line in break_even.get_lines() if line.get_markerfacecolor() == "white" and line.get_color() == plots.BLACK]
+    hollow = [
+        line for line in break_even.get_lines() if line.get_markerfacecolor() == "white" and line.get_color() == drawing.BLACK
+    ]
     assert [x / MIB for line in hollow for x in line.get_xdata()] == [budget for budget in budgets if 0.6 + 4.0 / budget > 1.2]
 
 
 def test_whole_steps_have_each_figure_at_its_length_and_a_cross_for_each_failure() -> None:
     speed, memory = plots.training(training_results()).axes
     tokens = [256, 512, 1024, 2048, 4096]
-    assert points(speed, plots.BLUE, "o") == [(size, 900.0) for size in tokens]
-    assert points(memory, plots.SKY, "P") == [(size, 400 * MIB) for size in tokens]
-    assert points(memory, plots.ORANGE, "D") == [(size, 400 * MIB + 8 * size * 151_936 * 4) for size in tokens[:3]]
-    assert [x for x, _ in points(speed, plots.ORANGE, "x")] == tokens[3:]
-    assert points(memory, plots.GREY, "x") == [], "who never ran has no line to end"
+    assert points(speed, drawing.BLUE, "o") == [(size, 900.0) for size in tokens]
+    assert points(memory, drawing.SKY, "P") == [(size, 400 * MIB) for size in tokens]
+    assert points(memory, drawing.ORANGE, "D") == [(size, 400 * MIB + 8 * size * 151_936 * 4) for size in tokens[:3]]
+    assert [x for x, _ in points(speed, drawing.ORANGE, "x")] == tokens[3:]
+    assert points(memory, drawing.GREY, "x") == [], "who never ran has no line to end"
 
 
 def test_a_run_that_is_not_done_is_drawn_as_far_as_it_is() -> None:
