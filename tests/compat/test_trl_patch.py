@@ -14,8 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.compat.test_trl import TRAINERS, batch, both_trainers, child_environment, trainer_of
-
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
 pytest.importorskip("peft")
@@ -24,6 +22,7 @@ from trl.import_utils import TRLExperimentalWarning
 from kdkernels.compat import trl as compat
 from tests.support import README
 from tests.support.pages import blocks
+from tests.support.trl import TRAINERS, batch, both_trainers, child_environment, trainer_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", TRLExperimentalWarning)
