@@ -115,12 +115,12 @@ class TestReport:
 class TestPlan:
     """What a lease is spent on."""
 
-    def test_four_stages_and_three_fit_five_and_a_half_minutes_each_and_the_last_one_a_minute(self) -> None:
+    def test_four_stages_and_three_and_the_last_one_fit_five_and_a_half_minutes_each(self) -> None:
         limits = list(gpu.LIMITS.values())
         assert list(gpu.LIMITS) == ["smoke", "checks", "ours", "profile", "rows", "blocks", "others", "sanitizer"]
         assert sum(limits[:4]) <= 330
         assert sum(limits[4:7]) <= 330
-        assert gpu.LIMITS["sanitizer"] <= 60
+        assert gpu.LIMITS["sanitizer"] <= 330
         assert list(gpu.parts("short")) == list(gpu.LIMITS)
 
     def test_no_item_may_take_its_whole_stage(self) -> None:
