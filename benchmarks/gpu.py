@@ -3,8 +3,8 @@ short lease.
 
     python -m benchmarks.gpu --out FILE                             # all stages: planned to take at most 17 minutes on an H100
     python -m benchmarks.gpu --out FILE --stages smoke,checks,ours,profile                   # at most 5.5 minutes of them
-    python -m benchmarks.gpu --out FILE --append --stages rows,blocks,others                 # as many of the rest, into the same file
-    python -m benchmarks.gpu --out FILE --append --stages sanitizer                            # and of this
+    python -m benchmarks.gpu --out FILE --append --stages rows,blocks,others        # as many, into the same file
+    python -m benchmarks.gpu --out FILE --append --stages sanitizer                 # as many, by itself
     python -m benchmarks.gpu --out FILE --only "gemma3 8192 jsd"    # the items whose name contains this
     python -m benchmarks.gpu --out FILE --full                      # more settings, token counts and losses: hours
     python -m benchmarks.gpu --out FILE --interpret                 # the same code at toy size on the CPU, in Triton's interpreter
