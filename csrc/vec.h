@@ -23,7 +23,8 @@ inline void store(float* p, F v) { __builtin_memcpy(p, &v, sizeof v); }
 
 inline F where(I condition, F yes, F no) { return condition ? yes : no; }
 inline F maximum(F a, F b) { return a > b ? a : b; }
-inline F minimum(F a, F b) { return a < b ? a : b; }
+// NaN where either is.
+inline F minimum(F a, F b) { return (a < b) | (a != a) ? a : b; }
 inline F abs(F v) { return as_float(as_int(v) & 0x7fffffff); }
 
 inline float sum(F v) {

@@ -278,7 +278,8 @@ def add_sums(state, x, y, z, stats, shares, PAIR: tl.constexpr, METRICS: tl.cons
         q = exp(lq)
         entropy_y -= tl.sum(entropy_term(exp(lp), lp), 1)
         entropy_x -= tl.sum(entropy_term(q, lq), 1)
-        overlap += tl.sum(tl.minimum(q, exp((z - stats[MAX_Z_T]) - stats[LOG_SUM_Z_T])), 1)
+        p = exp((z - stats[MAX_Z_T]) - stats[LOG_SUM_Z_T])
+        overlap += tl.sum(tl.minimum(q, p, propagate_nan=tl.PropagateNan.ALL), 1)
     return value, slope, entropy_y, entropy_x, overlap
 
 
