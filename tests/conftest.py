@@ -9,6 +9,9 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 # Else each name of a model or of data that is not there is asked for on the network, several times.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Problems here are too small for two threads; the tests that are about threads ask for them. Read when torch is imported, here and
+# in the processes that tests start: several of them, each with a thread for every processor, would mostly wait.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -34,10 +37,9 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Problems here are too small for two; the tests that are about threads ask for them."""
+def same_threads() -> Iterator[None]:
+    """A test that asks for more threads leaves as many as there were."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 

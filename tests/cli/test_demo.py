@@ -73,13 +73,10 @@ def run(folder: Path, settings: Settings = TINY, **options: Any) -> tuple[dict[s
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     """An uninterrupted run: its folder, results and screen."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_step, "_peak_in_fresh_process", lambda name, scratch: None)
         results, screen = run(folder)
-    torch.set_num_threads(threads)
     return folder, results, screen
 
 

@@ -228,7 +228,6 @@ from tests.support.trl import TRAINERS, run
 from transformers import TrainingArguments
 
 os.environ["CI"] = "1"
-torch.set_num_threads(1)
 rank, folder = sys.argv[1], Path(sys.argv[2])
 settled = TrainingArguments.__post_init__
 

@@ -29,7 +29,6 @@ from tests.support.trl import TRAINERS, batch, both_trainers, child_environment,
 def peaks(kind: str, folder: Path, vocab: int = 30_000, sequences: int = 4, length: int = 64) -> list[int]:
     """Bytes above the start of one loss with its gradients: with the patch, then without."""
     os.environ["CI"] = "1"
-    torch.set_num_threads(1)
     pair = models(dtype=torch.float32, vocab_size=vocab)
     trainer = trainer_of(kind, folder, pair, train_dataset=data(kind, 1, vocab), args={"beta": 0.5})
     ids = torch.randint(5, vocab, (sequences, length))

@@ -23,7 +23,6 @@ import kdkernels as kd
 from kdkernels.engine import scratch
 
 strategy, topk = sys.argv[1], sys.argv[2] == "topk"
-torch.set_num_threads(1)
 tokens, vocab, dim = 2048, 8192, 4
 generator = torch.Generator().manual_seed(0)
 hidden, weight, z, head = (torch.randn(rows, dim, generator=generator) for rows in (tokens, vocab, tokens, vocab))

@@ -58,7 +58,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         started = [
             subprocess.Popen(
                 [sys.executable, "-c", START, str(rank), str(size), str(folder)],

@@ -194,7 +194,6 @@ ALSO = (collectives, products, twice, compiled, checked, fused, part_of_the_worl
 
 def work(rank: int, size: int, folder: Path) -> None:
     """What one of the processes does."""
-    torch.set_num_threads(1)
     warnings.simplefilter("error")
     # the interpreter computes in NumPy, which warns where a kernel means inf - inf to be NaN
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")

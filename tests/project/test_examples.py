@@ -21,7 +21,7 @@ def test_it_runs_and_learns(script: Path, tmp_path: Path) -> None:
     for library in re.findall(r"^from (trl|peft|datasets|transformers)", script.read_text(), re.MULTILINE):
         if importlib.util.find_spec(library) is None:
             pytest.skip(f"{library} is not installed")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300, check=False
     )

@@ -83,7 +83,6 @@ from pathlib import Path
 import torch
 
 rank, folder, *ports = sys.argv[1:]
-torch.set_num_threads(1)
 os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
 from tests.project.test_recipes import HALVES, PAIRS, SHARDED_TEACHER, SPLIT, STEP, run, weights
 
@@ -105,7 +104,6 @@ import os, sys
 import pytest
 import torch
 
-torch.set_num_threads(1)
 os.chdir(sys.argv[1])
 os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 from tests.project.test_recipes import HEAD_APART, IN_BFLOAT16, SHARDS, STEP, run

@@ -170,4 +170,4 @@ def loss_and_gradients(trainer: Any, inputs: dict[str, Tensor], **more: Any) -> 
 
 
 def child_environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **more}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **more}

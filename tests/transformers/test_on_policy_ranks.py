@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 from kdkernels.transformers.on_policy import OnPolicy
 from tests.support.writing import Parrot, data, lively, responses, rows, written
 
-torch.set_num_threads(1)
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 

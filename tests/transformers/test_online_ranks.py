@@ -31,7 +31,6 @@ def save_to(state, path):
 
 
 rank, store = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
 mesh = init_device_mesh("cpu", (2,))
 

@@ -75,7 +75,6 @@ from pathlib import Path
 import torch
 from tests.transformers.test_trainer_ranks import METHODS, trained
 
-torch.set_num_threads(1)
 rank, folder = sys.argv[1], Path(sys.argv[2])
 for kind in ("ddp", "fsdp"):
     for method in METHODS:
@@ -92,7 +91,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
     started = [
         subprocess.Popen(

@@ -77,7 +77,6 @@ from kdkernels.transformers.cache import write_cache
 from tests.support.caches import EXAMPLES, OPTIONS
 from tests.support.tiny_models import build
 
-torch.set_num_threads(1)
 calls = iter(range(100))
 sync = files.os.fsync
 
