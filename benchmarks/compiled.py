@@ -10,6 +10,7 @@ from benchmarks.static_launches import ODD, PLAIN, VALUE
 from kdkernels.planning.roofline import OFFSETS_INSTRUCTIONS, ROW_INSTRUCTIONS
 
 ROW_KERNELS = ("row_loss", "offsets_row")
+WITHOUT_PRODUCTS = (*ROW_KERNELS, "scale")
 CLUSTER = "cluster_row"  # in CUDA C++, from compute capability 9.0 on; its gradient is stored as bf16
 PRODUCT = "cuda_product"  # likewise, of 16-bit operands on 9.0 alone
 
@@ -79,7 +80,7 @@ class Compiled:
         if self.spilled:
             found.append(f"spills {self.spilled} bytes")
         on_nvidia = TARGETS[self.architecture].backend == "cuda"
-        if self.kernel not in (*ROW_KERNELS, CLUSTER):
+        if self.kernel not in (*WITHOUT_PRODUCTS, CLUSTER):
             if on_nvidia and self.dtype == "fp32":
                 if self.tensor_cores:
                     found.append("multiplies float32 by matrix units, which cut it to TF32")

@@ -185,6 +185,19 @@ def backward_twice(case: Case, strategy: str) -> Result:
     return {}
 
 
+def scaled(case: Case, strategy: str) -> Result:
+    """An upstream gradient of a third gives a third of each gradient, to one rounding of its dtype."""
+    grads = []
+    for factor in (1.0, 1 / 3):
+        leaves, loss = _with_graph(case, strategy)
+        grads.append(torch.autograd.grad(loss * factor, list(leaves.values())))
+    third = torch.tensor(1 / 3).double().item()
+    for plain, found in zip(*grads, strict=True):
+        kind = torch.finfo(found.dtype)
+        torch.testing.assert_close(found.double(), plain.double() * third, rtol=kind.eps, atol=kind.smallest_normal)
+    return {}
+
+
 def host_syncs(case: Case, strategy: str) -> Result:
     """At most one host sync in loss and backward, with labels, masks and token weights to look at; none without that look."""
     if case.student_hidden.device.type != "cuda":
@@ -267,7 +280,7 @@ def checked(facts: Result, check: Callable[..., Result], *arguments: Any) -> Res
         return {**facts, "passed": False, "reason": why(error)}
 
 
-REPEATED_CHECKS = (two_runs, backward_twice, host_syncs, captured, special_values)
+REPEATED_CHECKS = (two_runs, backward_twice, scaled, host_syncs, captured, special_values)
 OF_DTYPE = (planned_memory, large_offsets)
 OF_OFFSETS = (*OF_DTYPE, products_at_scale)
 Item = tuple[str, str | None, str, float | None]  # dtype, divergence, check, spread

@@ -29,7 +29,7 @@ INSTALLED = Path("/usr/local/cuda")
 TOOLS = ("memcheck", "racecheck", "synccheck")
 LAUNCHES = "launches"  # without a tool: what the tools start is compiled then
 # Parts of the kernels' names; those of PyTorch and of the matrix libraries are not looked at.
-KERNELS = ("row_loss", "statistics_kernel", "sums_kernel", "gradient_kernel", "product", "offsets_row")
+KERNELS = ("row_loss", "statistics_kernel", "sums_kernel", "gradient_kernel", "product", "offsets_row", "scale_kernel")
 # Blocks that share a row, warps of a block, blocks of a multiprocessor. Few clusters at a time, so that each takes several rows,
 # and in several chunks where a block has much of a row.
 CLUSTERS, AT_A_TIME = ((1, 8, 3), (2, 8, 3), (8, 8, 3)), 2
@@ -47,6 +47,8 @@ def launch() -> None:
             (case,) = (moved(case, "cuda") for case in cases(setting, divergence, torch.bfloat16, 3.0))
             for strategy in ("vocab", "tokens"):
                 case.run(strategy=strategy)
+            leaves = {name: leaf.detach().requires_grad_() for name, leaf in case.learned().items()}
+            (2 * case.loss(leaves)).backward()
             for how in ways[: 1 if dressed else None]:  # of plain heads alone
                 with offset_logits(how) as started:
                     case.run(strategy="tokens")

@@ -106,7 +106,7 @@ def compiled(launch: Launch, architecture: str, dtype: str) -> Compiled:
         text, found = made.asm["ptx"], log.getvalue()
         if launch.name in ROW_KERNELS:
             sweeps = sweeps_of(disassembled(made.asm["cubin"]))
-        elif launch.name == "gradient":
+        elif launch.name in ("gradient", "scale"):
             stores = stores_of(disassembled(made.asm["cubin"]))
         registers = int(re.search(r"Used (\d+) registers", found)[1])  # type: ignore[index]
         spilled = sum(map(int, re.findall(r"(\d+) bytes spill", found)))

@@ -20,7 +20,7 @@ from kdkernels.divergences import resolve
 # Kernels, by the file of kdkernels/backends/triton that each is in.
 KERNELS = {
     **{"row_loss": "rows", "statistics": "vocabulary", "sums": "vocabulary", "gradient": "vocabulary"},
-    **{"offsets_product": "offsets", "offsets_row": "offsets"},
+    **{"offsets_product": "offsets", "offsets_row": "offsets", "scale": "scaling"},
 }
 TOKENS, VOCAB, DIMS = 256, 4096, (512, 1024)
 PLAIN = ", plain"
@@ -161,11 +161,13 @@ def _record_offsets(dtype: torch.dtype, dress: str, found: list[Launch], label: 
 
 def launches(architecture: str, dtype: torch.dtype) -> list[Launch]:
     """Every kernel with every divergence, with and without metrics where that matters to it."""
-    from kdkernels.backends.triton import rows
+    from kdkernels.backends.triton import rows, scaling
     from kdkernels.backends.triton.blocks import TABLE
 
     row_loss: Callable[..., Any] = rows.row_loss
     with recorded(architecture) as (found, label):
+        label("any loss")
+        scaling.scale_(torch.empty(VOCAB, DIMS[0], dtype=dtype), torch.ones(()))
         for name in kd.divergences():
             for metrics in (False, True):
                 label(name + (", metrics" if metrics else ""))

@@ -20,6 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from kdkernels import backends
+from kdkernels.backends.operators import library
+
 
 class Schema:
     """An operator, and what its arguments are, by their names.
@@ -51,6 +54,16 @@ SCHEMAS: dict[str, Schema] = {}
 _OWN = 5
 
 
+def _scale_(grad: Tensor, factor: Tensor) -> None:
+    backends.select(grad.device, grad.dtype).scale_(grad, factor)
+
+
+# An operator, so that whatever follows torch's operators from call to call (fake tensors, tracers) need not look into it.
+library.define("scale_(Tensor(a!) grad, Tensor factor) -> ()")
+library.impl("scale_", _scale_, "CompositeExplicitAutograd")
+torch.library.register_fake("kdkernels::scale_", lambda grad, factor: None, lib=library)
+
+
 def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
     """The saved gradient times the upstream one.
 
@@ -58,9 +71,8 @@ def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph() or _batched(scale):
         return grad * scale
-    if scale.device.type == "cpu" and scale.item() == 1.0:
-        return grad
-    return grad.mul_(scale)
+    torch.ops.kdkernels.scale_(grad, scale)
+    return grad
 
 
 def _batched(upstream: Tensor) -> bool:

@@ -115,7 +115,7 @@ class TestStage:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_the_launches_are_of_every_kernel_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kdkernels.backends.triton import offsets, rows, vocabulary
+    from kdkernels.backends.triton import offsets, rows, scaling, vocabulary
 
     monkeypatch.setattr(gpu_sanitizer, "moved", lambda case, device: case)
     monkeypatch.setattr(gpu_sanitizer, "VOCAB", 301)
@@ -125,6 +125,7 @@ def test_the_launches_are_of_every_kernel_of_triton(monkeypatch: pytest.MonkeyPa
         (rows, "row_loss_kernel"),
         *((vocabulary, f"{kernel}_kernel") for kernel in ("statistics", "sums", "gradient")),
         *((offsets, f"offsets_{kernel}_kernel") for kernel in ("product", "row")),
+        (scaling, "scale_kernel"),
     ):
         launched = getattr(module, name)
 
@@ -139,5 +140,5 @@ def test_the_launches_are_of_every_kernel_of_triton(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(module, name, Watched(launched, name))
     with interpreted():
         gpu_sanitizer.launch()
-    assert len(started) == 6
+    assert len(started) == 7
     assert all(any(part in name for part in gpu_sanitizer.KERNELS) for name in started)

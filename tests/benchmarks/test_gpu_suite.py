@@ -102,7 +102,7 @@ class TestThroughTheInterpreter:
         passed = {(check["check"], check["strategy"], check["dtype"]) for check in checks if check.get("passed")}
         for strategy in gpu.STRATEGIES:
             for dtype in DTYPES:
-                for check in ("accuracy", "two_runs", "backward_twice", "special_values"):
+                for check in ("accuracy", "two_runs", "backward_twice", "scaled", "special_values"):
                     assert (check, strategy, dtype) in passed
         assert all(check["skipped"] for check in checks if "passed" not in check)
 

@@ -20,7 +20,7 @@ from kdkernels.divergences import resolve
 pytest.importorskip("triton")
 
 from benchmarks import static, static_cluster, static_launches, static_product
-from benchmarks.compiled import CLUSTER, PRODUCT, ROW_KERNELS, TARGETS, Compiled
+from benchmarks.compiled import CLUSTER, PRODUCT, TARGETS, WITHOUT_PRODUCTS, Compiled
 from benchmarks.machine_code import Sweep, stores_of, sweeps_of
 from benchmarks.static_launches import BARE, KERNELS, ODD, PLAIN, VALUE, Launch, launches
 from kdkernels.backends.cuda import compile, product, rows
@@ -141,7 +141,7 @@ class TestLaunches:
             for dtype in (torch.float32, torch.bfloat16):
                 entry = TABLE[architecture, dtype.itemsize]
                 for launch in launches(architecture, dtype):
-                    if launch.name not in ROW_KERNELS:
+                    if launch.name not in WITHOUT_PRODUCTS:
                         own = "offsets" if launch.name == "offsets_product" else launch.name
                         matrices = {getattr(entry, own), entry.roomy, entry.measured, entry.dressed_offsets} - {None}
                         assert any(
@@ -154,7 +154,7 @@ class TestLaunches:
             if launch.name == "offsets_product":
                 matrix = entry.offsets if launch.label.endswith((BARE, PLAIN)) else entry.dressed_offsets
                 assert launch.keywords.items() >= {**matrix.blocks(), **matrix.options()}.items(), launch.label
-            elif launch.name not in ROW_KERNELS:
+            elif launch.name not in WITHOUT_PRODUCTS:
                 dressed = not launch.label.endswith((BARE, PLAIN))
                 lean = launch.name == "statistics" or launch.label.startswith(LEAN)
                 crowded = dressed or launch.keywords.get("METRICS", False) or not lean

@@ -21,6 +21,7 @@ from tests.support.cases import draw
 from tests.support.meter import Meter, metered
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from kdkernels.backends.triton import scaling
 from kdkernels.backends.triton.arch import ENTRIES
 from kdkernels.backends.triton.blocks import Matrix
 from kdkernels.backends.triton.vocabulary import shares
@@ -69,17 +70,25 @@ class Step(NamedTuple):
             (found[0] if self.metrics else found).backward()
         return meter
 
+    def scaled(self) -> dict[str, Traffic]:
+        """Each program reads the factor. It is 1, but for the hidden states of float16, whose gradients are made large."""
+        sizes = self.tokens * self.student, self.vocab * self.student
+        programs = sum(min(-(-size // scaling.BLOCK), 3 * scaling.PROGRAMS) for size in sizes)
+        moved = 2 * sizes[0] if self.dtype == torch.float16 else 0
+        return {"scale_kernel": Traffic(programs * closed.FLOAT + moved, moved)}
+
     def tokens_traffic(self) -> dict[str, Traffic]:
         """Chunks of rows add up to all rows, whatever their number."""
         swept = closed.sweeps(self.divergence, metrics=self.metrics)
         return {
+            **self.scaled(),
             "row_loss_kernel": closed.row_loss(
                 *(self.tokens, self.vocab, (self.logit, self.logit), self.dtype.itemsize),
                 sweeps=swept,
                 labels=self.labels,
                 biases=2 * self.biases,
                 reach=ROW_BLOCK // 32 if self.vocab >= ROW_ELEMENTS else 1,  # shorter rows of the scratch have no room behind them
-            )
+            ),
         }
 
     def offsets_traffic(self) -> dict[str, Traffic]:
@@ -89,6 +98,7 @@ class Step(NamedTuple):
         )
         tiles = of.token_blocks(MATRIX) * -(-self.vocab // MATRIX.block_v)
         return {
+            **self.scaled(),
             "offsets_product_kernel": closed.offsets_product(of, MATRIX, programs=min(tiles, 3)),
             "offsets_row_kernel": closed.offsets_row(
                 *(self.tokens, self.vocab, MATRIX.block_v, 2), together=ROW_BLOCK // 32, labels=self.labels
@@ -103,7 +113,7 @@ class Step(NamedTuple):
         with as_on_a_gpu(blocks=BLOCKS, row=ROW_BLOCK):
             splits = replace(MATRIX, splits=shares(self.tokens, self.vocab, Matrix(*BLOCKS, 4, 1))[1])
             width = block_columns(self.tokens, self.vocab, self.dtype.itemsize, self.budget, torch.device("cpu"))
-        found = {"statistics_kernel": closed.statistics(of, splits, labels=self.labels)}
+        found = {**self.scaled(), "statistics_kernel": closed.statistics(of, splits, labels=self.labels)}
         if closed.sweeps(self.divergence, metrics=self.metrics) == 2:
             found["sums_kernel"] = closed.sums(of, splits)
         gradients = [
@@ -176,7 +186,7 @@ def test_a_value_alone_takes_no_gradient_sweep(labels: bool) -> None:
     form = closed.row_loss(step.tokens, step.vocab, (4, 4), sweeps=2, labels=labels)
     assert_within(tokens, {"row_loss_kernel": form})
     found = step.vocab_traffic()
-    del found["gradient_kernel"]
+    del found["gradient_kernel"], found["scale_kernel"]
     assert_within(vocab, found)
 
 
@@ -186,10 +196,11 @@ def test_a_loss_without_divergence_sweeps_once() -> None:
     with mock.patch("kdkernels.linear_kd_loss", functools.partial(kd.linear_kd_loss, kd_weight=0.0)):
         tokens, vocab = step.run("tokens"), step.run("vocab")
     assert closed.sweeps("jsd", kd=False) == 1
-    assert_within(tokens, {"row_loss_kernel": closed.row_loss(32, 128, (4, 4), 4, sweeps=1, labels=True)})
+    assert_within(tokens, {**step.scaled(), "row_loss_kernel": closed.row_loss(32, 128, (4, 4), 4, sweeps=1, labels=True)})
     of = closed.Products(step.tokens, step.vocab, ((step.student, 4),))
     splits = replace(MATRIX, splits=1)
     kernels = {
+        **step.scaled(),
         "statistics_kernel": closed.statistics(of, splits, labels=True),
         "gradient_kernel": closed.gradient(of, MATRIX, 0, 128, 4, labels=True),
     }

@@ -4,6 +4,7 @@
 - rows.py: the row operation over logits in memory (strategy ``tokens``).
 - offsets.py: the same over logits of 16 bits, which its own products make (opt-in).
 - vocabulary.py: kernels that multiply hidden states and heads themselves and keep no logits (strategy ``vocab``).
+- scaling.py: finished gradients times the upstream one.
 - arch.py: what a device is; blocks.py: block sizes for each architecture; autotune.py: the search around the table.
 - launch.py: how a kernel is started.
 
@@ -56,6 +57,12 @@ def _offsets(steps: Sequence[Step], hidden: Sequence[Tensor], codes: Sequence[Te
     return OffsetRows(steps, hidden, codes, labels)
 
 
+def _scale_(grad: Tensor, factor: Tensor) -> None:
+    from kdkernels.backends.triton.scaling import scale_
+
+    scale_(grad, factor)
+
+
 def _keeps_offsets(device: torch.device, architecture: str, *dtypes: torch.dtype) -> bool:
     """On GPUs whose table has blocks for it, where it is asked for: of older ones' blocks a newer one takes none."""
     from kdkernels.backends.triton import arch, blocks
@@ -77,4 +84,5 @@ BACKEND = Backend(
     sweeps=_sweeps,
     offsets=_offsets,
     keeps_offsets=_keeps_offsets,
+    scale_=_scale_,
 )
