@@ -1,6 +1,7 @@
 """Where the time of a step goes, kernel by kernel, and what other block sizes than the table's would make of it.
 
-- profile: the kernels of one step under torch.profiler, and how much of the step is none of them.
+- profile: the kernels of one step under torch.profiler, and how much of the step is none of them; and the step's time replayed from
+  a CUDA graph, in which the host has no part.
 - rows: the row kernel alone, and the rate at which it moves the bytes that kdkernels/planning/traffic.py counts.
 - blocks: the kernels of ``vocab``, with the same blocks for all three: of a plain loss, of one with temperature and labels
   ("dressed"), and of that under a softcap ("capped").
@@ -22,11 +23,11 @@ from unittest import mock
 import torch
 
 from benchmarks.cases import Case, problem
-from benchmarks.contenders import CLUSTERED, CONTENDERS, OFFSETS, ours
+from benchmarks.contenders import CLUSTERED, CONTENDERS, OFFSETS, ours, products
 from benchmarks.gpu_device import cluster_rows, device_of
 from benchmarks.gpu_times import EXTENTS, SPREAD, milliseconds, spread
-from benchmarks.measure import stepped
-from benchmarks.runner import Result, told
+from benchmarks.measure import interleaved, stepped
+from benchmarks.runner import Result, told, why
 from kdkernels.divergences import resolve
 from kdkernels.planning import traffic
 
@@ -82,6 +83,23 @@ def profiled(step: Callable[[], object], device: str) -> list[Result]:
     return [{"name": event.key[:100], "calls": event.count, "ms": time_us / 1e3} for event, time_us in times if time_us > 0]
 
 
+def replayed(step: Callable[[], object], yardstick: Callable[[], object], repeats: int) -> Result:
+    """Milliseconds of the step captured in a CUDA graph, and over the bare products before and after each replay."""
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        step()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:
+        return {"not_replayed": why(error)}
+    timed = interleaved(graph.replay, yardstick, repeats, clock=lambda run: milliseconds(run, "cuda"))
+    return {"replayed_ms": statistics.median(timed.steps), "replayed_ratio": statistics.median(timed.ratios)}
+
+
 def opened_profile(size: str, head_name: str) -> Callable[[str, str], Iterator[Result]]:
     extent, device = EXTENTS[size], device_of(size)
     tokens = 8192 if size != "toy" else extent.tokens[0]
@@ -95,7 +113,8 @@ def opened_profile(size: str, head_name: str) -> Callable[[str, str], Iterator[R
         kernel_ms = sum(kernel["ms"] for kernel in kernels)
         # the profiler slows the launches down, and not the kernels
         gaps = 1 - kernel_ms / step_ms if device == "cuda" else None
-        return {"step_ms": step_ms, "kernel_ms": kernel_ms, "share_without_kernel": gaps, "kernels": kernels[:SHOWN]}
+        found = {"step_ms": step_ms, "kernel_ms": kernel_ms, "share_without_kernel": gaps, "kernels": kernels[:SHOWN]}
+        return found | (replayed(step, products(given, extent.block), extent.repeats) if device == "cuda" else {})
 
     def run(loss: str, contender: str) -> Iterator[Result]:
         yield told({"head": head_name, "loss": loss, "tokens": tokens, "contender": contender}, lambda: measure(loss, contender))

@@ -98,9 +98,13 @@ class TestReport:
         kernels = [{"name": "gradient_kernel", "calls": 3, "ms": 7.25}]
         facts = {"stage": "profile", "head": "gemma3", "loss": "jsd", "tokens": 8192, "contender": "vocab"}
         text = self.text(
-            tmp_path, H100, {**facts, "step_ms": 10.0, "kernel_ms": 7.25, "share_without_kernel": 0.275, "kernels": kernels}
+            *(tmp_path, H100),
+            {**facts, "step_ms": 10.0, "kernel_ms": 7.25, "share_without_kernel": 0.275, "kernels": kernels},
+            {**facts, "loss": "forward_kl", "step_ms": 9.0, "kernel_ms": 9.0, "share_without_kernel": 0.0, "kernels": kernels}
+            | {"replayed_ms": 8.0, "replayed_ratio": 1.25},
         )
-        assert "gemma3 jsd 8192 tokens, vocab: a step takes 10.00 ms, 27.5% of it without a kernel" in text
+        assert "gemma3 jsd 8192 tokens, vocab: a step takes 10.00 ms, 27.5% of it without a kernel\n" in text
+        assert "a step takes 9.00 ms, 0.0% of it without a kernel; from a CUDA graph 8.00 ms, 1.25 x products" in text
         assert "7.250 3 gradient_kernel" in " ".join(text.split())
 
     def test_what_broke_off_and_what_was_not_run_is_listed(self, tmp_path: Path) -> None:

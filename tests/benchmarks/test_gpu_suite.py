@@ -8,8 +8,10 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ import torch
 import kdkernels as kd
 from benchmarks import contenders, gpu, gpu_checks, gpu_kernels, gpu_report, gpu_smoke, gpu_times, runner
 from benchmarks.cases import DTYPES, Case, Head, problem
+from kdkernels import backends
+from kdkernels.backends import native
 from tests.benchmarks.test_runner import part, wait_until
 from tests.support import ROOT
 from tests.support.cases import draw, dressed
@@ -313,6 +317,27 @@ class TestFailures:
         found = gpu_checks.checked({}, gpu_checks.accuracy, "jsd", "tokens", torch.float32, 3.0, "toy", "cpu")
         assert found["passed"] is False
         assert "student_weight" in found["reason"]
+
+    def test_a_gradient_that_is_not_scaled_fails_its_check(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = dressed(draw())
+        assert gpu_checks.checked({}, gpu_checks.scaled, case, "tokens") == {"passed": True}
+        monkeypatch.setattr(native, "BACKEND", replace(native.BACKEND, scale_=lambda grad, factor: grad.mul_(factor + 1e-3)))
+        monkeypatch.setattr(backends, "BACKENDS", (native.BACKEND, *backends.BACKENDS[1:]))
+        assert gpu_checks.checked({}, gpu_checks.scaled, case, "tokens")["passed"] is False
+
+    def test_a_step_is_captured_once_and_replayed_beside_the_products(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        called: list[str] = []
+        graph = mock.Mock(replay=lambda: called.append("replay"))
+        monkeypatch.setattr(gpu_kernels, "milliseconds", lambda run, _: run() or float(len(called)))
+        for name in ("Stream", "current_stream", "stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+        found = gpu_kernels.replayed(lambda: called.append("step"), lambda: called.append("products"), 2)
+        assert called == ["step", "step", "products", "replay", "products", "replay", "products"]
+        assert found == {"replayed_ms": (4 + 6) / 2, "replayed_ratio": 1.0}
+        monkeypatch.setattr(torch.cuda, "graph", mock.Mock(side_effect=RuntimeError("not permitted when stream is capturing")))
+        found = gpu_kernels.replayed(lambda: None, lambda: None, 2)
+        assert found == {"not_replayed": "RuntimeError: not permitted when stream is capturing"}
 
     def test_a_difference_between_two_runs_fails_its_check(self, monkeypatch: pytest.MonkeyPatch) -> None:
         runs = iter([1.0, 1.0 + 2**-23])
