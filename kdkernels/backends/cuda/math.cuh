@@ -22,6 +22,7 @@ KD_INLINE int bits_of(float v) { return __float_as_int(v); }
 KD_INLINE float divided(float v, float by) { return __fdividef(v, by); }
 KD_INLINE float log_of_sum(float v) { return ::logf(v); }
 KD_INLINE float maximum(float v, float w) { return ::fmaxf(v, w); }
+KD_INLINE float abs(float v) { return ::fabsf(v); }  // free where it is an instruction's operand
 // The hardware's power of two; numbers below 2^-126 are taken for 0.
 KD_INLINE float exp(float v) {
   float result;
@@ -42,13 +43,13 @@ KD_INLINE int bits_of(float v) {
 KD_INLINE float divided(float v, float by) { return v / by; }
 KD_INLINE float log_of_sum(float v) { return std::log(v); }
 KD_INLINE float maximum(float v, float w) { return std::fmax(v, w); }
+KD_INLINE float abs(float v) { return std::fabs(v); }
 KD_INLINE float exp(float v) { return std::exp2(v * 1.4426950408889634f); }
 #endif
 
 KD_INLINE float infinity() { return float_of(0x7F800000); }
 // NaN where either is.
 KD_INLINE float minimum(float v, float w) { return v < w || v != v ? v : w; }
-KD_INLINE float abs(float v) { return float_of(bits_of(v) & 0x7FFFFFFF); }
 KD_INLINE float where(bool condition, float yes, float no) { return condition ? yes : no; }
 KD_INLINE bool banned(float v) { return v == -infinity(); }
 // Of the difference of two logits: whether neither is banned. (False for NaN too, which the row's sums show.)
@@ -301,6 +302,16 @@ KD_INLINE Sums value_and_slope(float x, float y, const Row& row, const Terms& te
   return {counts(d) ? of.value : c * (q - exp(lp)), counts(d) ? of.slope : c * q};
 }
 
+// The slope alone, which for a divergence may not look at d.
+template <class Pair>
+KD_INLINE float slope_of(float x, float y, const Row& row, const Terms& terms) {
+  const float above_x = x - row.x_max, above_y = y - row.y_max, lp = above_y - row.y_log, lq = above_x - row.x_log;
+  const float d = (above_x - above_y) - (row.x_log - row.y_log);
+  float value, slope;
+  const float c = Pair::template apply<float>(lp, lq, d, terms.share, terms.rest, terms.temperature, value, slope);
+  return banned(x) || banned(y) ? c * exp(lq) : slope;
+}
+
 #if KD_METRICS
 // 0 log 0 = 0
 KD_INLINE float entropy_term(float log_probability) { return banned(log_probability) ? 0.f : -exp(log_probability) * log_probability; }
@@ -314,18 +325,19 @@ KD_INLINE void measure(Sums& to, float x, float y, float z, const Row& row) {
 }
 #endif
 
-// dx of an entry: kd (slope - q sum slope) + ce (softmax(x) - e_label), through the head's chain rule. factor: weight times scale.
-KD_INLINE float gradient(float x, float slope, const Row& row, float slope_sum, [[maybe_unused]] bool is_label, float factor,
-                         [[maybe_unused]] const Head& head, const Terms& terms) {
+// dx of an entry: kd (slope - q sum slope) + ce (softmax(x) - e_label), through the head's chain rule. kd, ce: the terms' times weight
+// and scale.
+KD_INLINE float gradient(float x, float slope, const Row& row, float slope_sum, [[maybe_unused]] bool is_label, float kd,
+                         [[maybe_unused]] float ce, [[maybe_unused]] const Head& head, [[maybe_unused]] const Terms& terms) {
   const float q = exp((x - row.x_max) - row.x_log);
-  float dx = terms.kd * (slope - q * slope_sum);
+  float dx = kd * (slope - q * slope_sum);
 #if KD_CE
   const float at = KD_TEMPERED ? exp((at_one(x, terms.temperature) - row.one_max) - row.one_log) : q;
-  dx += terms.ce * (at - (is_label ? 1.f : 0.f));
+  dx += ce * (at - (is_label ? 1.f : 0.f));
 #endif
 #if KD_X_SOFTCAP
   const float over_cap = divided(at_one(x, terms.temperature), head.softcap);
   dx *= 1.f - over_cap * over_cap;
 #endif
-  return dx * factor;
+  return dx;
 }

@@ -118,43 +118,48 @@ struct Shared {
 template <bool AT_ONE>
 constexpr bool DRESSED = (!AT_ONE && !METRICS) || KD_X_BIAS || KD_Z_BIAS || KD_X_SOFTCAP || KD_Z_SOFTCAP || KD_TEMPERED || KD_SCALED;
 
+// Four entries more, at x and y. LAST: of which there may be fewer than ``left``; the others are as if banned.
+template <bool AT_ONE, bool LAST>
+__device__ __forceinline__ void add_entries(Statistics& found, float* x, float* y, int column, int left, float t, const Arguments& of) {
+  const float temperature = of.terms.temperature;
+  const float4 a = *reinterpret_cast<float4*>(x), b = *reinterpret_cast<float4*>(y);
+  float u[4] = {a.x, a.y, a.z, a.w}, v[4] = {b.x, b.y, b.z, b.w};
+  if constexpr (DRESSED<AT_ONE>) {
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const int own = LAST ? min(column + k, of.vocab - 1) : column + k;
+      u[k] = after_head<KD_X_BIAS, KD_X_SOFTCAP>(u[k], of.x_head, temperature, own);
+      v[k] = after_head<KD_Z_BIAS, KD_Z_SOFTCAP>(v[k], of.z_head, temperature, own);
+      if constexpr (!AT_ONE && !METRICS) v[k] = mixed(u[k], v[k], t);
+    }
+  }
+  if constexpr (LAST)
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+      if (k >= left) u[k] = v[k] = -infinity();
+  if constexpr (DRESSED<AT_ONE> || LAST) {
+    *reinterpret_cast<float4*>(x) = {u[0], u[1], u[2], u[3]};
+    *reinterpret_cast<float4*>(y) = {v[0], v[1], v[2], v[3]};
+  }
+#if KD_METRICS
+  add_teacher<AT_ONE, 4>(found, u, v, column);
+  if constexpr (!AT_ONE)
+#pragma unroll
+    for (int k = 0; k < 4; k++) v[k] = mixed(u[k], v[k], t);
+#endif
+  add<4>(found, u, v, temperature);
+}
+
 template <bool AT_ONE>
 __device__ __forceinline__ Statistics statistics(float* x, float* y, int begin, int count, float t, int parity, Shared& shared,
                                                  const Arguments& of) {
   Statistics found = no_statistics();
-  const float temperature = of.terms.temperature;
   for (int chunk = 0; chunk * CHUNK < count; chunk++) {
     await(shared.full + chunk, parity);
     const int end = min(chunk * CHUNK + CHUNK, count), filled = (end + WIDE - 1) / WIDE * WIDE;
-    for (int at = chunk * CHUNK + threadIdx.x * 4; at < filled; at += THREADS * 4) {
-      float4 a = *reinterpret_cast<float4*>(x + at), b = *reinterpret_cast<float4*>(y + at);
-      float u[4] = {a.x, a.y, a.z, a.w}, v[4] = {b.x, b.y, b.z, b.w};
-      const bool last = at + 4 > end;
-      if constexpr (DRESSED<AT_ONE>) {
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-          const int column = min(begin + at + k, of.vocab - 1);
-          u[k] = after_head<KD_X_BIAS, KD_X_SOFTCAP>(u[k], of.x_head, temperature, column);
-          v[k] = after_head<KD_Z_BIAS, KD_Z_SOFTCAP>(v[k], of.z_head, temperature, column);
-          if constexpr (!AT_ONE && !METRICS) v[k] = mixed(u[k], v[k], t);
-        }
-      }
-      if (last)
-#pragma unroll
-        for (int k = 0; k < 4; k++)
-          if (at + k >= end) u[k] = v[k] = -infinity();
-      if (DRESSED<AT_ONE> || last) {
-        *reinterpret_cast<float4*>(x + at) = {u[0], u[1], u[2], u[3]};
-        *reinterpret_cast<float4*>(y + at) = {v[0], v[1], v[2], v[3]};
-      }
-#if KD_METRICS
-      add_teacher<AT_ONE, 4>(found, u, v, begin + at);
-      if constexpr (!AT_ONE)
-#pragma unroll
-        for (int k = 0; k < 4; k++) v[k] = mixed(u[k], v[k], t);
-#endif
-      add<4>(found, u, v, temperature);
-    }
+    int at = chunk * CHUNK + threadIdx.x * 4;
+    for (; at + 4 <= end; at += THREADS * 4) add_entries<AT_ONE, false>(found, x + at, y + at, begin + at, 4, t, of);
+    if (at < filled) add_entries<AT_ONE, true>(found, x + at, y + at, begin + at, end - at, t, of);
   }
 #if KD_METRICS
   if (AT_ONE) found.z_max = found.y_max, found.z_sum = found.y_sum;
@@ -186,32 +191,38 @@ __device__ __forceinline__ Sums sums(const float* x, float* y, int count, float 
   return found;
 }
 
+// dx of WIDE entries. LAST: of which there may be fewer than ``left``; the others' is 0. label: its place, counted from the first.
+template <bool LAST>
+__device__ __forceinline__ void write_gradient(const float* x, const float* y, Out* dx, int left, int64 label, const Row& row,
+                                               float slope_sum, float kd, float ce, const Arguments& of) {
+  float made[WIDE];
+#pragma unroll
+  for (int half = 0; half < WIDE; half += 4) {
+    const float4 a = *reinterpret_cast<const float4*>(x + half), b = *reinterpret_cast<const float4*>(y + half);
+    const float u[4] = {a.x, a.y, a.z, a.w}, v[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const float slope = ONE_SWEEP ? slope_of<KD_PAIR>(u[k], v[k], row, of.terms) : v[k];
+      const bool is_label = KD_CE && half + k == label;
+      const float one = gradient(u[k], slope, row, slope_sum, is_label, kd, ce, of.x_head, of.terms);
+      made[half + k] = LAST && half + k >= left ? 0.f : one;
+    }
+  }
+  store(dx, made);
+}
+
 // y: the target's logits, or slopes where there were sums. A chunk is the producer's again when all warps have read it.
 __device__ __forceinline__ void gradients(const float* x, const float* y, int begin, int count, int64 label, const Row& row,
                                           float slope_sum, float weight, Out* dx, Shared& shared, const Arguments& of) {
   const float factor = weight * of.x_head.scale;
+  [[maybe_unused]] const float kd = of.terms.kd * factor, ce = of.terms.ce * factor;
   for (int chunk = 0; chunk * CHUNK < count; chunk++) {
 #if KD_GRAD
     const int end = min(chunk * CHUNK + CHUNK, count);
-    for (int at = chunk * CHUNK + threadIdx.x * WIDE; at < end; at += THREADS * WIDE) {
-      float made[WIDE];
-#pragma unroll
-      for (int half = 0; half < WIDE; half += 4) {
-        const float4 a = *reinterpret_cast<const float4*>(x + at + half), b = *reinterpret_cast<const float4*>(y + at + half);
-        const float u[4] = {a.x, a.y, a.z, a.w}, v[4] = {b.x, b.y, b.z, b.w};
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-          const float slope = ONE_SWEEP ? value_and_slope<KD_PAIR>(u[k], v[k], row, of.terms).slope : v[k];
-          const bool is_label = KD_CE && begin + at + half + k == label;
-          const float one = gradient(u[k], slope, row, slope_sum, is_label, factor, of.x_head, of.terms);
-          made[half + k] = one;
-        }
-      }
-      if (at + WIDE > end)
-#pragma unroll
-        for (int k = 0; k < WIDE; k++) made[k] = at + k < end ? made[k] : 0.f;
-      store(dx + at, made);
-    }
+    int at = chunk * CHUNK + threadIdx.x * WIDE;
+    for (; at + WIDE <= end; at += THREADS * WIDE)
+      write_gradient<false>(x + at, y + at, dx + at, WIDE, label - begin - at, row, slope_sum, kd, ce, of);
+    if (at < end) write_gradient<true>(x + at, y + at, dx + at, end - at, label - begin - at, row, slope_sum, kd, ce, of);
 #endif
     before_copies();
     __syncwarp();
