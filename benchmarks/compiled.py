@@ -111,7 +111,10 @@ def per_logit(one: Compiled) -> tuple[list[float], list[float]]:
     """Instructions per logit of each sweep, at t = 1 and at t < 1."""
     from kdkernels.backends.triton.blocks import Row
 
-    counts = [sweep.instructions / Row().entries for sweep in one.sweeps]
+    if one.kernel == CLUSTER:  # four logits of either model are loaded together
+        counts = [sweep.instructions / (2 * sweep.shared_loads) for sweep in one.sweeps if sweep.shared_loads]
+    else:
+        counts = [sweep.instructions / Row().entries for sweep in one.sweeps]
     if one.kernel == "offsets_row":  # the target's t is in its product; normalisers come from loops over tiles, not over logits
         return counts[-2:], counts[-2:]
     halves = counts[: len(counts) // 2], counts[len(counts) // 2 :]

@@ -23,12 +23,13 @@ def disassembled(cubin: bytes) -> str:
 
 @dataclass(frozen=True)
 class Sweep:
-    """An innermost loop of NVIDIA's machine code: its instructions, those that wait for or pass values to other threads, and the
-    bits of its accesses to global memory."""
+    """An innermost loop of NVIDIA's machine code: its instructions, those that wait for or pass values to other threads, the bits
+    of its accesses to global memory, and its loads of 128 bits from shared memory."""
 
     instructions: int
     exchanges: int
     widths: tuple[int, ...]
+    shared_loads: int = 0
 
 
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);")
@@ -63,5 +64,6 @@ def sweeps_of(machine_code: str) -> tuple[Sweep, ...]:
     found_sweeps = []
     for begin, end in sorted(inner):
         exchanges = sum(opcode.startswith(("BAR", "SHFL", "LDS", "STS")) for opcode in opcodes[begin:end])
-        found_sweeps.append(Sweep(end - begin, exchanges, _widths(opcodes[begin:end], ("LDG", "STG"))))
+        widths = _widths(opcodes[begin:end], ("LDG", "STG"))
+        found_sweeps.append(Sweep(end - begin, exchanges, widths, opcodes[begin:end].count("LDS.128")))
     return tuple(found_sweeps)

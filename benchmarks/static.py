@@ -12,9 +12,9 @@ The cluster row kernel (static_cluster.py) is compiled by NVRTC for sm_90 and sm
 with and without metrics, for rows that leave room for three blocks on a multiprocessor and for longer ones; the product in CUDA
 C++ (static_product.py) for sm_90a.
 
-For Triton's row kernels a second table, of NVIDIA's machine code: instructions per logit in each sweep of a plain loss (no bias,
+For the row kernels a second table, of NVIDIA's machine code: instructions per logit in each sweep of a plain loss (no bias,
 softcap, temperature or cross-entropy; float32 logits, or 16-bit offsets), at t = 1 and at t < 1, and the widths in bits of the
-accesses in them.
+accesses to global memory in them.
 
 Then, for the whole report, the bytes that both strategies move per token, counted in Triton's interpreter (benchmarks/traffic.py),
 beside the least possible and beside Liger's.
@@ -182,9 +182,9 @@ def aligned(lines: Sequence[Sequence[str]], names: int) -> str:
 
 
 def row_table(found: Sequence[Compiled]) -> str:
-    """The plain row kernels: what their sweeps take."""
+    """The plain row kernels: what their sweeps take. (Those of the cluster kernel are alike in all of its cuts.)"""
     lines: list[tuple[str, ...]] = [("architecture", "dx", "kernel", "divergence", "registers", "t = 1", "t < 1", "bits")]
-    for one in found:
+    for one in {(one.architecture, one.dtype, one.kernel, one.label): one for one in found}.values():
         if one.sweeps and one.label.endswith(PLAIN):
             counts = [" + ".join(f"{count:.0f}" for count in half) for half in per_logit(one)]
             bits = sorted({bits for sweep in one.sweeps for bits in sweep.widths})

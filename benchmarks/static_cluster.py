@@ -14,6 +14,7 @@ import torch
 import kdkernels as kd
 from benchmarks.cases import DTYPES
 from benchmarks.compiled import CLUSTER, TARGETS, Compiled
+from benchmarks.machine_code import disassembled, sweeps_of
 from benchmarks.static_launches import PLAIN
 from kdkernels.backends.cuda import compile, rows
 from kdkernels.divergences import resolve
@@ -61,7 +62,7 @@ def launches(dtype: torch.dtype, of_block: int, of_multiprocessor: int) -> list[
 def compiled(divergence: str, macros: rows.Macros, shape: rows.Shape, architecture: str, dtype: str) -> Compiled:
     options = (*rows.OPTIONS, "--ptxas-options=-v")
     of = dict(macros)
-    _, log = compile.compiled(rows.source(divergence, macros, shape), options, architecture)
+    cubin, log = compile.compiled(rows.source(divergence, macros, shape), options, architecture)
     registers, static = (
         int(found[1]) if (found := re.search(form, log)) else 0 for form in (r"Used (\d+) reg", r"(\d+) bytes smem")
     )
@@ -76,6 +77,7 @@ def compiled(divergence: str, macros: rows.Macros, shape: rows.Shape, architectu
         shape.shared + static,
         0,
         shape.threads // 32,
+        () if of["KD_SCALED"] else sweeps_of(disassembled(cubin)),
     )
 
 

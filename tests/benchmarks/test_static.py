@@ -20,7 +20,7 @@ from kdkernels.divergences import resolve
 pytest.importorskip("triton")
 
 from benchmarks import static, static_cluster, static_launches, static_product
-from benchmarks.compiled import CLUSTER, PRODUCT, TARGETS, WITHOUT_PRODUCTS, Compiled
+from benchmarks.compiled import CLUSTER, PRODUCT, TARGETS, WITHOUT_PRODUCTS, Compiled, per_logit
 from benchmarks.machine_code import Sweep, stores_of, sweeps_of
 from benchmarks.static_launches import BARE, KERNELS, ODD, PLAIN, VALUE, Launch, launches
 from kdkernels.backends.cuda import compile, product, rows
@@ -66,6 +66,16 @@ class TestClusterKernel:
             assert made.spilled == 0
             assert launch[2].shared < made.shared <= launch[2].shared + rows.REST - 1024 <= limits.shared_all // 3 - 1024
             assert made.warps == 9
+
+    @pytest.mark.parametrize(("name", "most"), [("forward_kl", (24, 18)), ("jsd", (18, 48, 10))])
+    def test_instructions_of_a_plain_logit_at_t_1(self, name: str, most: tuple[int, ...]) -> None:
+        """What bounds the kernel where memory is fast: a change that adds some should know."""
+        limits = TARGETS["sm_90"]
+        launches = static_cluster.launches(torch.bfloat16, limits.shared, limits.shared_all)
+        launch = next(one for one in launches if one[0] == name and not (dict(one[1])["KD_METRICS"] or dict(one[1])["KD_SCALED"]))
+        counts, mixed = per_logit(static_cluster.compiled(*launch, "sm_90", "bf16"))
+        assert len(counts) == len(mixed) == len(most)
+        assert all(found <= allowed for found, allowed in zip(counts, most, strict=True)), counts
 
     def test_a_spill_is_a_fault_and_nothing_about_matrix_units_is(self) -> None:
         good = replace(GOOD, kernel=CLUSTER, tensor_cores=0)
