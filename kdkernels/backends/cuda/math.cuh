@@ -222,31 +222,7 @@ KD_INLINE void add_teacher(Statistics& to, const float* x, const float* z, int c
 KD_INLINE float first_of_tops(float v_max, float v_at, float w_max, float w_at) {
   return v_max > w_max || (v_max == w_max && v_at < w_at) ? v_at : w_at;
 }
-
-// Before ``merge``, likewise.
-KD_INLINE void merge_teacher(Statistics& to, const Statistics& from) {
-  to.x_at = first_of_tops(to.x_max, to.x_at, from.x_max, from.x_at);
-  to.z_at = first_of_tops(to.z_max, to.z_at, from.z_max, from.z_at);
-  const float z_max = maximum(to.z_max, from.z_max), z_from = counted_from(z_max);
-  to.z_sum = to.z_sum * exp(to.z_max - z_from) + from.z_sum * exp(from.z_max - z_from);
-  to.z_max = z_max;
-}
 #endif
-
-KD_INLINE void merge(Statistics& to, Statistics from, float temperature) {
-#if KD_METRICS
-  merge_teacher(to, from);
-#endif
-  const float x_max = maximum(to.x_max, from.x_max), y_max = maximum(to.y_max, from.y_max);
-  raise(to, x_max, y_max, temperature);
-  raise(from, x_max, y_max, temperature);
-  to.x_sum += from.x_sum;
-  to.y_sum += from.y_sum;
-  to.one_sum += from.one_sum;
-  to.mass += from.mass;
-  to.moment += from.moment;
-  to.label_logit += from.label_logit;
-}
 
 // Of a whole row.
 struct Row {

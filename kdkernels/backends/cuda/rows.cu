@@ -24,21 +24,12 @@ constexpr int CHUNKS = (SLICE + CHUNK - 1) / CHUNK;
 constexpr int WIDE = 8;  // entries of dx that a thread stores together
 constexpr bool ONE_SWEEP = KD_WEIGH != 0, METRICS = KD_METRICS;
 static_assert(!(ONE_SWEEP && METRICS), "metrics are made in the sums' sweep");
+static_assert((WARPS & (WARPS - 1)) == 0 && (CLUSTER & (CLUSTER - 1)) == 0, "parts are merged in pairs");
 typedef long long int64;
 
 // Float4s that hold a Statistics or Sums, as blocks send it.
 template <class T>
 constexpr int PARTS = (sizeof(T) + sizeof(float4) - 1) / sizeof(float4);
-
-// (By name: through an array the compiler takes more registers for it.)
-__device__ __forceinline__ Statistics of_lane(const Statistics& of, int lane) {
-  return {of_lane(of.x_max, lane),   of_lane(of.x_sum, lane), of_lane(of.y_max, lane),  of_lane(of.y_sum, lane),
-          of_lane(of.one_sum, lane), of_lane(of.mass, lane),  of_lane(of.moment, lane), of_lane(of.label_logit, lane),
-#if KD_METRICS
-          of_lane(of.z_max, lane),   of_lane(of.z_sum, lane), of_lane(of.x_at, lane),   of_lane(of.z_at, lane)
-#endif
-  };
-}
 
 // To that block of the cluster, which counts the bytes by ``sent``. place, sent: as in this block.
 template <class T>
@@ -60,25 +51,65 @@ __device__ __forceinline__ T received(const float4 (&place)[PARTS<T>]) {
   return found;
 }
 
-// Of the parts that the lanes of a warp hold, in every lane the same: the first one's, since two lanes that merge the same two parts
-// may differ in the last bit, where a compiler fuses the product of one part with the addition of the other.
-__device__ __forceinline__ void merge_lanes(Statistics& of, float temperature) {
-  const int lane = threadIdx.x % 32;
-  for (int mask = 16; mask; mask /= 2) merge(of, of_lane(of, lane ^ mask), temperature);
-  of = of_lane(of, 0);
+// Lane l of a warp holds part l % LANES, and gets what all parts make.
+template <int LANES>
+__device__ __forceinline__ float sum_of_parts(float v) {
+#pragma unroll
+  for (int mask = LANES / 2; mask; mask /= 2) v += of_lane(v, threadIdx.x % 32 ^ mask);
+  return v;
 }
 
-__device__ __forceinline__ void merge_lanes(Sums& of) {
+// Once all lanes have the largest entries they count from these, and only add up: the sums of the first lane, in every lane the same,
+// since two lanes may differ in the last bit where a compiler fuses the product in ``raise`` with the first addition.
+template <int LANES>
+__device__ __forceinline__ void merge_parts(Statistics& of, float temperature) {
   const int lane = threadIdx.x % 32;
-  for (int mask = 16; mask; mask /= 2) {
-    of.value += of_lane(of.value, lane ^ mask);
-    of.slope += of_lane(of.slope, lane ^ mask);
+  const auto summed = [](float v) { return of_lane(sum_of_parts<LANES>(v), 0); };
+  float x_max = of.x_max, y_max = of.y_max;
 #if KD_METRICS
-    of.target_entropy += of_lane(of.target_entropy, lane ^ mask);
-    of.student_entropy += of_lane(of.student_entropy, lane ^ mask);
-    of.overlap += of_lane(of.overlap, lane ^ mask);
+  float z_max = of.z_max;
 #endif
+#pragma unroll
+  for (int mask = LANES / 2; mask; mask /= 2) {
+    const int other = lane ^ mask;
+    const float x_other = of_lane(x_max, other), y_other = of_lane(y_max, other);
+#if KD_METRICS
+    const float z_other = of_lane(z_max, other);
+    of.x_at = first_of_tops(x_max, of.x_at, x_other, of_lane(of.x_at, other));
+    of.z_at = first_of_tops(z_max, of.z_at, z_other, of_lane(of.z_at, other));
+    z_max = maximum(z_max, z_other);
+#endif
+    x_max = maximum(x_max, x_other);
+    y_max = maximum(y_max, y_other);
   }
+  raise(of, x_max, y_max, temperature);
+  of.x_sum = summed(of.x_sum);
+  of.y_sum = summed(of.y_sum);
+#if KD_CE && KD_TEMPERED
+  of.one_sum = summed(of.one_sum);
+#endif
+#if KD_WEIGH
+  of.mass = summed(of.mass);
+  of.moment = summed(of.moment);
+#endif
+#if KD_CE
+  of.label_logit = summed(of.label_logit);
+#endif
+#if KD_METRICS
+  of.z_sum = summed(of.z_sum * exp(of.z_max - counted_from(z_max)));
+  of.z_max = z_max;
+#endif
+}
+
+template <int LANES>
+__device__ __forceinline__ void merge_parts(Sums& of) {
+  of.value = sum_of_parts<LANES>(of.value);
+  of.slope = sum_of_parts<LANES>(of.slope);
+#if KD_METRICS
+  of.target_entropy = sum_of_parts<LANES>(of.target_entropy);
+  of.student_entropy = sum_of_parts<LANES>(of.student_entropy);
+  of.overlap = sum_of_parts<LANES>(of.overlap);
+#endif
 }
 
 #if KD_OUT == 0
@@ -254,12 +285,12 @@ __device__ __forceinline__ void compute(float* x, float* y, int begin, int count
     }
 
     Statistics found = statistics<AT_ONE>(x, y, begin, count, t, parity, shared, of);
-    merge_lanes(found, temperature);
+    merge_parts<32>(found, temperature);
     if (lane == 0) shared.of_warps[warp] = found;
     together();
     if (warp == 0) {
-      found = lane < WARPS ? shared.of_warps[lane] : no_statistics();
-      merge_lanes(found, temperature);
+      found = shared.of_warps[lane % WARPS];
+      merge_parts<WARPS>(found, temperature);
       if (KD_CE && label >= begin && label < begin + count) {
         // what the first sweep wrote over the logits, or the logits as they came
         found.label_logit = at_one(x[label - begin], temperature);
@@ -268,9 +299,8 @@ __device__ __forceinline__ void compute(float* x, float* y, int begin, int count
       if (lane < CLUSTER) send(found, shared.statistics[parity][rank], shared.statistics_sent + parity, lane);
     }
     await_sent(shared.statistics_sent + parity, used);
-    found = no_statistics();
-    if (lane < CLUSTER) found = received<Statistics>(shared.statistics[parity][lane]);
-    merge_lanes(found, temperature);
+    found = received<Statistics>(shared.statistics[parity][lane % CLUSTER]);
+    merge_parts<CLUSTER>(found, temperature);
     const Row row = finished(found, temperature);
 
     Sums total;
@@ -278,17 +308,17 @@ __device__ __forceinline__ void compute(float* x, float* y, int begin, int count
       total = sums_of_one_sweep(found, row, of.terms);
     } else {
       total = sums<AT_ONE>(x, y, count, t, row, of);
-      merge_lanes(total);
+      merge_parts<32>(total);
       if (lane == 0) shared.sums_of_warps[warp] = total;
       together();
       if (warp == 0) {
-        total = lane < WARPS ? shared.sums_of_warps[lane] : Sums{};
-        merge_lanes(total);
+        total = shared.sums_of_warps[lane % WARPS];
+        merge_parts<WARPS>(total);
         if (lane < CLUSTER) send(total, shared.sums[parity][rank], shared.sums_sent + parity, lane);
       }
       await_sent(shared.sums_sent + parity, used);
-      total = lane < CLUSTER ? received<Sums>(shared.sums[parity][lane]) : Sums{};
-      merge_lanes(total);
+      total = received<Sums>(shared.sums[parity][lane % CLUSTER]);
+      merge_parts<CLUSTER>(total);
       total = shown(total);
     }
     if (rank == 0 && thread == 0) {
