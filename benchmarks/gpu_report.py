@@ -149,7 +149,7 @@ def _profiles(results: list[Result]) -> list[str]:
             continue
         gaps = result["share_without_kernel"]
         share = "" if gaps is None else f", {gaps:.1%} of it without a kernel"
-        replay = ""
+        replay = f"; from no CUDA graph: {result['not_replayed']}" if "not_replayed" in result else ""
         if "replayed_ms" in result:
             replay = f"; from a CUDA graph {result['replayed_ms']:.2f} ms, {result['replayed_ratio']:.2f} x products"
         lines.append(f"{about(result)}: a step takes {result['step_ms']:.2f} ms{share}{replay}")

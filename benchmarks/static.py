@@ -182,9 +182,12 @@ def aligned(lines: Sequence[Sequence[str]], names: int) -> str:
 
 
 def row_table(found: Sequence[Compiled]) -> str:
-    """The plain row kernels: what their sweeps take. (Those of the cluster kernel are alike in all of its cuts.)"""
+    """The plain row kernels: what their sweeps take. Those of the cluster kernel are alike in all of its cuts: the one with the most
+    registers is shown."""
     lines: list[tuple[str, ...]] = [("architecture", "dx", "kernel", "divergence", "registers", "t = 1", "t < 1", "bits")]
-    for one in {(one.architecture, one.dtype, one.kernel, one.label): one for one in found}.values():
+    by_registers = sorted(found, key=lambda one: one.registers)
+    shown = {(one.architecture, one.dtype, one.kernel, one.label): one for one in (*found, *by_registers)}
+    for one in shown.values():
         if one.sweeps and one.label.endswith(PLAIN):
             counts = [" + ".join(f"{count:.0f}" for count in half) for half in per_logit(one)]
             bits = sorted({bits for sweep in one.sweeps for bits in sweep.widths})

@@ -35,7 +35,8 @@ class OffsetRows(Protocol):
         that may lie over the learner's own logits."""
 
 
-def _scale_(grad: Tensor, factor: Tensor) -> None:
+def scale_(grad: Tensor, factor: Tensor) -> None:
+    """By torch, as ``Backend.scale_``."""
     # Of another device's factor the host could know only by waiting for it.
     if factor.device.type != "cpu" or factor.item() != 1.0:
         grad.mul_(factor)
@@ -54,7 +55,7 @@ class Backend:
     offsets: makes the logits of whole rows as 16-bit offsets in its own products: from the learners' steps, both models' rows in
     their products' dtype, float16 scratch [rows, V] for each model, and labels [rows] or None. keeps_offsets: whether it does on a
     device (or on one of an architecture that need not be here, such as "sm_90"; else ""), for the models' dtypes.
-    scale_: multiplies a contiguous gradient in place by a 0-dim factor, which mostly is 1.
+    scale_: multiplies a gradient in place by a 0-dim factor, which mostly is 1.
     temporaries: [rows, V] tensors of accumulate_dtype that it holds beside the logits; most_rows: in one call of row_loss, where
     nothing else bounds them. row_copies: float32 rows that each thread keeps.
     """
@@ -69,7 +70,7 @@ class Backend:
     sweeps: Callable[[Sequence[Step], tuple[Tensor, Tensor], Tensor, Tensor], Sweeps] | None = None
     offsets: Callable[[Sequence[Step], Sequence[Tensor], Sequence[Tensor], Tensor | None], OffsetRows] | None = None
     keeps_offsets: Callable[[torch.device, str, torch.dtype, torch.dtype], bool] = lambda *_: False
-    scale_: Callable[[Tensor, Tensor], None] = _scale_
+    scale_: Callable[[Tensor, Tensor], None] = scale_
     temporaries: int = 0
     most_rows: int | None = None
     row_copies: int = 0

@@ -69,8 +69,13 @@ def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
 
     A graph that this backward frees gives its buffers away, scaled in place; one that is kept must keep them as they are.
     """
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph() or _batched(scale):
+    if torch.compiler.is_compiling() or _batched(scale):
         return grad * scale
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        grad = grad.clone()
+    else:
+        # Autograd then refuses it to another backward, should this one break off before its node is done and freed.
+        torch.autograd.graph.increment_version(grad)
     torch.ops.kdkernels.scale_(grad, scale)
     return grad
 

@@ -20,7 +20,6 @@ import kdkernels as kd
 from benchmarks import contenders, gpu, gpu_checks, gpu_kernels, gpu_report, gpu_smoke, gpu_times, runner
 from benchmarks.cases import DTYPES, Case, Head, problem
 from kdkernels import backends
-from kdkernels.backends import native
 from tests.benchmarks.test_runner import part, wait_until
 from tests.support import ROOT
 from tests.support.cases import draw, dressed
@@ -319,11 +318,13 @@ class TestFailures:
         assert "student_weight" in found["reason"]
 
     def test_a_gradient_that_is_not_scaled_fails_its_check(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        case = dressed(draw())
-        assert gpu_checks.checked({}, gpu_checks.scaled, case, "tokens") == {"passed": True}
-        monkeypatch.setattr(native, "BACKEND", replace(native.BACKEND, scale_=lambda grad, factor: grad.mul_(factor + 1e-3)))
-        monkeypatch.setattr(backends, "BACKENDS", (native.BACKEND, *backends.BACKENDS[1:]))
-        assert gpu_checks.checked({}, gpu_checks.scaled, case, "tokens")["passed"] is False
+        for dtype in DTYPES.values():
+            case = dressed(draw(dtype=dtype))
+            assert gpu_checks.checked({}, gpu_checks.scaled, case, "tokens") == {"passed": True}
+            for wrong in (lambda grad, factor: grad.mul_(factor + 1e-3), lambda grad, factor: grad.mul_(factor.bfloat16())):
+                with monkeypatch.context() as patch:
+                    patch.setattr(backends, "BACKENDS", [replace(one, scale_=wrong) for one in backends.BACKENDS])
+                    assert gpu_checks.checked({}, gpu_checks.scaled, case, "tokens")["passed"] is False, dtype
 
     def test_a_step_is_captured_once_and_replayed_beside_the_products(self, monkeypatch: pytest.MonkeyPatch) -> None:
         called: list[str] = []
@@ -333,8 +334,8 @@ class TestFailures:
             monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
         found = gpu_kernels.replayed(lambda: called.append("step"), lambda: called.append("products"), 2)
-        assert called == ["step", "step", "products", "replay", "products", "replay", "products"]
-        assert found == {"replayed_ms": (4 + 6) / 2, "replayed_ratio": 1.0}
+        assert called == ["step", "step", "replay", "products", "products", *["replay", "products"] * 2]
+        assert found == {"replayed_ms": (6 + 8) / 2, "replayed_ratio": 1.0}
         monkeypatch.setattr(torch.cuda, "graph", mock.Mock(side_effect=RuntimeError("not permitted when stream is capturing")))
         found = gpu_kernels.replayed(lambda: None, lambda: None, 2)
         assert found == {"not_replayed": "RuntimeError: not permitted when stream is capturing"}

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 import kdkernels as kd
 from kdkernels.divergences import resolve
+from kdkernels.losses import autograd
 from kdkernels.losses import operators as ops
 from tests.support.cases import Case, draw, dressed, keywords
 
@@ -60,6 +61,9 @@ class NoHostCopies(TorchFunctionMode):
             for part in args[1] if isinstance(args[1], tuple) else (args[1],):
                 if isinstance(part, list) or (isinstance(part, Tensor) and part.dtype == torch.bool):
                     raise AssertionError(f"{name} with {part}: a list is copied to the device, and a mask counted on it")
+        elif isinstance(func, torch._ops.OpOverloadPacket) and name == "scale_":
+            with self:
+                return autograd._scale_(*args)
         elif isinstance(func, torch._ops.OpOverloadPacket) and name in ops.IMPLEMENTATIONS:
             with self, torch.no_grad():  # what it does inside; its result comes from the dispatcher, which has its backward
                 ops.IMPLEMENTATIONS[name](*args)

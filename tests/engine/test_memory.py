@@ -71,7 +71,8 @@ for line in sys.stdin:
 def measured() -> Iterator[Callable[..., tuple[int, int]]]:
     """(peak, held) of a step, in a process that does nothing else: see MEASURE for what a step is."""
     # What is freed leaves the process at once: else glibc keeps some of it, and the peak is not what was allocated.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    # Two threads, as the plan counts what each keeps of a row.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "2"}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", MEASURE], cwd=ROOT, env=environment, **pipes) as process:
 

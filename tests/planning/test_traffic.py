@@ -73,7 +73,8 @@ class Step(NamedTuple):
     def scaled(self) -> dict[str, Traffic]:
         """Each program reads the factor. It is 1, but for the hidden states of float16, whose gradients are made large."""
         sizes = self.tokens * self.student, self.vocab * self.student
-        programs = sum(min(-(-size // scaling.BLOCK), 3 * scaling.PROGRAMS) for size in sizes)
+        block, most = scaling.cut(torch.device("cpu"))
+        programs = sum(min(-(-size // block), most) for size in sizes)
         moved = 2 * sizes[0] if self.dtype == torch.float16 else 0
         return {"scale_kernel": Traffic(programs * closed.FLOAT + moved, moved)}
 

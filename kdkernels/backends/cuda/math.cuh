@@ -285,7 +285,7 @@ KD_INLINE float slope_of(float x, float y, const Row& row, const Terms& terms) {
   const float d = (above_x - above_y) - (row.x_log - row.y_log);
   float value, slope;
   const float c = Pair::template apply<float>(lp, lq, d, terms.share, terms.rest, terms.temperature, value, slope);
-  return banned(x) || banned(y) ? c * exp(lq) : slope;
+  return banned(lp) || banned(lq) ? c * exp(lq) : slope;
 }
 
 #if KD_METRICS

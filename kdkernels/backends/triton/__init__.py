@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -22,8 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels.backends import base
 from kdkernels.backends.base import Backend, OffsetRows, Step, Sweeps
 from kdkernels.backends.dtypes import FAST_DTYPES
+
+logger = logging.getLogger(__name__)
+_scaled_by_torch: set[torch.device] = set()
 
 
 @functools.cache
@@ -58,9 +63,17 @@ def _offsets(steps: Sequence[Step], hidden: Sequence[Tensor], codes: Sequence[Te
 
 
 def _scale_(grad: Tensor, factor: Tensor) -> None:
-    from kdkernels.backends.triton.scaling import scale_
+    """By torch where the kernel does not start: the loss of a teacher's saved top-k takes no other kernel."""
+    if grad.is_contiguous() and grad.device not in _scaled_by_torch:
+        try:
+            from kdkernels.backends.triton.scaling import scale_
 
-    scale_(grad, factor)
+            scale_(grad, factor)
+            return
+        except Exception as error:  # nothing is written yet, whatever Triton or a compiler raises
+            _scaled_by_torch.add(grad.device)
+            logger.warning("kdkernels: Triton cannot scale gradients on %s, so PyTorch does: %r", grad.device, error)
+    base.scale_(grad, factor)
 
 
 def _keeps_offsets(device: torch.device, architecture: str, *dtypes: torch.dtype) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,26 +10,37 @@ from torch import Tensor
 from kdkernels.backends.triton import arch
 
 WARPS = 8
-BLOCK = WARPS * 32 * arch.ENTRIES
-# What hides the latency of memory: so many programs on a multiprocessor, of 2,048 threads there.
-PROGRAMS = 8
+THREADS = 2048  # of a multiprocessor: as many hide the latency of memory
 
 
 @triton.jit
+def _scale(ptrs, factor, mask):
+    scaled = tl.load(ptrs, mask=mask).to(tl.float32) * factor
+    tl.store(ptrs, scaled.to(ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize_on_alignment=["factor_ptr"])
 def scale_kernel(grad_ptr, factor_ptr, count, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:
-        for begin in range(tl.program_id(0).to(tl.int64) * BLOCK, count, tl.num_programs(0) * BLOCK):
-            entries = begin + tl.arange(0, BLOCK)
-            inside = entries < count
-            grad = tl.load(grad_ptr + entries, mask=inside).to(tl.float32) * factor
-            tl.store(grad_ptr + entries, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+        entries = tl.arange(0, BLOCK)
+        whole = count // BLOCK * BLOCK  # without a mask, accesses are wide whatever the count is
+        for begin in range(tl.program_id(0).to(tl.int64) * BLOCK, whole, tl.num_programs(0) * BLOCK):
+            _scale(grad_ptr + begin + entries, factor, None)
+        if tl.program_id(0) == tl.num_programs(0) - 1:
+            _scale(grad_ptr + whole + entries, factor, whole + entries < count)
+
+
+def cut(device: torch.device) -> tuple[int, int]:
+    """Entries that a program takes at a time, and the most programs."""
+    threads = WARPS * arch.warp(device)
+    return threads * arch.ENTRIES, arch.multiprocessors(device) * (THREADS // threads)
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:
     """grad (contiguous) *= factor (0-dim), in float32; a factor of 1 moves no entry."""
     count = grad.numel()
-    programs = min(-(-count // BLOCK), arch.multiprocessors(grad.device) * PROGRAMS)
-    if programs:
+    block, most = cut(grad.device)
+    if count:
         with arch.on(grad.device):
-            scale_kernel[(programs,)](grad, factor, count, BLOCK=BLOCK, num_warps=WARPS)
+            scale_kernel[(min(triton.cdiv(count, block), most),)](grad, factor, count, BLOCK=block, num_warps=WARPS)
