@@ -186,8 +186,8 @@ def backward_twice(case: Case, strategy: str) -> Result:
 
 
 def scaled(case: Case, strategy: str) -> Result:
-    """An upstream gradient of a third gives a third of each gradient, to one rounding of its dtype, by which a third that is rounded
-    to 16 bits first is found out. (Of float16's hidden states, which are kept larger until then, both are rounded.)"""
+    """An upstream gradient of a third gives a third of each gradient, to one rounding of its dtype, by which a third that is
+    rounded to 16 bits first is found out. (Of float16's hidden states, which are kept larger until then, both are rounded.)"""
     grads = []
     for factor in (1.0, 1 / 3):
         leaves, loss = _with_graph(case, strategy)
@@ -196,8 +196,8 @@ def scaled(case: Case, strategy: str) -> Result:
     for name, plain, found in zip(leaves, *grads, strict=True):
         kind = torch.finfo(found.dtype)
         roundings = 2 if found.dtype == torch.float16 and name == "student_hidden" else 1
-        bounds = {"rtol": roundings * kind.eps / 2 * (1 + 2**-10), "atol": kind.smallest_normal * kind.eps}
-        torch.testing.assert_close(found.double(), plain.double() * third, **bounds)
+        rtol, atol = roundings * kind.eps / 2 * (1 + 2**-10), kind.smallest_normal * kind.eps
+        torch.testing.assert_close(found.double(), plain.double() * third, rtol=rtol, atol=atol)
     return {}
 
 

@@ -182,8 +182,8 @@ def aligned(lines: Sequence[Sequence[str]], names: int) -> str:
 
 
 def row_table(found: Sequence[Compiled]) -> str:
-    """The plain row kernels: what their sweeps take. Those of the cluster kernel are alike in all of its cuts: the one with the most
-    registers is shown."""
+    """The plain row kernels: what their sweeps take. Those of the cluster kernel are alike in all of its cuts: the one with
+    the most registers is shown."""
     lines: list[tuple[str, ...]] = [("architecture", "dx", "kernel", "divergence", "registers", "t = 1", "t < 1", "bits")]
     by_registers = sorted(found, key=lambda one: one.registers)
     shown = {(one.architecture, one.dtype, one.kernel, one.label): one for one in (*found, *by_registers)}
