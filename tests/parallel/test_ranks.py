@@ -49,7 +49,7 @@ from tests.support.cases import (
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """[size][rank]: what the processes found."""
     found = {}
@@ -105,7 +105,7 @@ def differences(found: Found, right: Found, share: float) -> list[str]:
 sizes = pytest.mark.parametrize("size", SIZES)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def alone() -> dict[str, Found]:
     """Every problem in one process."""
     return {name: problem.run() for name, problem in problems().items()}
