@@ -69,7 +69,9 @@ __device__ __forceinline__ void merge_parts(Statistics& of, float temperature) {
 #if KD_METRICS
   float z_max = of.z_max;
 #endif
-#pragma unroll
+  // Unrolled but for metrics, whose five values take more registers than three blocks leave on compute capability 10.0.
+  constexpr int ROUNDS = METRICS ? 1 : 5;
+#pragma unroll ROUNDS
   for (int mask = LANES / 2; mask; mask /= 2) {
     const int other = lane ^ mask;
     const float x_other = of_lane(x_max, other), y_other = of_lane(y_max, other);
