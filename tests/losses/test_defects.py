@@ -15,7 +15,6 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels.engine import gradients
 from kdkernels.engine.keep import kept_rows
-from kdkernels.losses import autograd
 from tests.support import oracle
 from tests.support.cases import InsideOperators, draw, dressed, error, root_mean_square
 from tests.support.oracle import Options
@@ -153,25 +152,6 @@ def test_a_kept_graph_gives_the_same_gradient_again_after_a_scaled_backward() ->
     grads = [torch.autograd.grad(loss * factor, [weight], retain_graph=True)[0].clone() for factor in (1.0, 0.5, 1.0)]
     torch.testing.assert_close(grads[2], grads[0], rtol=0, atol=0)
     torch.testing.assert_close(grads[1], 0.5 * grads[0])
-
-
-def test_a_backward_that_breaks_off_is_not_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its first gradient would be scaled twice."""
-    case = draw()
-    leaves = case.student_hidden.requires_grad_(), case.student_weight.requires_grad_()
-    loss = 2 * kd.linear_kd_loss(*leaves, case.teacher_hidden, case.teacher_weight)
-    scale, asked = autograd._scaled, iter((False, True))
-
-    def stopped(*of: Tensor) -> Tensor:
-        if next(asked, False):
-            raise KeyboardInterrupt
-        return scale(*of)
-
-    monkeypatch.setattr(autograd, "_scaled", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        loss.backward()
-    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|second time"):
-        loss.backward()
 
 
 # 8. A graph compiled for every token count: TestCompile.test_token_counts_share_a_graph in test_operators.py. Host syncs in the

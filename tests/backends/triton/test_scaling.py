@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import kdkernels as kd
+from kdkernels.losses import autograd
 from tests.support.cases import NATIVE_DTYPES, Case, draw
 from tests.support.meter import metered
 
@@ -14,8 +16,8 @@ from kdkernels.backends.triton import scaling
 from tests.support.interpreter import as_on_a_gpu
 
 BLOCK, PROGRAMS = scaling.cut(torch.device("cpu"))
-# One entry, a block's all but one and one more, and more than every program has a block of at first.
-COUNTS = (1, BLOCK - 1, BLOCK, BLOCK + 1, BLOCK * PROGRAMS + 5)
+# One entry, a block's all but one and one more, and three blocks for the first program.
+COUNTS = (1, BLOCK - 1, BLOCK, BLOCK + 1, BLOCK * (2 * PROGRAMS + 1) + 5)
 FACTORS = (3.0, 1 / 3, -1.0, 0.0, 65536.0, torch.inf, torch.nan)
 
 
@@ -84,6 +86,26 @@ def test_a_graph_that_is_kept_has_the_same_gradients(dtype: torch.dtype) -> None
     with as_on_a_gpu():
         for kept, freed in zip(gradients(case, 1 / 3, retain_graph=True), gradients(case, 1 / 3), strict=True):
             torch.testing.assert_close(kept, freed, rtol=0, atol=0)
+
+
+def test_a_backward_that_breaks_off_is_not_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first gradient would be scaled twice."""
+    case = draw()
+    leaves = case.student_hidden.requires_grad_(), case.student_weight.requires_grad_()
+    scale, asked = autograd._scaled, iter((False, True))
+
+    def stopped(*of: torch.Tensor) -> torch.Tensor:
+        if next(asked, False):
+            raise KeyboardInterrupt
+        return scale(*of)
+
+    monkeypatch.setattr(autograd, "_scaled", stopped)
+    with as_on_a_gpu():
+        loss, upstream = kd.linear_kd_loss(*leaves, case.teacher_hidden, case.teacher_weight), torch.tensor(2.0)
+        with pytest.raises(KeyboardInterrupt):
+            loss.backward(upstream)
+        with pytest.raises(RuntimeError, match=r"modified by an inplace operation"):
+            loss.backward(upstream)
 
 
 def test_what_a_kernel_cannot_do_torch_does(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
