@@ -14,9 +14,9 @@ import torch
 
 from kdkernels.backends.cuda import rows
 from tests.support.cluster import Machine, Problem, cut, problem
-from tests.support.cxx import CXX
+from tests.support.needs import needs_compiler
 
-pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler here")
+pytestmark = needs_compiler
 
 # One sweep or two.
 divergences = pytest.mark.parametrize("name", ["forward_kl", "jsd"])

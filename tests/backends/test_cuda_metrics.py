@@ -12,10 +12,10 @@ from torch import Tensor
 import kdkernels as kd
 from tests.support.cases import SPREADS, Result, assert_as_good_as_eager, ratios
 from tests.support.cluster import Problem, cut, problem
-from tests.support.cxx import CXX
+from tests.support.needs import needs_compiler
 
 INF, NAN = torch.inf, torch.nan
-pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler here")
+pytestmark = needs_compiler
 every_divergence = pytest.mark.parametrize("name", kd.divergences())
 VOCAB = 1213  # of two blocks the second begins at 640, and a chunk has 512
 # Columns, blocks of a cluster, warps of a block, as in test_cuda_rows.py; a cluster of the most blocks.

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.cuda import product
-from tests.support.cxx import CXX
 from tests.support.hopper import Changes, on_this_machine
+from tests.support.needs import needs_compiler
 
-pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler here")
+pytestmark = needs_compiler
 INF, NAN = torch.inf, torch.nan
 EPS = torch.finfo(torch.float32).eps
 BF16 = torch.bfloat16

@@ -20,8 +20,8 @@ from kdkernels.backends.cuda.compile import CompileError, DriverError
 from kdkernels.engine.cut import OFFSETS_COLUMNS
 from tests.support import okd, stub
 from tests.support.cases import Case, assert_as_good_as_eager, draw, ratios
-from tests.support.cxx import CXX
 from tests.support.hopper import on_this_machine
+from tests.support.needs import needs_compiler
 from tests.support.oracle import Options
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -32,7 +32,6 @@ from tests.support.interpreter import as_on_a_gpu
 KIB = 1024
 TOKENS, VOCAB, DIMS = 20, 300, (24, 40)
 BF16 = torch.bfloat16
-needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler here")
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,10 @@ import torch
 import kdkernels as kd
 from tests.support.cases import assert_as_good_as_eager, ratios
 from tests.support.cluster import Problem, cut, problem
-from tests.support.cxx import CXX
+from tests.support.needs import needs_compiler
 
 INF, NAN = torch.inf, torch.nan
-pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler here")
+pytestmark = needs_compiler
 
 every_divergence = pytest.mark.parametrize("name", kd.divergences())
 

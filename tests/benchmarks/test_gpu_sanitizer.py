@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from benchmarks import gpu_sanitizer
 from benchmarks.gpu_device import interpreted
 from benchmarks.gpu_sanitizer import LAUNCHES, TOOLS, command, findings
+from tests.support.needs import needs_triton
 
 CLEAN = {
     "memcheck": "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n",
@@ -113,7 +113,7 @@ class TestStage:
             assert reason in found["reason"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_the_launches_are_of_every_kernel_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     from kdkernels.backends.triton import offsets, rows, scaling, vocabulary
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
 from benchmarks import gpu_device, gpu_scale
 from tests.support.cases import draw
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+from tests.support.needs import needs_triton
 
 
 def test_the_bound_of_long_rows_knows_what_cancels() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pickle
@@ -23,11 +22,11 @@ from kdkernels import backends
 from tests.benchmarks.test_runner import part, wait_until
 from tests.support import ROOT
 from tests.support.cases import draw, dressed
+from tests.support.needs import needs_triton
 
 Record = dict[str, Any]
 # What has to be asked for, and takes no rows of the toy head: kernels in CUDA C++ need a GPU, offsets a model of 16 bits.
 ASKED = (gpu_times.CLUSTERED, gpu_times.OFFSETS, gpu_times.OFFSETS_CUDA)
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 def suite(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

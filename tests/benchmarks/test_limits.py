@@ -22,14 +22,12 @@ from benchmarks.readme import crossing, limits_table
 from benchmarks.rows import RESULTS, options, run
 from benchmarks.runner import Part
 from kdkernels.backends import dtypes, native
+from tests.support.needs import needs_proc
 
 SMALL = Case("largest", Head("small", "student", "teacher", 600, 600, 12, 20), 256, "fp32", "eager")
-linux = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc, which only Linux has"
-)
 
 
-@linux
+@needs_proc
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_both_strategies_pass_the_check_that_the_eager_formula_passes(dtype: str) -> None:
     """In several chunks and blocks; errors are at most twice those of eager PyTorch in the same dtype, plus one rounding."""
@@ -46,7 +44,7 @@ def test_both_strategies_pass_the_check_that_the_eager_formula_passes(dtype: str
         assert found["process_bytes"] > found["peak_bytes"]
 
 
-@linux
+@needs_proc
 def test_who_goes_over_the_limit_fails_with_the_allocators_words_and_who_does_not_gets_through() -> None:
     """Processes of their own, as in a run: four tensors of the eager formula's logits are larger than the limit."""
     case = Case("tokens", Head("slim", "slim", "slim", 65_536, 65_536, 8, 8), 1024, "fp32", limit=GIB)
@@ -58,7 +56,7 @@ def test_who_goes_over_the_limit_fails_with_the_allocators_words_and_who_does_no
     assert tokens["process_bytes"] < GIB
 
 
-@linux
+@needs_proc
 def test_the_break_even_is_between_both_strategies_and_says_what_auto_takes() -> None:
     head = Head("any", "student", "teacher", 512, 512, 16, 24)
     for budget in (16 * 1024, MIB):

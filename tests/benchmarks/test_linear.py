@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +12,9 @@ from benchmarks.cases import IGNORED, MIB, ONLINE, Case, problem
 from benchmarks.contenders import loss_of
 from benchmarks.linear import measure
 from benchmarks.measure import planned, stepped
+from tests.support.needs import needs_proc
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc, which only Linux has"
-)
+pytestmark = needs_proc
 FIRST, SECOND = linear.TOY
 
 

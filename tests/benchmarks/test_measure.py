@@ -20,12 +20,10 @@ from benchmarks.peers import NotOfferedError
 from benchmarks.rows import File, Row, line, options, run
 from benchmarks.runner import Part, told
 from tests.support import memory
+from tests.support.needs import needs_proc
 
 HEAD = Head("any", "student", "teacher", 97, 101, 8, 12)
 CASE = Case("heads", HEAD, 20, "fp32", "eager")
-linux = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc, which only Linux has"
-)
 
 
 class TestTimes:
@@ -37,7 +35,7 @@ class TestTimes:
         assert (len(found.steps), len(found.yardsticks)) == (1, 2)
         assert len(interleaved(int, int, 5).steps) == 5
 
-    @linux
+    @needs_proc
     @pytest.mark.parametrize(("slow", "count"), [(1e9, 3), (0.0, 1)])
     def test_a_slow_step_is_timed_once(self, slow: float, count: int) -> None:
         found = measured(CASE, problem(CASE), exact=lambda: compare.truth([CASE]).popitem()[1], repeats=3, slow=slow)

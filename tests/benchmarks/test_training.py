@@ -23,14 +23,12 @@ from benchmarks.cases import GIB, MIB
 from benchmarks.rows import RESULTS, line
 from benchmarks.trainers import TRAINERS, Run, Watch
 from tests.support import ROOT
+from tests.support.needs import needs_proc
 
 HEAD, TOKENS = training.TOY.head, training.TOY.tokens[0]
 STEPS = 3
 TOLERANCE = torch.finfo(torch.float32).eps ** 0.5  # half of the digits of float32
 ON_CPUS = [name for name in TRAINERS if "use_liger_kernel" not in name]
-linux = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc, which only Linux has"
-)
 
 
 def divergence(student: Any, teacher: Any, seed: int, tokens: int = TOKENS) -> torch.Tensor:
@@ -50,7 +48,7 @@ def losses(contender: str, folder: Path) -> list[float]:
         return TRAINERS[contender](Run(student, teacher, examples, watch, folder))
 
 
-@linux
+@needs_proc
 class TestContenders:
     @pytest.fixture(autouse=True)
     def fast_and_silent(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +103,7 @@ def test_the_bare_work_leaves_neither_gradients_nor_other_weights() -> None:
     assert all(weight.grad is None and torch.equal(weight, old) for weight, old in zip(student.parameters(), before, strict=True))
 
 
-@linux
+@needs_proc
 class TestWatch:
     def test_the_first_step_is_not_counted_and_yardsticks_lie_around_the_others(self) -> None:
         happened: list[str] = []
@@ -136,7 +134,7 @@ class TestWatch:
         assert watch.process > size
 
 
-@linux
+@needs_proc
 def test_the_command_writes_a_row_of_one_that_runs_and_of_one_that_fails(tmp_path: Path) -> None:
     """Liger's Triton kernels have nothing to run on where there is no GPU; another length is then not tried."""
     command = [sys.executable, "-m", "benchmarks.training", "--quick", "--out", str(tmp_path), "--repeats", "2", "--only"]

@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ import kdkernels as kd
 from tests.support import ROOT
 from tests.support.cases import Case, draw
 from tests.support.counting import MIB
+from tests.support.needs import needs_proc
 
 # Peak resident memory above what was there, less the returned gradients; of a step, and of what stays afterwards.
 MEASURE = """
@@ -86,7 +86,7 @@ def measured() -> Iterator[Callable[..., tuple[int, int]]]:
         yield run
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc, which only Linux has")
+@needs_proc
 class TestMemory:
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_peak_is_the_budget_whatever_the_token_count(self, measured: Any, dtype: str) -> None:
