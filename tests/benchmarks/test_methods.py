@@ -18,7 +18,7 @@ from benchmarks.methods_report import NARROW, WIDE, methods_table
 from benchmarks.methods_runs import Bench, Plan, Windows, halves
 from kdkernels.demo.settings import ModelSize
 from kdkernels.errors import CommandError
-from tests.cli.test_demo import TINY
+from tests.support.demo import TINY
 
 SMALL = Plan(
     settings=dataclasses.replace(TINY, student_steps=4, teacher_steps=4),

@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 from benchmarks.methods_scores import calibration_error, held_out, judged, rouge_l
 from kdkernels.demo.models import build
-from tests.cli.test_demo import TINY
+from tests.support.demo import TINY
 
 
 def test_the_calibration_error_is_that_of_a_table_worked_out_by_hand() -> None:
