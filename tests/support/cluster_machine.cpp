@@ -8,6 +8,7 @@
 // then ordered. A send is released by its thread, with all that this has behind it. So a missing barrier is found whatever the order
 // in which the threads happened to run.
 #include "cluster_machine.h"
+#include "cluster_accesses.h"
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -24,22 +25,6 @@ Place thread, block, grid;
 namespace {
 
 constexpr unsigned BLOCK_BYTES = 1 << 18, STACK = 1 << 16;
-constexpr int NOBODY = -1;
-
-typedef std::vector<unsigned> Clock;
-
-void join(Clock& to, const Clock& from) {
-  for (std::size_t k = 0; k < from.size(); k++) to[k] = std::max(to[k], from[k]);
-}
-
-// What comes before: of everything, and of what is fenced for copies.
-struct Past {
-  Clock all, fenced;
-  void join(const Past& from) {
-    machine::join(all, from.all);
-    machine::join(fenced, from.fenced);
-  }
-};
 
 struct Fiber;
 struct Group {  // that waits for its last
@@ -76,24 +61,13 @@ struct Transfer {
   Past past{};
 };
 
-struct Access {
-  int who;
-  unsigned when;
-};
-
-struct Word {
-  Access written{NOBODY, 0};
-  std::vector<Access> read;
-  bool awaited = false;  // from a transfer under way
-};
-
 struct Cluster {
   Launch launch;
   std::mt19937 random;
   bool checked;
   unsigned late, first_block = 0;
   std::vector<char> memory;
-  std::vector<Word> words;
+  Words words;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Fiber*> ready;
   std::vector<Transfer> under_way;
@@ -114,6 +88,8 @@ void leave() {
   if (!_setjmp(current->state)) _longjmp(scheduler, 1);
 }
 
+}  // namespace
+
 void fail(const std::string& what) {
   if (wrong.empty()) wrong = what;
 }
@@ -132,29 +108,7 @@ std::string place(unsigned address) {
          (in_slices ? " of the slices" : " of Shared") + " of block " + std::to_string(address / BLOCK_BYTES);
 }
 
-void hold(const Access& before, const Clock& past, unsigned address, int who, const char* did, const char* does) {
-  if (before.who != NOBODY && before.who != who && before.when > past[before.who])
-    fail(name(who) + does + place(address) + ", which " + name(before.who) + did + ": nothing orders them");
-}
-
-// An access to a word by ``who`` behind ``past``, its own time ``when``.
-void touch(unsigned address, int who, unsigned when, const Clock& past, bool writes) {
-  Word& word = cluster->words[address / 4];
-  if (word.awaited) fail(name(who) + (writes ? " writes " : " reads ") + place(address) + " while a transfer to it is under way");
-  hold(word.written, past, address, who, " wrote", writes ? " writes " : " reads ");
-  if (writes) {
-    for (const Access& one : word.read) hold(one, past, address, who, " read", " writes ");
-    word.read.clear();
-    word.written = {who, when};
-  } else {
-    for (Access& one : word.read)
-      if (one.who == who) {
-        one.when = when;
-        return;
-      }
-    word.read.push_back({who, when});
-  }
-}
+namespace {
 
 // This thread's past goes to others; what it does from now on is not in it.
 void publish(Past& to) {
@@ -202,7 +156,7 @@ void start(const Transfer& transfer, const Clock& past) {
     fail("a transfer to " + place(transfer.to) + " is not of multiples of 16 bytes");
   if (cluster->checked)
     for (unsigned at = transfer.to; at < transfer.to + transfer.bytes; at += 4) {
-      touch(at, current->index, 0, past, true);
+      cluster->words.touch(at, current->index, 0, past, true);
       cluster->words[at / 4].awaited = true;
     }
   std::memset(&cluster->memory[transfer.to], 0xFF, transfer.bytes);  // NaN until it arrives
@@ -392,7 +346,7 @@ void announced(const void* place, unsigned bytes, bool writes) {
   const char *at = static_cast<const char*>(place), *begin = cluster->memory.data();
   if (at < begin || at >= begin + cluster->memory.size()) return;
   for (unsigned word = address(place) & ~3u; word < address(place) + bytes; word += 4)
-    touch(word, current->index, current->past.all[current->index], current->past.all, writes);
+    cluster->words.touch(word, current->index, current->past.all[current->index], current->past.all, writes);
 }
 
 }  // namespace
