@@ -22,6 +22,7 @@ import torch
 
 from kdkernels.backends import dtypes
 
+torch.set_num_threads(1)  # should a plugin have imported it before
 hypothesis.settings.register_profile("repeatable", derandomize=True, max_examples=30, deadline=None, database=None)
 hypothesis.settings.register_profile("explore", max_examples=500, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))

@@ -4,7 +4,8 @@
 //
 // Macros that a compilation sets: KD_FLAT (the temperature alone makes any two distributions close), KD_WEIGH (whose exponentials the
 // moments are weighed by: 0 nobody's, 1 the target's, 2 the student's), KD_METRICS (entropies, overlap and agreement; KD_WEIGH is 0
-// then), KD_CE (cross-entropy), KD_TEMPERED (a temperature other than 1), KD_X_BIAS, KD_Z_BIAS, KD_X_SOFTCAP, KD_Z_SOFTCAP, each 0 or 1; and the polynomials of backends/polynomials.py.
+// then), KD_CE (cross-entropy), KD_TEMPERED (a temperature other than 1), KD_X_BIAS, KD_Z_BIAS, KD_X_SOFTCAP, KD_Z_SOFTCAP, each 0
+// or 1; and the polynomials of backends/polynomials.py.
 #ifdef __CUDACC__
 #define KD_INLINE __device__ __forceinline__
 #else
@@ -275,17 +276,8 @@ KD_INLINE Sums value_and_slope(float x, float y, const Row& row, const Terms& te
   const float d = (above_x - above_y) - (row.x_log - row.y_log), q = exp(lq);
   Sums of;
   const float c = Pair::template apply<float>(lp, lq, d, terms.share, terms.rest, terms.temperature, of.value, of.slope);
-  return {counts(d) ? of.value : c * (q - exp(lp)), counts(d) ? of.slope : c * q};
-}
-
-// The slope alone, which for a divergence may not look at d.
-template <class Pair>
-KD_INLINE float slope_of(float x, float y, const Row& row, const Terms& terms) {
-  const float above_x = x - row.x_max, above_y = y - row.y_max, lp = above_y - row.y_log, lq = above_x - row.x_log;
-  const float d = (above_x - above_y) - (row.x_log - row.y_log);
-  float value, slope;
-  const float c = Pair::template apply<float>(lp, lq, d, terms.share, terms.rest, terms.temperature, value, slope);
-  return banned(lp) || banned(lq) ? c * exp(lq) : slope;
+  const bool is_banned = banned(lp) || banned(lq);
+  return {is_banned ? c * (q - exp(lp)) : of.value, is_banned ? c * q : of.slope};
 }
 
 #if KD_METRICS

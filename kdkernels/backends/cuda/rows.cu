@@ -59,8 +59,8 @@ __device__ __forceinline__ float sum_of_parts(float v) {
   return v;
 }
 
-// Once all lanes have the largest entries they count from these, and only add up: the sums of the first lane, in every lane the same,
-// since two lanes may differ in the last bit where a compiler fuses the product in ``raise`` with the first addition.
+// Once all lanes have the largest entries they count from these, and only add up: the first lane's sums, in every lane the same, since
+// two lanes may differ in the last bit where a compiler fuses the product in ``raise`` with the first addition.
 template <int LANES>
 __device__ __forceinline__ void merge_parts(Statistics& of, float temperature) {
   const int lane = threadIdx.x % 32;
@@ -153,7 +153,8 @@ constexpr bool DRESSED = (!AT_ONE && !METRICS) || KD_X_BIAS || KD_Z_BIAS || KD_X
 
 // Four entries more, at x and y. LAST: of which there may be fewer than ``left``; the others are as if banned.
 template <bool AT_ONE, bool LAST>
-__device__ __forceinline__ void add_entries(Statistics& found, float* x, float* y, int column, int left, float t, const Arguments& of) {
+__device__ __forceinline__ void add_entries(Statistics& found, float* x, float* y, int column, int left, float t,
+                                            const Arguments& of) {
   const float temperature = of.terms.temperature;
   const float4 a = *reinterpret_cast<float4*>(x), b = *reinterpret_cast<float4*>(y);
   float u[4] = {a.x, a.y, a.z, a.w}, v[4] = {b.x, b.y, b.z, b.w};
@@ -235,7 +236,7 @@ __device__ __forceinline__ void write_gradient(const float* x, const float* y, O
     const float u[4] = {a.x, a.y, a.z, a.w}, v[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-      const float slope = ONE_SWEEP ? slope_of<KD_PAIR>(u[k], v[k], row, of.terms) : v[k];
+      const float slope = ONE_SWEEP ? value_and_slope<KD_PAIR>(u[k], v[k], row, of.terms).slope : v[k];
       const bool is_label = KD_CE && half + k == label;
       const float one = gradient(u[k], slope, row, slope_sum, is_label, kd, ce, of.x_head, of.terms);
       made[half + k] = LAST && half + k >= left ? 0.f : one;
