@@ -115,7 +115,9 @@ def per_logit(one: Compiled) -> tuple[list[float], list[float]]:
         counts = [sweep.instructions / (2 * sweep.shared_loads) for sweep in one.sweeps if sweep.shared_loads]
     else:
         counts = [sweep.instructions / Row().entries for sweep in one.sweeps]
-    if one.kernel == "offsets_row":  # the target's t is in its product; normalisers come from loops over tiles, not over logits
-        return counts[-2:], counts[-2:]
+    if one.kernel == "offsets_row":  # the target's t is in its product; what comes first goes over tiles, or over banned rows alone
+        swept = OFFSETS_INSTRUCTIONS.get(one.label.removesuffix(PLAIN), (1, 1))
+        counts = counts[-sum(count > 0 for count in swept) :]
+        return counts, counts
     halves = counts[: len(counts) // 2], counts[len(counts) // 2 :]
     return (halves[0], halves[1]) if sum(halves[0]) <= sum(halves[1]) else (halves[1], halves[0])

@@ -138,23 +138,33 @@ def _step(
 # Tokens, vocabulary and hidden sizes of the products that store 16-bit offsets; a vocabulary that no tile divides.
 PRODUCTS = ((2048, 128_256, (2048, 4096)), (2048, 151_936, (896, 3584)), (1000, 262_147, (1152, 3840)))
 TILE, PIECE = 256, 128  # columns of a tile; rows that are looked at together
+# How far below the largest of their tile codes are -inf, a little less; and a hidden state and a weight whose product lies there.
+FAR, BANNING = 65_000.0, (8.0, -(2.0**15))
 
 
-def stored_offsets(codes: Tensor, largest: Tensor, sums: Tensor, hidden: Tensor, weight: Tensor) -> float:
+def stored_offsets(codes: Tensor, largest: Tensor, sums: Tensor, hidden: Tensor, weight: Tensor, *, learns: bool) -> float:
     """By how many times more than they may the stored logits [N, V] of a plain head, the largest of their tiles and their sums are
-    off, against float32 products: by a rounding of a code, and what sums in two orders may differ by."""
+    off, against float32 products: by a rounding of a code, and what sums in two orders may differ by. Infinitely where others are
+    banned than those far below the largest of their tile, or the sums' signs say something else (nothing, of a model that does not
+    learn)."""
     worst = 0.0
     for begin in range(0, len(codes), PIECE):
         here = slice(begin, begin + PIECE)
         x = hidden[here].float() @ weight.float().t()
         padded = torch.nn.functional.pad(x, (0, -x.shape[1] % TILE), value=-torch.inf).view(len(x), -1, TILE)
         code = torch.nn.functional.pad(codes[here].float(), (0, -x.shape[1] % TILE), value=-torch.inf).view_as(padded)
-        noise = 2e-5 * (x.abs().amax(1)[:, None] + 1.0)
+        real = padded.isfinite()
+        banned = real & (code == -torch.inf)
+        far = real & (padded < largest[here][..., None] - FAR)
+        said = sums[here].signbit()
+        if not torch.equal(banned, far) or bool((said != banned.any(2))[said | learns].any()):
+            return torch.inf
+        noise = 2e-5 * (padded.masked_fill(far | ~real, 0.0).abs().amax((1, 2))[:, None] + 1.0)
         off_largest = (largest[here] - padded.amax(2)).abs() / noise
         rounding = torch.finfo(torch.float16).eps / 2 * code.abs().clamp(min=2.0**-14)
         off = (code + (largest[here] - 1.0)[..., None] - padded).abs() / (rounding + noise[..., None])
-        off_sums = ((code - 1.0).exp().sum(2) / sums[here] - 1.0).abs() / 1e-4
-        found = float(torch.stack([off_largest.max(), off[padded.isfinite()].max(), off_sums.max()]).max())
+        off_sums = ((code - 1.0).exp().sum(2) / sums[here].abs() - 1.0).abs() / 1e-4
+        found = float(torch.stack([off_largest.max(), off[real & ~banned].max(), off_sums.max()]).max())
         worst = found if not found <= worst else worst  # NaN stays
     return worst
 
@@ -166,6 +176,8 @@ def products_at_scale(dtype: torch.dtype, strategy: str, device: str) -> Result:
     worst: dict[str, float] = {}
     for tokens, vocab, dims in PRODUCTS:
         leaves, loss, teacher = _step(tokens, vocab, dims, dtype)
+        for hidden, head in (leaves, teacher):
+            hidden.data[:, 0], head.data[[5, vocab - 1], 0] = BANNING
         sides: list[tuple[Tensor, ...]] = []
         with offset_logits(strategy, sides) as started, torch.no_grad():
             loss(strategy="tokens", memory_budget=2**34)
@@ -173,7 +185,8 @@ def products_at_scale(dtype: torch.dtype, strategy: str, device: str) -> Result:
             raise LookupError(f"{strategy}: {len(started)} of what was asked for, {vocab} x {dims}")
         for name, side, inputs in zip(("student", "teacher"), sides, (leaves, teacher), strict=True):
             key = f"{name}, {tokens} x {vocab} x {inputs[0].shape[1]}"
-            worst[key] = stored_offsets(*side, *(part.detach() for part in inputs))
+            codes, largest, sums = side
+            worst[key] = stored_offsets(codes, largest, sums, *(part.detach() for part in inputs), learns=name == "student")
             if not worst[key] <= 1.0:
                 raise ArithmeticError(f"{key}: off by {worst[key]:.3g} times what it may be")
     return {"worst_ratio": max(worst.values()), "products_at_scale": worst}

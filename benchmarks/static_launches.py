@@ -150,10 +150,13 @@ def _record_offsets(dtype: torch.dtype, dress: str, found: list[Launch], label: 
         replace(launch, label=f"of {side}{dress}")
         for launch, side in zip(found[-3:], ("the student", "the teacher", "both"), strict=True)
     ]
+    OffsetRows((one, one), (one.student.hidden, one.teacher.hidden), codes.unbind(), labels)
+    found[-3:] = [replace(found[-2], label=f"of a teacher that learns{dress}")]
     for name, step in steps.items():
-        rows.steps = (step,)
-        label(name + dress)
-        rows.row_loss(0, weights, codes[0].view(dtype))
+        for metrics in (False,) if dress else (True, False):
+            rows.steps = (replace(step, metrics=metrics),)
+            label(name + (", metrics" if metrics else "") + dress)
+            rows.row_loss(0, weights, codes[0].view(dtype))
         if dress == PLAIN:
             label(name + VALUE)
             rows.row_loss(0, weights, None)

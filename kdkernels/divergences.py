@@ -121,6 +121,12 @@ class Divergence:
         return _linear(self)[2]
 
     @property
+    def slope_by_target(self) -> bool:
+        """Whether the textbook's slope is the target's probability times a constant: then what it sums to is known from how much of
+        the target the student bans, mostly nothing, and value and gradient can be made in the same sweep."""
+        return self.one_sweep == "target" and abs(self.linear()[1][1]) < 1e-12
+
+    @property
     def weighed_by_student(self) -> bool:
         """Whether the student's own probabilities weigh the terms: then a sum over a part of the vocabulary falls below 0 as the
         student's mass leaves it. The textbook's slope shows it, which is positive at p = q."""

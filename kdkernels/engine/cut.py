@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,9 +42,8 @@ class Size:
 
     learners: 2 where the teacher learns too (OKD), by forward KL to the student; train_teacher_head: whether its head does. alone:
     the loss does not look at a teacher's logits; known: but at some log-probabilities of its. shared: ranks share the vocabulary,
-    of which one holds ``widest`` columns at most. metrics: whether they are asked for. temperature: of the
-    softmaxes. architecture: of a GPU that is planned for
-    and need not be here.
+    of which one holds ``widest`` columns at most. temperature: of the softmaxes. whole_logits: none are
+    kept in 16 bits. architecture: of a GPU that is planned for and need not be here.
     """
 
     tokens: int
@@ -62,11 +62,11 @@ class Size:
     known: bool = False
     shared: bool = False
     widest: int = 0
-    metrics: bool = False
     temperature: float = 1.0
+    whole_logits: bool = False
     architecture: str = ""
 
-    @property
+    @functools.cached_property  # asked a dozen times in a step
     def backend(self) -> Backend:
         return backend_of(self.device, self.dtype, self.teacher_dtype)
 
@@ -76,11 +76,11 @@ class Size:
         with."""
         return self.backend.sweeps is not None and self.vocab > 0 and not self.known
 
-    @property
+    @functools.cached_property
     def offsets(self) -> bool:
         """Whether the logits of whole rows are kept as 16-bit offsets (backends/triton/offsets.py). Their rows are described to the
-        hardware, so that they have to be aligned; metrics look at the teacher beside the target, which alone is there."""
-        both = not (self.alone or self.known or self.shared or self.metrics)
+        hardware, so that they have to be aligned."""
+        both = not (self.alone or self.known or self.shared or self.whole_logits)
         cool = self.temperature <= OFFSETS_TEMPERATURE
         aligned = row_stride(self.vocab, self.device) % ROW_ELEMENTS == 0
         return (

@@ -56,7 +56,6 @@ def size_of(step: Step) -> Size:
         alone=step.alone,
         shared=not step.ranks.alone,
         widest=step.ranks.widest,
-        metrics=step.metrics,
         temperature=step.terms.temperature,
     )
 

@@ -36,9 +36,13 @@ class Traffic:
         return Traffic(self.loaded + other.loaded, self.stored + other.stored, self.operands + other.operands)
 
 
-def sweeps(divergence: str, *, kd: bool = True, metrics: bool = False) -> int:
-    """How often the logits are gone over before the gradient: once where running sums give the value, or there is none."""
-    return 1 if not metrics and (not kd or resolve(divergence).one_sweep) else 2
+def sweeps(divergence: str, *, kd: bool = True, metrics: bool = False, beside: bool = False) -> int:
+    """How often the logits are gone over before the gradient: once where running sums give the value, or there is none.
+
+    beside: whether the gradient's sweep sums too where it can, as the row kernel's does.
+    """
+    of = resolve(divergence)
+    return 1 if (beside and kd and of.slope_by_target) or (not metrics and (not kd or of.one_sweep)) else 2
 
 
 def row_loss(
@@ -65,14 +69,28 @@ def row_loss(
 
 
 def offsets_row(
-    rows: int, vocab: int, block_v: int, grad_bytes: int = 0, *, together: int = 8, labels: bool = False, tempered: bool = False
+    rows: int,
+    vocab: int,
+    block_v: int,
+    grad_bytes: int = 0,
+    *,
+    sweeps: int,
+    reach: int = 8,
+    labels: bool = False,
+    tempered: bool = False,
+    metrics: bool = False,
 ) -> Traffic:
-    """offsets_row_kernel: normalisers from the tiles', and a sweep or two over both models' codes, ``together`` at a time, and the
-    largest of their tiles. tempered: of labels at another temperature than 1, whose sums are others."""
-    tiles, reached = math.ceil(vocab / block_v), math.ceil(vocab / together) * together
-    entries = (1 + (grad_bytes > 0)) * 2 * (reached * 2 + tiles * FLOAT)
+    """offsets_row_kernel: normalisers from the tiles', and sweeps over both models' codes, ``reach`` at a time, and the largest of
+    their tiles. sweeps: before that of the gradient; 0 where that one sums too, of rows in which the learner bans nothing, else 1.
+    tempered: of labels at another temperature than 1, whose sums are others. metrics: at t = 1; both models' largest entries are
+    looked for in the tile that has them, and t is read.
+    """
+    tiles, reached = math.ceil(vocab / block_v), math.ceil(vocab / reach) * reach
+    entries = (sweeps + (grad_bytes > 0)) * 2 * (reached * 2 + tiles * FLOAT)
     parts = (3 if labels and tempered else 2) * tiles * 2 * FLOAT
     row = FLOAT + (LABEL + FLOAT if labels else 0)  # weight; label and its logit
+    if metrics:
+        row += 2 * (tiles * FLOAT + block_v * 2) + FLOAT
     return Traffic(rows * (entries + parts + row), rows * (len(ROW_COLUMNS) * FLOAT + reached * grad_bytes))
 
 

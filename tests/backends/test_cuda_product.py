@@ -80,7 +80,10 @@ class Stored:
         half_a_step = torch.finfo(torch.float16).eps / 2 * 2 ** code.clamp(min=2.0**-14).log2().floor()
         assert ((decoded - exact).abs() <= half_a_step * (1 + 1e-3) + noise).all()
         above = torch.nn.functional.pad((self.codes.double() - 1.0).exp(), (0, count * product.BLOCK_V - vocab))
-        torch.testing.assert_close(self.sums[:tokens].double(), above.view(tokens, count, -1).sum(-1), rtol=2e-6, atol=0)
+        sums = self.sums[:tokens].double()
+        torch.testing.assert_close(sums.abs(), above.view(tokens, count, -1).sum(-1), rtol=2e-6, atol=0)
+        banned = torch.nn.functional.pad(self.codes == -INF, (0, count * product.BLOCK_V - vocab)).view(tokens, count, -1).any(-1)
+        assert torch.equal(sums.signbit(), banned)
 
     def assert_nothing_beside(self) -> None:
         tokens, vocab = self.codes.shape
@@ -151,7 +154,7 @@ class TestSpecialValues:
                 assert torch.equal(found.codes[~bad[:140]], right.codes[~bad[:140]])
 
     def test_logits_of_minus_infinity_and_a_tile_of_nothing_else(self) -> None:
-        """By a weight of -inf, and by an overflow. Codes are -inf, and a tile that has nothing else has a sum of 0."""
+        """By a weight of -inf, and by an overflow. Codes are -inf, which the sum's sign says; of nothing else the sum is -0."""
         one = problem(20, 600, 72)
         one.hidden[:, 0] = 1.0
         one.hidden[:, 1] = 100.0
@@ -168,7 +171,8 @@ class TestSpecialValues:
         assert (found.largest[:20, 1] == -INF).all()
         assert (found.sums[:20, 1] == 0).all()
         above = torch.nn.functional.pad((found.codes.double() - 1.0).exp(), (0, 168)).view(20, 3, 256).sum(-1)
-        torch.testing.assert_close(found.sums[:20].double(), above, rtol=2e-6, atol=0)
+        torch.testing.assert_close(found.sums[:20].double().abs(), above, rtol=2e-6, atol=0)
+        assert found.sums[:20].signbit().all()
 
 
 @pytest.mark.parametrize(

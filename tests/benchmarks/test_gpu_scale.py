@@ -32,17 +32,24 @@ def test_stored_offsets_are_held_to_their_products(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(gpu_scale, "TILE", 32)  # of the interpreter's blocks
     case = draw(tokens=(6,), vocab=150, dims=(16, 24), dtype=torch.bfloat16)
+    for hidden, head in ((case.student_hidden, case.student_weight), (case.teacher_hidden, case.teacher_weight)):
+        hidden[:, 0], head[[5, 149], 0] = gpu_scale.BANNING
     sides: list[tuple[torch.Tensor, ...]] = []
     with as_on_a_gpu(), gpu_device.offset_logits(kept=sides) as started, torch.no_grad():
         case.loss()
     assert started == [6]
     inputs = (case.student_hidden, case.student_weight), (case.teacher_hidden, case.teacher_weight)
-    for side, of in zip(sides, inputs, strict=True):
-        assert gpu_scale.stored_offsets(*side, *of) <= 1.0
+    for learns, side, of in zip((True, False), sides, inputs, strict=True):
+        assert gpu_scale.stored_offsets(*side, *of, learns=learns) <= 1.0
         for at, wrong in enumerate((1.01, 1.01, 1.001)):
             spoiled = [part.clone() for part in side]
             spoiled[at][3, 2] *= wrong
-            assert gpu_scale.stored_offsets(*spoiled, *of) > 1.0
+            assert gpu_scale.stored_offsets(*spoiled, *of, learns=learns) > 1.0
+        assert (gpu_scale.stored_offsets(*side, *of, learns=True) == torch.inf) != learns, "a student's banned codes are to be told"
+        for at, place, wrong in ((2, (3, 2), -side[2][3, 2]), (0, (3, 7), -torch.inf)):
+            spoiled = [part.clone() for part in side]
+            spoiled[at][place] = wrong
+            assert gpu_scale.stored_offsets(*spoiled, *of, learns=learns) == torch.inf
         spoiled = [part.clone() for part in side]
         spoiled[0][:, 40] = torch.nan
-        assert not gpu_scale.stored_offsets(*spoiled, *of) <= 1.0
+        assert not gpu_scale.stored_offsets(*spoiled, *of, learns=learns) <= 1.0

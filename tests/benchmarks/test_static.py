@@ -125,10 +125,9 @@ class TestLaunches:
         assert set(labels["row_loss"]) == names | measured | {name + kind for name in names for kind in (PLAIN, VALUE, ODD)}
         assert set(labels["gradient"]) == {name + dress for name in names for dress in ("", BARE, PLAIN)}
         assert set(labels["sums"]) == {name + dress for name in measured | swept_twice for dress in ("", BARE, PLAIN)}
-        assert set(labels["offsets_row"]) == {name + dress for name in names for dress in ("", BARE, PLAIN, VALUE)}
-        assert set(labels["offsets_product"]) == {
-            f"of {side}{dress}" for side in ("the student", "the teacher", "both") for dress in ("", BARE, PLAIN)
-        }
+        assert set(labels["offsets_row"]) == measured | {name + dress for name in names for dress in ("", BARE, PLAIN, VALUE)}
+        multiplied = ("the student", "the teacher", "both", "a teacher that learns")
+        assert set(labels["offsets_product"]) == {f"of {side}{dress}" for side in multiplied for dress in ("", BARE, PLAIN)}
         # no moments, weighed by either side, and with metrics
         constants = {(launch.keywords["WEIGH"], launch.keywords["METRICS"]) for launch in found if launch.name == "statistics"}
         assert constants == {(0, False), (1, False), (2, False), (0, True)}
@@ -235,7 +234,7 @@ class TestFaults:
             assert elsewhere.faults() == []
         assert set(ROW_INSTRUCTIONS) | set(OFFSETS_INSTRUCTIONS) <= set(kd.divergences())
 
-    def test_of_offsets_the_last_two_loops_are_the_sweeps_over_logits(self) -> None:
+    def test_of_offsets_the_last_loops_are_the_sweeps_over_logits(self) -> None:
         counts = OFFSETS_INSTRUCTIONS["jsd"]
         of_tiles = replace(SWEEP, widths=(32,))
         of_codes = [replace(SWEEP, instructions=8 * count, widths=(32, 128)) for count in counts]
@@ -248,6 +247,11 @@ class TestFaults:
             f"sm_90 bf16 offsets_row jsd{PLAIN}: takes {[counts[0], counts[1] + 4]} instructions per logit in its sweeps; "
             f"the roofline states {[*counts]}"
         ]
+        _, both = OFFSETS_INSTRUCTIONS["forward_kl"]  # in one sweep, after one over rows with banned logits
+        beside = replace(of_codes[0], instructions=8 * both)
+        one = replace(one, label="forward_kl" + PLAIN, sweeps=(of_tiles, of_tiles, of_codes[0], beside))
+        assert one.faults() == []
+        assert per_logit(one) == ([both], [both])
 
     def test_all_are_reported(self) -> None:
         assert len(replace(GOOD, spilled=8, tensor_cores=0, shared=10**6).faults()) == 3

@@ -166,10 +166,12 @@ def test_a_plan_says_which_estimates_a_gpus_times_rest_on(
         assert main(plan()) == 2
         assert "KDKERNELS_LOGITS is 'half'; accepted: float32, offsets" in capsys.readouterr().err
         inside.setenv("KDKERNELS_LOGITS", "offsets")
-        assert main(plan()) == 0
-    sums, gradient = roofline.OFFSETS_INSTRUCTIONS["forward_kl"]
-    said = f"{row} {sums + gradient} instructions a logit: sums {sums}, gradient {gradient}; logits are kept in 16 bits."
-    assert said in capsys.readouterr().out
+        for divergence in ("forward_kl", "jsd"):  # with sums and gradient in one sweep, and in two
+            sums, gradient = roofline.OFFSETS_INSTRUCTIONS[divergence]
+            listed = f"sums {sums}, gradient {gradient}" if sums else f"gradient {gradient}"
+            assert main(plan(divergence=divergence)) == 0
+            said = f"{row} {sums + gradient} instructions a logit: {listed}; logits are kept in 16 bits."
+            assert said in capsys.readouterr().out
     assert main([*plan(divergence="jsd"), "--okd"]) == 0
     assert "gradient 66; the teacher's at 33 instructions a logit" in capsys.readouterr().out
     assert main(plan(tokens="64", student="512x64", teacher="512x64", device="cpu")) == 0

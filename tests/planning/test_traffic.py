@@ -80,7 +80,7 @@ class Step(NamedTuple):
 
     def tokens_traffic(self) -> dict[str, Traffic]:
         """Chunks of rows add up to all rows, whatever their number."""
-        swept = closed.sweeps(self.divergence, metrics=self.metrics)
+        swept = closed.sweeps(self.divergence, metrics=self.metrics, beside=True)
         return {
             **self.scaled(),
             "row_loss_kernel": closed.row_loss(
@@ -102,7 +102,11 @@ class Step(NamedTuple):
             **self.scaled(),
             "offsets_product_kernel": closed.offsets_product(of, MATRIX, programs=min(tiles, 3)),
             "offsets_row_kernel": closed.offsets_row(
-                *(self.tokens, self.vocab, MATRIX.block_v, 2), together=ROW_BLOCK // 32, labels=self.labels
+                *(self.tokens, self.vocab, MATRIX.block_v, 2),
+                sweeps=0 if self.divergence == "forward_kl" else 1,
+                reach=ROW_BLOCK // 32,
+                labels=self.labels,
+                metrics=self.metrics,
             ),
         }
 
@@ -135,8 +139,8 @@ STEPS = {
     "one sweep, weighed by the student": Step(divergence="reverse_kl"),
     "labels": Step(labels=True),
     "labels and two sweeps": Step(divergence="jsd", labels=True),
-    "metrics want a second sweep": Step(metrics=True),
-    "metrics and labels": Step(divergence="reverse_kl", metrics=True, labels=True),
+    "metrics beside the gradient of forward KL": Step(metrics=True),
+    "metrics want a second sweep": Step(divergence="reverse_kl", metrics=True, labels=True),
     "16 bits": Step(dtype=torch.bfloat16, divergence="jsd"),
     "16 bits, one sweep": Step(dtype=torch.bfloat16, labels=True),
     "biases": Step(biases=True, divergence="jsd"),
@@ -172,6 +176,8 @@ def test_kernels_move_what_their_closed_forms_say(strategy: str, name: str) -> N
         Step(dtype=torch.bfloat16),
         Step(37, 101, 20, 28, dtype=torch.bfloat16, labels=True, divergence="jsd"),
         Step(19, 75, 13, 21, dtype=torch.float16, biases=True),
+        Step(dtype=torch.bfloat16, metrics=True),
+        Step(dtype=torch.bfloat16, metrics=True, labels=True, divergence="jsd"),
     ],
 )
 def test_logits_of_16_bits(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,9 +215,9 @@ def test_a_loss_without_divergence_sweeps_once() -> None:
 
 
 def test_an_extra_sweep_is_noticed() -> None:
-    """The bound means something: forward KL in two sweeps, as if running sums did not give its value."""
-    step = Step()
-    with mock.patch("kdkernels.backends.triton.rows.resolve", return_value=replace(kd.forward_kl(), one_sweep="")):
+    """The bound means something: reverse KL in two sweeps, as if running sums did not give its value."""
+    step = Step(divergence="reverse_kl")
+    with mock.patch("kdkernels.backends.triton.rows.resolve", return_value=replace(kd.reverse_kl(), one_sweep="")):
         meter = step.run("tokens")
     with pytest.raises(AssertionError):
         assert_within(meter, step.tokens_traffic())

@@ -14,7 +14,7 @@ constexpr int WARPS = 8, BOXES = 2, BOX_ROWS = KD_BOX_ROWS, BOX_COLUMNS = KD_BOX
 constexpr int FULL = STAGES * STAGE + WARPS * BOXES * BOX, EMPTY = FULL + 8 * STAGES;
 static_assert(EMPTY + 8 * STAGES == KD_SHARED && BLOCK_N == WARPS * BOX_ROWS && BLOCK_V == 256 && BLOCK_D == 64);
 static_assert(BOX_ROWS == 16 && BOX_COLUMNS == 64);
-constexpr float LOG2_E = 1.44269504f;
+constexpr float LOG2_E = 1.44269504f, BANNED = -65520.0f;  // from there down float16 numbers are -inf
 
 struct Arguments {
   float *largest, *sums;  // [tokens, tiles]
@@ -50,6 +50,10 @@ __device__ __forceinline__ Tile place(int at, int pairs, int tiles, int rank) {
 __device__ __forceinline__ float largest_of_quad(float v) {
   v = fmaxf(v, of_partner(v, 1));
   return fmaxf(v, of_partner(v, 2));
+}
+__device__ __forceinline__ float least_of_quad(float v) {
+  v = fminf(v, of_partner(v, 1));
+  return fminf(v, of_partner(v, 2));
 }
 __device__ __forceinline__ float sum_of_quad(float v) {
   v += of_partner(v, 1);
@@ -92,12 +96,20 @@ __device__ __forceinline__ void multiply_tile(float (&d)[128], Ring& ring, int h
 __device__ __forceinline__ void store_tile(float (&d)[128], unsigned boxes, const Map* codes, const Arguments& args, int row,
                                            int tile, int tiles, int lane) {
   const float nothing = __int_as_float(0xff800000);  // -inf
+  float least[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    float v = d[2 * h];  // columns past the vocabulary are 0: with them too much may seem banned, which costs time alone
+#pragma unroll
+    for (int j = 0; j < 32; j++) v = fminf(v, fminf(d[4 * j + 2 * h], d[4 * j + 2 * h + 1]));
+    least[h] = least_of_quad(v);
+  }
   if (const int left = args.vocab - tile * BLOCK_V; left < BLOCK_V) {
 #pragma unroll
     for (int j = 0; j < 128; j++)
       if (j / 4 * 8 + lane % 4 * 2 + j % 2 >= left) d[j] = nothing;
   }
-  float largest[2], below[2], sum[2] = {};
+  float largest[2], below[2], sign[2], sum[2] = {};
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     float v = d[2 * h];
@@ -105,6 +117,7 @@ __device__ __forceinline__ void store_tile(float (&d)[128], unsigned boxes, cons
     for (int j = 0; j < 32; j++) v = fmaxf(v, fmaxf(d[4 * j + 2 * h], d[4 * j + 2 * h + 1]));
     largest[h] = largest_of_quad(v) * args.factor;
     below[h] = 1.0f - (largest[h] == nothing ? 0.0f : largest[h]);
+    sign[h] = fmaf(least[h], args.factor, below[h]) <= BANNED ? -1.0f : 1.0f;
   }
   // Where this lane's 16 bytes of a 16 x 16 block lie: row lane % 16, columns 8 (lane / 16) on, swizzled over eight places.
   const unsigned row_place = lane % 16 * 128, swizzle = lane % 8, column_half = lane / 16;
@@ -133,7 +146,7 @@ __device__ __forceinline__ void store_tile(float (&d)[128], unsigned boxes, cons
   }
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    const float all = sum_of_quad(sum[h]);
+    const float all = sign[h] * sum_of_quad(sum[h]);
     const int own = row + lane / 4 + 8 * h;
     if (lane % 4 == 0 && own < args.tokens) {
       const long long part = (long long)own * tiles + tile;

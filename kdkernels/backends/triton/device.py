@@ -23,6 +23,8 @@ from kdkernels.backends import columns as table
 from kdkernels.backends.triton.functions import TANH, exp, polynomial
 
 NOTHING, TARGET, STUDENT = (tl.constexpr(table.WEIGH[side]) for side in ("", "target", "student"))
+# Mass is then the target's sum of e^u over what the student alone bans (rows.sums_beside_gradient).
+LOST = tl.constexpr(len(table.WEIGH))
 
 
 def _places(columns: tuple[str, ...], *names: str) -> Iterator[tl.constexpr]:
@@ -114,6 +116,12 @@ def add_top(state, v, column):
 
 
 @triton.jit
+def mass_from(mass, u):
+    """Mass counted from a largest entry that is ``u`` higher."""
+    return tl.where(mass == 0.0, 0.0, mass * exp(-u))  # u may be infinite then
+
+
+@triton.jit
 def moments_from(state, u, v):
     """Mass and moment counted from largest entries that are ``u`` (of the weighing side) and ``v`` higher."""
     mass, moment = state
@@ -164,6 +172,9 @@ def add_statistics(
         moments = add_moments(moments, y_before, y_T[0], x_before, x_T[0], y, x, e_y)
     if WEIGH == STUDENT:
         moments = add_moments(moments, x_before, x_T[0], y_before, y_T[0], x, y, e_x)
+    if WEIGH == LOST:
+        lost = mass_from(moments[0], y_T[0] - y_before)
+        moments = (lost + tl.sum(tl.where(x == float("-inf"), e_y, 0.0), 1), moments[1])
     return x_T, y_T, x_1, z_T, top_x, top_z, label_logit, moments
 
 
@@ -193,6 +204,8 @@ def merged(state, WEIGH: tl.constexpr):
         moments = moments_from(moments, y[0] - y_T[0], x[0] - x_T[0])
     if WEIGH == STUDENT:
         moments = moments_from(moments, x[0] - x_T[0], y[0] - y_T[0])
+    if WEIGH == LOST:
+        moments = (mass_from(moments[0], y[0] - y_T[0]), moments[1])
     mass, moment = moments
     return (
         x,
@@ -281,6 +294,22 @@ def add_sums(state, x, y, z, stats, shares, PAIR: tl.constexpr, METRICS: tl.cons
         p = exp((z - stats[MAX_Z_T]) - stats[LOG_SUM_Z_T])
         overlap += tl.sum(tl.minimum(q, p, propagate_nan=tl.PropagateNan.ALL), 1)
     return value, slope, entropy_y, entropy_x, overlap
+
+
+@triton.jit
+def merged_sums(state):
+    """Of the parts of one row, [ROWS], a scalar each."""
+    value, slope, entropy_y, entropy_x, overlap = state
+    return tl.sum(value, 0), tl.sum(slope, 0), tl.sum(entropy_y, 0), tl.sum(entropy_x, 0), tl.sum(overlap, 0)
+
+
+@triton.jit
+def slope_of_lost(stats, shares, PAIR: tl.constexpr):
+    """The slope's sum where the textbook's is a constant times p (Divergence.slope_by_target), of all p but the mass that is lost:
+    exactly what it is at p = q where nothing is. stats: all STATS_COLUMNS."""
+    zero = stats[LOG_SUM_Y_T] * 0.0
+    _, slope, c = PAIR(zero, zero, zero, shares)
+    return slope - (slope - c) * (stats[MASS] * exp(-stats[LOG_SUM_Y_T]))
 
 
 @triton.jit

@@ -5,11 +5,14 @@ A tile of a product is [BLOCK_N tokens, BLOCK_V columns]. Instead of float32 log
 - codes, logit - (largest - 1) in float16: the largest itself is exact, and what lies up to 2 below it, which carries the
   probability, is within 2^-12 (benchmarks/offsets.py has what that does to gradients);
 - the largest, and the sum of exp(logit - largest) over the logits as they are stored, so that no sweep is needed for normalisers,
-  and what comes out is the loss of logits that are off by no more than that.
+  and what comes out is the loss of logits that are off by no more than that. A minus before the sum of a model that learns (before
+  a 0 too) says that a code there is -inf.
 
 A logit is here what the softmax takes: after its head's bias, scale and softcap, and over the temperature. The second product is
-the target's: where that is not the teacher alone (t < 1) its epilogue reads the student's codes of the same tile and mixes. After
-that the row kernel reads codes once for the sums and once for the gradient, which lies over the learner's codes. For a plain head
+the target's: where that is not the teacher alone (t < 1) its epilogue reads the student's codes of the same tile and mixes. (With
+metrics, which look at the teacher too, it is the teacher's; then the row kernel mixes, and makes the target's normaliser.) After
+that the row kernel reads codes once for the sums and once for the gradient, which lies over the learner's codes; for forward KL
+once for both, as rows.py says, and before that for what is lost if the learner bans an entry of the row. For a plain head
 backends/cuda/product.cu may make the product (KDKERNELS_LOGITS=offsets-cuda).
 """
 
@@ -56,6 +59,7 @@ def offsets_product_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
+    LEARNS: tl.constexpr,  # whether the model does, so that somebody asks what it bans
 ):
     """Programs take turns at the tiles. A launch for the teacher alone does nothing at t < 1, one that mixes nothing at t = 1."""
     blocks = tl.cdiv(tokens, BLOCK_N)
@@ -89,6 +93,9 @@ def offsets_product_kernel(
         above = rounded.to(tl.float32) - 1.0
         tl.store(largest_ptr + at, largest, mask=there)
         sums = tl.sum(exp(above), 1)
+        if LEARNS:
+            banned = tl.min(tl.where(columns < vocab, above, 0.0), 1) == float("-inf")
+            sums = tl.where(banned, sums * -1.0, sums)  # -sums would be 0 - sums, which has no -0
         if student_codes is not None:  # which other code may have added up, in another order
             sums = tl.where(t == 0.0, tl.load(student_parts[1] + at, mask=there, other=0.0), sums)
         tl.store(sums_ptr + at, sums, mask=there)
@@ -98,34 +105,74 @@ def offsets_product_kernel(
 
 @triton.jit
 def _of_codes(sides, t, temperature, v0, end, AT_ONE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """As rows.of_logits. sides: codes of a row for x and y; the first of their parts, and its place in them; tiles, BLOCK_V."""
-    x_codes, y_codes, x_parts, y_parts, part, _, BLOCK_V = sides
+    """As rows.of_logits. sides: codes of a row for x and z; the first of their parts, and its place in them; tiles, BLOCK_V."""
+    x_codes, z_codes, x_parts, z_parts, part, _, BLOCK_V = sides
     first = v0 + tl.arange(0, LANES)[:, None] * WIDTH
     columns = first + tl.arange(0, WIDTH)[None, :]
     inside = columns < end
     reach = device.reach(columns, end, WIDTH)
     x = tl.load(x_codes + columns, mask=reach, other=0.0)
-    y = tl.load(y_codes + columns, mask=reach, other=0.0)
+    z = tl.load(z_codes + columns, mask=reach, other=0.0)
     x = _decoded(x, tl.load(x_parts[0] + part + first // BLOCK_V, mask=first < end, other=0.0))
-    y = _decoded(y, tl.load(y_parts[0] + part + first // BLOCK_V, mask=first < end, other=0.0))
+    z = _decoded(z, tl.load(z_parts[0] + part + first // BLOCK_V, mask=first < end, other=0.0))
     x = tl.where(inside, x, float("-inf"))
-    y = tl.where(inside, y, float("-inf"))
-    return x, y, y, columns
+    z = tl.where(inside, z, float("-inf"))
+    return x, z if AT_ONE else device.mixed(x, z, t), z, columns
 
 
 @triton.jit
 def _log_sum(largest_ptr, sums_ptr, factor, end, tiles, LANES: tl.constexpr):
-    """Largest of a row's entries times ``factor``, and the sum of exp(entry - largest), from those of its tiles."""
+    """Largest of a row's entries times ``factor``, and the sum of exp(entry - largest), from those of its tiles; and whether an
+    entry is banned."""
+    signs = tl.zeros([LANES], tl.int32)
     state = (tl.zeros([LANES], tl.float32) - float("inf"), tl.zeros([LANES], tl.float32))
     for at in range(0, tl.where(end > 0, tiles, 0), LANES):
         places = at + tl.arange(0, LANES)
         largest = tl.load(largest_ptr + places, mask=places < tiles, other=float("-inf")) * factor
         sums = tl.load(sums_ptr + places, mask=places < tiles, other=0.0)
+        signs = tl.minimum(signs, sums.to(tl.int32, bitcast=True))
+        sums = tl.abs(sums)
         m, s = state
         seen = tl.maximum(m, largest)
         shift = tl.where(seen == float("-inf"), 0.0, seen)
         state = (seen, s * exp(m - shift) + sums * exp(largest - shift))
+    return device.merged_log_sum(state), tl.min(signs, 0) < 0
+
+
+@triton.jit
+def _log_sum_of_mixed(sides, t, temperature, end, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """The same of y, which no tile's were made of."""
+    zero = tl.zeros([LANES], tl.float32)
+    state = (zero - float("inf"), zero)
+    for v0 in range(0, end, LANES * WIDTH):
+        _, y, _, _ = _of_codes(sides, t, temperature, v0, end, False, LANES, WIDTH)
+        state, _ = device.add_log_sum(state, y)
     return device.merged_log_sum(state)
+
+
+@triton.jit
+def _top(codes_ptr, largest_ptr, largest, end, tiles, BLOCK_V, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """As device.merged_top: the first code of a largest, in the first tile that has it."""
+    tile = tl.zeros([LANES], tl.int32) + tiles
+    for at in range(0, tl.where(end > 0, tiles, 0), LANES):
+        places = at + tl.arange(0, LANES)
+        found = tl.load(largest_ptr + places, mask=places < tiles, other=float("-inf"))
+        tile = tl.minimum(tile, tl.where(found == largest, places, tiles))
+    # More columns than a tile has; behind it no code counts, as there may be a smaller largest.
+    inside = tl.arange(0, LANES * WIDTH)
+    columns = tl.min(tile, 0) * BLOCK_V + inside
+    codes = tl.load(codes_ptr + columns, mask=(inside < BLOCK_V) & (columns < end), other=0.0)
+    return largest, tl.min(tl.where(codes == 1.0, columns.to(tl.float32), float("inf")), 0)
+
+
+@triton.jit
+def _lost(sides, largest, end, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Sum of exp(y - largest) over what x alone bans."""
+    lost = tl.zeros([LANES], tl.float32)
+    for v0 in range(0, end, LANES * WIDTH):
+        x, y, _, _ = _of_codes(sides, 1.0, None, v0, end, True, LANES, WIDTH)
+        lost += tl.sum(tl.where((x == float("-inf")) & (y > x), exp(y - largest), 0.0), 1)
+    return tl.sum(lost, 0)
 
 
 @triton.jit
@@ -134,14 +181,27 @@ def _statistics_of_codes(
     LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """As rows.statistics_of_logits."""
-    _, _, x_parts, y_parts, part, tiles, _ = sides
-    x = _log_sum(x_parts[0] + part, x_parts[1] + part, 1.0, end, tiles, LANES)
-    y = _log_sum(y_parts[0] + part, y_parts[1] + part, 1.0, end, tiles, LANES)
+    x_codes, z_codes, x_parts, z_parts, part, tiles, BLOCK_V = sides
+    x, banned = _log_sum(x_parts[0] + part, x_parts[1] + part, 1.0, end, tiles, LANES)
+    z, _ = _log_sum(z_parts[0] + part, z_parts[1] + part, 1.0, end, tiles, LANES)
+    top_x = x
+    top_z = z
+    if METRICS:  # before any other sweep, whose merging all threads wait for: dx may lie over codes that these look for
+        top_x = _top(x_codes, x_parts[0] + part, x[0], end, tiles, BLOCK_V, LANES, WIDTH)
+        top_z = _top(z_codes, z_parts[0] + part, z[0], end, tiles, BLOCK_V, LANES, WIDTH)
+    y = z
+    if not AT_ONE:
+        y = _log_sum_of_mixed(sides, t, temperature, end, LANES, WIDTH)
+        # At t = 0 the target is the student to the last bit.
+        y = (tl.where(t == 0.0, x[0], y[0]), tl.where(t == 0.0, x[1], y[1]))
     x_1 = x
     # Only where the cross-entropy is asked for at another temperature are these sums there.
     if x_parts[2] is not None:
-        x_1 = _log_sum(x_parts[0] + part, x_parts[2] + part, temperature, end, tiles, LANES)
-    return x, y, x_1, y, x, y, 0.0, (0.0, 0.0)
+        x_1, _ = _log_sum(x_parts[0] + part, x_parts[2] + part, temperature, end, tiles, LANES)
+    lost = 0.0
+    if WEIGH == device.LOST and AT_ONE:  # what x bans a mixed target bans too
+        lost = _lost(sides, y[0], tl.where(banned, end, 0), LANES, WIDTH)
+    return x, y, x_1, z, top_x, top_z, 0.0, (lost, 0.0)
 
 
 @triton.jit
@@ -153,11 +213,14 @@ def offsets_row_kernel(
     rows_ptr,  # [rows, ROW_COLUMNS]
     of_labels,  # pointers: labels, and their logits at T = 1, [rows]; or None
     weight_ptr,  # [rows]
+    t_ptr,  # where the other's codes are the teacher's; None where they are the target's
     head,  # the learner's
     terms,
     tiles,
     vocab,
     PAIR: tl.constexpr,
+    WEIGH: tl.constexpr,  # NOTHING or LOST
+    METRICS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -173,11 +236,20 @@ def offsets_row_kernel(
     if labels_ptr is not None:
         label = tl.load(labels_ptr + row)
         label_logit = tl.load(label_logits_ptr + row)
-    rows.one_row(
-        sides, dx_row_ptr, rows_ptr + row * device.ROW_COUNT, label, label_logit,
-        tl.load(weight_ptr + row), 1.0, head, terms, vocab, _of_codes, _statistics_of_codes, PAIR, device.NOTHING, False, True,
-        LANES, WIDTH,
-    )  # fmt: skip
+    weight = tl.load(weight_ptr + row)
+    t = 1.0
+    if t_ptr is not None:
+        t = tl.load(t_ptr)
+    if t == 1.0:
+        rows.one_row(
+            sides, dx_row_ptr, rows_ptr + row * device.ROW_COUNT, label, label_logit, weight, t, head, terms, vocab,
+            _of_codes, _statistics_of_codes, PAIR, WEIGH, METRICS, True, LANES, WIDTH,
+        )  # fmt: skip
+    else:
+        rows.one_row(
+            sides, dx_row_ptr, rows_ptr + row * device.ROW_COUNT, label, label_logit, weight, t, head, terms, vocab,
+            _of_codes, _statistics_of_codes, PAIR, WEIGH, METRICS, False, LANES, WIDTH,
+        )  # fmt: skip
 
 
 LABELS = 256  # whose logits are made together, so that no copy of all hidden states is
@@ -231,16 +303,19 @@ class OffsetRows:
         self.temperature = None if step.terms.temperature == 1.0 else step.terms.temperature
         self.tiles = triton.cdiv(step.vocab, found.block_v)
         models = (step.student, step.terms.head[:2]), (step.teacher, step.terms.head[2:])
-        labels_of = [labels if one.terms.ce_scale else None for one in steps] + [None]
+        labels_of = [labels if one.terms.ce_scale or one.metrics else None for one in steps] + [None]
         self.sides = [
             self._side(of, own, _label_logits(rows, *model, own))
             for of, own, rows, model in zip(codes, labels_of, hidden, models, strict=False)
         ]
-        student, target = self.sides
-        self._multiply(*models[0], hidden[0], student, None, None)
+        student, other = self.sides
+        self._multiply(*models[0], hidden[0], student, True, None, None)
+        if step.metrics:
+            self._multiply(*models[1], hidden[1], other, len(steps) == 2, None, None)
+            return
         # Which of the two does the work is known where t is: on the device.
         for mixed in (None, student):
-            self._multiply(*models[1], hidden[1], target, self.t, mixed)
+            self._multiply(*models[1], hidden[1], other, len(steps) == 2 and mixed is None, self.t, mixed)
 
     def _side(self, codes: Tensor, labels: Tensor | None, label_logits: Tensor | None) -> _Side:
         tempered = labels is not None and self.temperature is not None
@@ -248,9 +323,17 @@ class OffsetRows:
         return _Side(codes, largest, sums, sums_1[0] if tempered else None, labels, label_logits)
 
     def _multiply(
-        self, model: Model, head: Sequence[float], hidden: Tensor, side: _Side, t: Tensor | None, mixed: _Side | None
+        self,
+        model: Model,
+        head: Sequence[float],
+        hidden: Tensor,
+        side: _Side,
+        learns: bool,
+        t: Tensor | None,
+        mixed: _Side | None,
     ) -> None:
-        """The product of one model. mixed: the student's, where the target has a part of it. t: None for the student's product."""
+        """The product of one model. learns: whether that model does. t: None for a product that is always made. mixed: the
+        student's, where the target has a part of it."""
         device, found = hidden.device, self.matrix
         hidden, weight = hidden.contiguous(), model.weight.to(model.dtype)
         plain = mixed is None and side.sums_1 is None and model.bias is None and head[1] == 0.0
@@ -275,6 +358,7 @@ class OffsetRows:
                 t,
                 self.temperature,
                 *side.codes.shape,
+                LEARNS=learns,
                 **found.blocks(),
                 **found.options(),
             )
@@ -284,6 +368,7 @@ class OffsetRows:
         count, vocab = own.codes.shape
         columns = torch.empty((count, len(ROW_COLUMNS)), dtype=torch.float32, device=step.device)
         terms, entry = step.terms, blocks.row_entry(step.device)
+        beside = rows.sums_beside_gradient(terms.divergence, terms.kd_scale, dx is not None)
         logits = (own.codes, other.codes, dx)
         with arch.on(step.device):
             offsets_row_kernel[(count,)](
@@ -294,6 +379,7 @@ class OffsetRows:
                 columns,
                 (own.labels, own.label_logits),
                 weights.to(torch.float32),
+                self.t if step.metrics else None,
                 launch.head_arguments(None, *terms.head[:2]),
                 launch.term_arguments(
                     terms.resolved(), terms.temperature, terms.kd_scale, 0.0 if own.labels is None else terms.ce_scale
@@ -301,6 +387,8 @@ class OffsetRows:
                 self.tiles,
                 vocab,
                 PAIR=launch.pair_function(terms.divergence, terms.temperature),
+                WEIGH=(device.LOST if beside else device.NOTHING).value,
+                METRICS=step.metrics,
                 BLOCK_V=self.matrix.block_v,
                 LANES=entry.num_warps * arch.warp(step.device),
                 WIDTH=entry.entries,

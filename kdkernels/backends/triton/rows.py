@@ -1,7 +1,8 @@
 """The row operation over logits in memory: one program for each row, one launch for each chunk.
 
-A program reads its row of x and z once for the statistics, again for the sums unless running sums gave them already (one-sweep
-divergences without metrics), and once more for the gradient, which it writes over x.
+A program reads its row of x and z once for the statistics, again for the sums, and once more for the gradient, which it writes over
+x. There is no sweep for the sums where running sums give them (one-sweep divergences without metrics), nor for forward KL with a
+gradient, whose slope sums to what is known before (Divergence.slope_by_target): value and metrics are summed beside the gradient.
 
 Its row is to it a tile of LANES parts, each one thread's, which adds up what is its own; the parts are merged once, after the
 sweep. So no sweep has a barrier or a shuffle in it, and where rows start at multiples of 16 entries, as those of the scratch do,
@@ -73,7 +74,9 @@ def one_row(
     stats = device.finished(STATISTICS(sides, t, temperature, end, WEIGH, CE, METRICS, AT_ONE, LANES, WIDTH), temperature, CE)
 
     sums = (0.0, 0.0, 0.0, 0.0, 0.0)
-    if WEIGH != device.NOTHING:
+    if WEIGH == device.LOST:
+        slope = device.slope_of_lost(stats, shares, PAIR)
+    elif WEIGH != device.NOTHING:
         value, slope = device.sums_of_one_sweep(stats, shares, PAIR, WEIGH)
     else:
         if kd is not None or METRICS:
@@ -81,28 +84,34 @@ def one_row(
             for v0 in range(0, end, LANES * WIDTH):
                 x, y, z, _ = TILE(sides, t, temperature, v0, end, AT_ONE, LANES, WIDTH)
                 state = device.add_sums(state, x, y, z, stats, shares, PAIR, METRICS)
-            sums = (tl.sum(state[0], 0), tl.sum(state[1], 0), tl.sum(state[2], 0), tl.sum(state[3], 0), tl.sum(state[4], 0))
+            sums = device.merged_sums(state)
         value = sums[device.VALUE]
         slope = device.shown(value, sums[device.SLOPE])
+
+    if dx_row_ptr is not None:
+        state = device.no_sums(LANES)
+        for v0 in range(0, vocab, LANES * WIDTH):
+            x, y, z, columns = TILE(sides, t, temperature, v0, end, AT_ONE, LANES, WIDTH)
+            if WEIGH == device.LOST:
+                state = device.add_sums(state, x, y, z, stats, shares, PAIR, METRICS)
+            dx = device.gradient(x, y, stats, slope, label, weight, x_head, terms, columns, PAIR)
+            device.store_gradient(dx_row_ptr + columns, dx, columns, vocab, WIDTH)
+        if WEIGH == device.LOST:
+            sums = device.merged_sums(state)
+            value = sums[device.VALUE]
 
     tl.store(row_ptr + device.ROW_KD, tl.where(live, value, 0.0))
     cross_entropy = 0.0
     if CE:
         cross_entropy = tl.where(live, stats[device.LOG_SUM_X] - (label_logit - stats[device.MAX_X]), 0.0)
     tl.store(row_ptr + device.ROW_CE, cross_entropy)
-    tl.store(row_ptr + device.ROW_TARGET_ENTROPY, sums[device.TARGET_ENTROPY])
-    tl.store(row_ptr + device.ROW_STUDENT_ENTROPY, sums[device.STUDENT_ENTROPY])
+    tl.store(row_ptr + device.ROW_TARGET_ENTROPY, tl.where(live, sums[device.TARGET_ENTROPY], 0.0))
+    tl.store(row_ptr + device.ROW_STUDENT_ENTROPY, tl.where(live, sums[device.STUDENT_ENTROPY], 0.0))
     agreement = 0.0
     if METRICS:
         agreement = tl.where(live & (stats[device.ARGMAX_X] == stats[device.ARGMAX_Z]), 1.0, 0.0)
     tl.store(row_ptr + device.ROW_AGREEMENT, agreement)
-    tl.store(row_ptr + device.ROW_OVERLAP, sums[device.OVERLAP])
-
-    if dx_row_ptr is not None:
-        for v0 in range(0, vocab, LANES * WIDTH):
-            x, y, z, columns = TILE(sides, t, temperature, v0, end, AT_ONE, LANES, WIDTH)
-            dx = device.gradient(x, y, stats, slope, label, weight, x_head, terms, columns, PAIR)
-            device.store_gradient(dx_row_ptr + columns, dx, columns, vocab, WIDTH)
+    tl.store(row_ptr + device.ROW_OVERLAP, tl.where(live, sums[device.OVERLAP], 0.0))
 
 
 @triton.jit
@@ -154,6 +163,11 @@ def row_loss_kernel(
         )  # fmt: skip
 
 
+def sums_beside_gradient(divergence: str, kd_scale: float, gradient: bool) -> bool:
+    """Whether one sweep makes both: where the slope's sum is known before. Then what one_row weighs is device.LOST."""
+    return gradient and kd_scale != 0.0 and resolve(divergence).slope_by_target
+
+
 def row_loss(
     x: Tensor,
     z: Tensor,
@@ -187,6 +201,7 @@ def row_loss(
     wanted = labels is not None and (ce_scale != 0.0 or metrics)
     # Running sums cancel where p is close to q, and in flat distributions to nothing.
     weigh = "" if metrics or kd_scale == 0.0 or flat(temperature) else resolve(divergence).one_sweep
+    beside = sums_beside_gradient(divergence, kd_scale, dx is not None)
     entry = blocks.row_entry(x.device)
     width = _together([side for side in (x, z, dx) if side is not None], entry.entries)
     arguments: tuple[Any, ...] = (
@@ -205,7 +220,7 @@ def row_loss(
         row_loss_kernel[(rows,)](
             *arguments,
             PAIR=launch.pair_function(divergence, temperature),
-            WEIGH=WEIGH[weigh],
+            WEIGH=device.LOST.value if beside else WEIGH[weigh],
             METRICS=metrics,
             LANES=entry.num_warps * arch.warp(x.device) * min(entry.entries // width, MOST_PARTS),
             WIDTH=width,

@@ -97,4 +97,4 @@ class TestLaunch:
     def test_moments_are_told_apart(self) -> None:
         named = {"": device.NOTHING, "target": device.TARGET, "student": device.STUDENT}
         assert {weigh: constant.value for weigh, constant in named.items()} == WEIGH
-        assert len(set(WEIGH.values())) == 3
+        assert len({*WEIGH.values(), device.LOST.value}) == 4

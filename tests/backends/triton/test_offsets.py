@@ -17,7 +17,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.backends.columns import Row
-from tests.support import okd
+from tests.support import okd, oracle
 from tests.support.cases import OFFSETS, Case, assert_as_good_as_eager, draw, dressed, ratios, running
 from tests.support.kernels import step_of
 from tests.support.oracle import Options
@@ -39,6 +39,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[offsets.OffsetRows]]:
     class Seen(offsets.OffsetRows):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
+            self.logits = [decoded(side) for side in self.sides]
             seen.append(self)
 
     monkeypatch.setattr(offsets, "OffsetRows", Seen)
@@ -88,6 +89,19 @@ class TestWhatIsStored:
             above = decoded(side).view(TOKENS, VOCAB) - side.largest.repeat_interleave(32, 1)[:, :VOCAB].double()
             sums = torch.nn.functional.pad(above.exp(), (0, 10)).view(TOKENS, 5, 32).sum(-1)
             torch.testing.assert_close(side.sums.double(), sums, rtol=1e-5, atol=0)
+
+    @pytest.mark.parametrize("t", [0.4, 1.0])
+    def test_a_minus_says_that_a_code_is_banned(self, t: float) -> None:
+        case = replace(case_of("forward_kl", t=t), student_softcap=None, teacher_softcap=None)
+        assert case.student_bias is not None
+        assert case.teacher_bias is not None
+        case.student_bias[[3, 149]] = case.student_bias[32:64] = case.teacher_bias[70] = -INF
+        rows, _ = rows_of(case)
+        student, target = rows.sides
+        banned = torch.nn.functional.pad(student.codes == -INF, (0, 10)).view(TOKENS, 5, 32).any(-1)
+        assert torch.equal(student.sums.signbit(), banned)
+        assert banned[0].tolist() == [True, True, False, False, True]
+        assert not target.sums.signbit().any(), "which does not learn"
 
     def test_labels_in_every_tile_and_at_its_edges_have_their_logit_unrounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(offsets, "LABELS", 8)
@@ -150,8 +164,14 @@ class TestLoss:
         wrong = replace(case, labels=case.labels.clone().index_fill_(0, torch.tensor([4]), VOCAB))
         assert wrong.run(check_labels=False)["loss"].isnan()
 
-    def test_a_teacher_that_learns_too(self, made: list[Any]) -> None:
+    @pytest.mark.parametrize("banned", [False, True])
+    def test_a_teacher_that_learns_too(self, banned: bool, made: list[Any]) -> None:
         case = case_of("jsd", temperature=2.0, ce_weight=0.5, seed=3)
+        if banned:
+            case = replace(case, student_softcap=None, teacher_softcap=None, labels=torch.full((TOKENS,), 5))
+            assert case.student_bias is not None
+            assert case.teacher_bias is not None
+            case.student_bias[60:70] = case.teacher_bias[[3, 149]] = case.teacher_bias[32:64] = -INF
         exact, eager = (okd.plain(case, 0.3, dtype) for dtype in (torch.float64, BF16))
         found = okd.results(case, 0.3, strategy="tokens", memory_budget=6 * 192 * 5)
         assert len(made) > 4
@@ -159,13 +179,82 @@ class TestLoss:
             assert_as_good_as_eager({0: ratios([result], [eager[learner]], [exact[learner]])})
 
 
+class TestMetrics:
+    @pytest.mark.parametrize("banned", [False, True])
+    @pytest.mark.parametrize(("t", "temperature"), [(1.0, 1.0), (0.4, 2.0), (0.0, 1.0)])
+    @pytest.mark.parametrize("name", kd.divergences())
+    def test_they_are_those_of_the_stored_logits(
+        self, name: str, t: float, temperature: float, banned: bool, made: list[Any]
+    ) -> None:
+        case = case_of(name, t=t, temperature=temperature, ce_weight=0.5, kd_weight=3.0)
+        assert case.student_bias is not None
+        assert case.teacher_bias is not None
+        if banned:
+            case = replace(case, student_softcap=None, teacher_softcap=None, labels=torch.full((TOKENS,), 5))
+            case.student_bias[[3, 149]] = case.student_bias[32:64] = case.teacher_bias[60:70] = -INF  # type: ignore[index]
+        leaves = {leaf: part.detach().requires_grad_() for leaf, part in case.learned().items()}
+        loss, found = case.loss(leaves, return_metrics=True)
+        (rows,) = made
+        right = oracle.metrics(*(temperature * logits for logits in rows.logits), None, None, case.options)
+        ce = oracle.metrics(*case.logits(), case.labels, case.token_weight, case.options)["ce"]
+        torch.testing.assert_close(found.pop("ce").double(), ce, rtol=1e-3, atol=1e-3)
+        assert set(found) == set(right)
+        for metric, value in right.items():
+            torch.testing.assert_close(
+                found[metric].double(), value, rtol=2e-5, atol=2e-6, msg=lambda text, of=metric: f"{of}: {text}"
+            )
+        # and they change neither loss nor gradients, but for where the target is rounded
+        with_metrics = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        with_metrics |= {"loss": loss.detach(), "losses": case.loss(return_metrics=True, reduction="none")[0]}
+        assert_as_good_as_eager({0: ratios([with_metrics], [case.plain(BF16)], [case.plain()])})
+        if t == 0.0:
+            assert found["kd"] == 0
+
+    def test_labels_whose_loss_nobody_asks_for(self, made: list[Any]) -> None:
+        case = case_of(bare=True)
+        case = replace(case, labels=torch.arange(TOKENS))
+        _, found = case.loss(return_metrics=True)
+        assert made
+        right = oracle.metrics(*case.logits(), case.labels, None, case.options)["ce"]
+        torch.testing.assert_close(found["ce"].double(), right, rtol=1e-3, atol=1e-3)
+
+    def test_of_a_student_whose_teacher_learns(self, made: list[Any]) -> None:
+        case = case_of("jsd", temperature=2.0, ce_weight=0.5, seed=3)
+        found, without = (okd.run(case, strategy="tokens", return_metrics=metrics) for metrics in (True, False))
+        (rows, _) = made
+        right = oracle.metrics(*(2.0 * logits for logits in rows.logits), None, None, case.options)
+        for metric, value in right.items():
+            torch.testing.assert_close(found.pop(metric).double(), value, rtol=2e-5, atol=2e-6)
+        del found["ce"]
+        for name, value in without.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+
+    def test_a_largest_entry_in_any_tile_is_found(self, made: list[Any]) -> None:
+        """Also where several are as large: the first one, as of float32 logits."""
+        case = case_of(bare=True)
+        student, teacher = (torch.randn(TOKENS, VOCAB, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+        for row, (of_student, of_teacher) in enumerate([((0,), (0,)), ((31, 32), (31,)), ((32, 90), (90,)), ((149,), (149, 0))]):
+            student[row, list(of_student)], teacher[row, list(of_teacher)] = 8.0, 8.0
+        hidden = torch.eye(TOKENS, 24)
+        padded = [torch.nn.functional.pad(side.t(), (0, 24 - TOKENS)).to(BF16) for side in (student, teacher)]
+        parts = {"student_hidden": hidden.to(BF16), "teacher_hidden": hidden.to(BF16)}
+        case = replace(case, **parts, student_weight=padded[0], teacher_weight=padded[1])
+        for row, agreement in enumerate((1.0, 1.0, 0.0, 0.0)):
+            weight = torch.zeros(TOKENS).index_fill_(0, torch.tensor([row]), 1.0)
+            _, found = replace(case, token_weight=weight).loss(return_metrics=True)
+            assert found["agreement"] == agreement, row
+        assert len(made) == 4
+
+
 class TestSpecialValues:
     """As everywhere: what is banned adds nothing, NaN and +inf are not hidden (DESIGN's numbers, test_special_values.py)."""
 
     @pytest.mark.parametrize("t", [0.0, 0.4, 1.0])
     @pytest.mark.parametrize("of", ["student", "teacher", "both"])
-    def test_banned_tokens_and_a_tile_that_is_banned_whole(self, t: float, of: str) -> None:
-        case = replace(case_of("reverse_kl", t=t, ce_weight=0.5), student_softcap=None, teacher_softcap=None)
+    @pytest.mark.parametrize(("name", "temperature"), [("forward_kl", 1.0), ("forward_kl", 2.0), ("reverse_kl", 1.0)])
+    def test_banned_tokens_and_a_tile_that_is_banned_whole(self, name: str, temperature: float, of: str, t: float) -> None:
+        case = case_of(name, t=t, temperature=temperature, ce_weight=0.5)
+        case = replace(case, student_softcap=None, teacher_softcap=None)
         assert case.student_bias is not None
         assert case.teacher_bias is not None
         for bias in {"student": [case.student_bias], "teacher": [case.teacher_bias]}.get(
@@ -201,8 +290,7 @@ class TestSpecialValues:
 class TestWhereItIsNotTaken:
     """Where what the kernels are made for is not there, logits are kept in float32 as ever."""
 
-    def test_metrics_float32_and_short_rows(self, made: list[Any]) -> None:
-        case_of().loss(return_metrics=True)
+    def test_float32_and_short_rows(self, made: list[Any]) -> None:
         case_of(dtype=torch.float32).run()
         replace(draw(vocab=37, dtype=BF16), options=Options()).run()
         assert not made
@@ -251,8 +339,9 @@ def test_a_named_gpu_is_planned_with_what_would_run_there() -> None:
         assert plan.logits_bytes == 64 * 6400 * each, device
 
 
-def test_a_row_of_weight_0_is_not_computed() -> None:
-    rows, _ = rows_of(case_of(bare=True))
+@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
+def test_a_row_of_weight_0_is_not_computed(name: str) -> None:
+    rows, _ = rows_of(case_of(name, bare=True))
     dx = torch.full((TOKENS, VOCAB), 3.0, dtype=BF16)
     weights = torch.ones(TOKENS)
     weights[3] = 0.0

@@ -118,6 +118,27 @@ class TestRows:
             columns = rows.row_loss(*row_arguments(torch.empty(0, 37), torch.empty(0, 37), torch.empty(0)), True, False)
         assert columns.shape == (0, len(ROW_COLUMNS))
 
+    @pytest.mark.parametrize("metrics", [False, True])
+    @pytest.mark.parametrize("banned", ["student", "teacher", "both"])
+    def test_the_slope_of_forward_kl_sums_to_what_the_student_alone_bans(self, banned: str, metrics: bool) -> None:
+        """Tokens of which the teacher is nearly sure; a whole part of a row among them, and an entry that comes last."""
+        x, z = self.draw()
+        places = torch.zeros(5, VOCAB, dtype=torch.bool)
+        places[1, :40] = places[2, 3] = places[3, -1] = True
+        z[1:4][places[1:4]] += 8.0
+        for side in {"student": (x,), "teacher": (z,)}.get(banned, (x, z)):
+            side[places] = -torch.inf
+        arguments = list(row_arguments(x.clone(), z, torch.linspace(-1, 2, 5)))
+        arguments[6:8], arguments[-1] = (torch.tensor(1.0), "forward_kl"), [1.0, 0.0, 1.0, 0.0]
+        double = [part.double() if isinstance(part, Tensor) else part for part in arguments]
+        right = reference.row_loss(*double, True, True)
+        arguments[0] = x
+        with as_on_a_gpu(row=32):
+            columns = rows.row_loss(*arguments, True, metrics)
+        found = slice(None) if metrics else slice(0, 2)
+        torch.testing.assert_close(columns[:, found].double(), right[:, found].double(), rtol=VOCAB * EPS, atol=VOCAB * EPS)
+        torch.testing.assert_close(x.double(), double[0], rtol=0, atol=VOCAB * EPS)
+
     @pytest.mark.parametrize("row", [32, 256])
     @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
     def test_every_size_of_tile(self, name: str, row: int) -> None:
