@@ -65,7 +65,7 @@ def rows_of(case: Case) -> tuple[offsets.OffsetRows, list[Tensor]]:
 
 
 def decoded(side: Any, block: int = 32) -> Tensor:
-    largest = side.largest.repeat_interleave(block, 1)[:, :VOCAB].double()
+    largest = side.largest.repeat_interleave(block, 1)[:, : side.codes.shape[1]].double()
     return side.codes.double() + (largest - 1.0)
 
 
@@ -230,10 +230,12 @@ class TestMetrics:
             torch.testing.assert_close(found[name], value, rtol=0, atol=0)
 
     def test_a_largest_entry_in_any_tile_is_found(self, made: list[Any]) -> None:
-        """Also where several are as large: the first one, as of float32 logits."""
+        """Also where several are as large: the first one, as of float32 logits. A thread looks at every 32nd tile."""
         case = case_of(bare=True)
-        student, teacher = (torch.randn(TOKENS, VOCAB, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-        for row, (of_student, of_teacher) in enumerate([((0,), (0,)), ((31, 32), (31,)), ((32, 90), (90,)), ((149,), (149, 0))]):
+        student, teacher = (torch.randn(TOKENS, 1100, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+        for row, (of_student, of_teacher) in enumerate(
+            [((5, 1029), (5,)), ((31, 32), (31,)), ((32, 90), (90,)), ((1099,), (1099, 0))]
+        ):
             student[row, list(of_student)], teacher[row, list(of_teacher)] = 8.0, 8.0
         hidden = torch.eye(TOKENS, 24)
         padded = [torch.nn.functional.pad(side.t(), (0, 24 - TOKENS)).to(BF16) for side in (student, teacher)]
