@@ -115,7 +115,9 @@ def per_logit(one: Compiled) -> tuple[list[float], list[float]]:
         counts = [sweep.instructions / (2 * sweep.shared_loads) for sweep in one.sweeps if sweep.shared_loads]
     else:
         counts = [sweep.instructions / Row().entries for sweep in one.sweeps]
-    if one.kernel == "offsets_row":  # the target's t is in its product; what comes first goes over tiles, or over banned rows alone
+    if (
+        one.kernel == "offsets_row"
+    ):  # but with metrics t is the product's; what comes first goes over tiles, or over banned rows alone
         swept = OFFSETS_INSTRUCTIONS.get(one.label.removesuffix(PLAIN), (1, 1))
         counts = counts[-sum(count > 0 for count in swept) :]
         return counts, counts

@@ -8,6 +8,7 @@ nothing here.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -276,15 +277,18 @@ def captured(case: Case, strategy: str) -> Result:
 
 
 def measured(case: Case, strategy: str) -> Result:
-    """Metrics are those of float64, to what a rounding of 16-bit offsets does to a mean; the most likely tokens to one of them."""
-    _, found = case.loss(strategy=strategy, return_metrics=True)
-    with torch.device(case.student_hidden.device):  # where the oracle makes its masks
-        right = oracle.metrics(*case.logits(), case.labels, case.token_weight, case.options)
-    one_token = 1.0 / right["tokens"].item()
-    for name, value in right.items():
-        off = abs(found[name].item() - value.item())
-        if not off <= (1.01 * one_token if name == "agreement" else 1e-3 * (1.0 + abs(value.item()))):
-            raise ArithmeticError(f"{name} is {found[name].item():.6g} instead of {value.item():.6g}")
+    """Metrics of a step with gradients are those of float64, to what a rounding of 16-bit offsets does to a mean; the most likely
+    tokens to one of them. With all that the case has and of bare heads, at its t and at 1."""
+    bare = replace(case, student_bias=None, teacher_bias=None, student_softcap=None, teacher_softcap=None)
+    for one, t in itertools.product((case, bare), (case.options.t, 1.0)):
+        given = replace(one, options=replace(one.options, t=t))
+        _, (_, found) = _with_graph(given, strategy, return_metrics=True)
+        with torch.device(case.student_hidden.device):  # where the oracle makes its masks
+            right = oracle.metrics(*given.logits(), given.labels, given.token_weight, given.options)
+        for name, value in right.items():
+            bound = 1.01 / right["tokens"] if name == "agreement" else 1e-3 * (1.0 + value.abs())
+            if not bool((found[name] - value).abs() <= bound):
+                raise ArithmeticError(f"at t = {t} {name} is {found[name].item():.6g} instead of {value.item():.6g}")
     return {}
 
 
@@ -323,7 +327,7 @@ def items(size: str, dtype: str, divergence: str, strategy: str) -> list[Item]:
     spreads = (3.0,) if size == "toy" else SPREADS
     at_spreads: list[Item] = [(dtype, divergence, "accuracy", spread) for spread in spreads]
     checks = (*REPEATED_CHECKS, *((rows_at_scale,) if strategy == CLUSTER else ()))
-    if (dtype, divergence) == ("bf16", "forward_kl") and strategy in ("tokens", OFFSETS):  # as KDTrainer asks for them
+    if (dtype, divergence) == ("bf16", "forward_kl") and strategy in ("tokens", OFFSETS, OFFSETS_CUDA):  # as KDTrainer does
         checks = (*checks, measured)
     return at_spreads + [(dtype, divergence, check.__name__, None) for check in checks]
 

@@ -52,6 +52,8 @@ def launch() -> None:
             for how in ways[: 1 if dressed else None]:  # of plain heads alone
                 with offset_logits(how) as started:
                     case.run(strategy="tokens")
+                    leaves = {name: leaf.detach().requires_grad_() for name, leaf in case.learned().items()}
+                    case.loss(leaves, strategy="tokens", return_metrics=True)
                 if not started:
                     raise LookupError(f"no logits of 16 bits were made by {how}")
             for shape in CLUSTERS if not cuda.compile.missing(torch.device("cuda")) else ():

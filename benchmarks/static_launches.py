@@ -152,11 +152,14 @@ def _record_offsets(dtype: torch.dtype, dress: str, found: list[Launch], label: 
     ]
     OffsetRows((one, one), (one.student.hidden, one.teacher.hidden), codes.unbind(), labels)
     found[-3:] = [replace(found[-2], label=f"of a teacher that learns{dress}")]
+    OffsetRows((replace(one, metrics=True),), (one.student.hidden, one.teacher.hidden), codes.unbind(), labels)
+    found[-2:] = [replace(found[-1], label=f"of the teacher, metrics{dress}")]
     for name, step in steps.items():
-        for metrics in (False,) if dress else (True, False):
+        for metrics in (False,) if dress else (False, True):
             rows.steps = (replace(step, metrics=metrics),)
             label(name + (", metrics" if metrics else "") + dress)
             rows.row_loss(0, weights, codes[0].view(dtype))
+        rows.steps = (step,)
         if dress == PLAIN:
             label(name + VALUE)
             rows.row_loss(0, weights, None)

@@ -42,8 +42,8 @@ class Size:
 
     learners: 2 where the teacher learns too (OKD), by forward KL to the student; train_teacher_head: whether its head does. alone:
     the loss does not look at a teacher's logits; known: but at some log-probabilities of its. shared: ranks share the vocabulary,
-    of which one holds ``widest`` columns at most. temperature: of the softmaxes. whole_logits: none are
-    kept in 16 bits. architecture: of a GPU that is planned for and need not be here.
+    of which one holds ``widest`` columns at most. temperature: of the softmaxes. no_offsets: whatever else, no logits are kept in
+    16 bits. architecture: of a GPU that is planned for and need not be here.
     """
 
     tokens: int
@@ -63,7 +63,7 @@ class Size:
     shared: bool = False
     widest: int = 0
     temperature: float = 1.0
-    whole_logits: bool = False
+    no_offsets: bool = False
     architecture: str = ""
 
     @functools.cached_property  # asked a dozen times in a step
@@ -80,7 +80,7 @@ class Size:
     def offsets(self) -> bool:
         """Whether the logits of whole rows are kept as 16-bit offsets (backends/triton/offsets.py). Their rows are described to the
         hardware, so that they have to be aligned."""
-        both = not (self.alone or self.known or self.shared or self.whole_logits)
+        both = not (self.alone or self.known or self.shared or self.no_offsets)
         cool = self.temperature <= OFFSETS_TEMPERATURE
         aligned = row_stride(self.vocab, self.device) % ROW_ELEMENTS == 0
         return (

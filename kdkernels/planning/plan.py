@@ -123,7 +123,7 @@ def choose(strategy: str, size: Size, on: devices.Device | None = None) -> str:
     # Every rank decides alike, by the most columns that one holds; what is known of a teacher makes no difference here.
     # (What keeps offsets from being made goes on doing so.)
     columns = max(size.vocab, size.widest)
-    size = replace(size, vocab=columns, shared=False, alone=False, known=False, whole_logits=not size.offsets)
+    size = replace(size, vocab=columns, shared=False, alone=False, known=False, no_offsets=not size.offsets)
     # One chunk is the fewest products, and no head is read twice.
     if size.tokens <= by_tokens(size).rows or product_dtype(size.dtype, size.device) not in on.rates:
         return "tokens"

@@ -126,7 +126,7 @@ class TestLaunches:
         assert set(labels["gradient"]) == {name + dress for name in names for dress in ("", BARE, PLAIN)}
         assert set(labels["sums"]) == {name + dress for name in measured | swept_twice for dress in ("", BARE, PLAIN)}
         assert set(labels["offsets_row"]) == measured | {name + dress for name in names for dress in ("", BARE, PLAIN, VALUE)}
-        multiplied = ("the student", "the teacher", "both", "a teacher that learns")
+        multiplied = ("the student", "the teacher", "the teacher, metrics", "both", "a teacher that learns")
         assert set(labels["offsets_product"]) == {f"of {side}{dress}" for side in multiplied for dress in ("", BARE, PLAIN)}
         # no moments, weighed by either side, and with metrics
         constants = {(launch.keywords["WEIGH"], launch.keywords["METRICS"]) for launch in found if launch.name == "statistics"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -13,6 +14,8 @@ import kdkernels as kd
 from kdkernels.engine.cut import CUTS, Cut, Size, backend_of, column_bytes, logit_bytes
 from kdkernels.engine.scratch import row_stride
 from kdkernels.losses import operators as ops
+from kdkernels.planning import devices
+from kdkernels.planning.plan import choose
 from tests.backends.test_backends import yardsticks
 from tests.support.cases import assert_as_good_as_eager, draw, parameters, ratios, running
 from tests.support.oracle import Options
@@ -118,3 +121,30 @@ def test_a_target_of_k_tokens_is_cut_both_ways_too() -> None:
     with IN_BOTH:
         for one, other in zip(step("vocab"), step("tokens"), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_auto_goes_by_16_bit_logits_where_they_are_made_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few bytes that they make the difference: with offsets all tokens are one chunk, with float32 logits they are three."""
+    monkeypatch.setenv("KDKERNELS_LOGITS", "offsets")
+    size = Size(
+        tokens=40,
+        vocab=151_936,
+        student_dim=896,
+        teacher_dim=3584,
+        dtype=torch.bfloat16,
+        teacher_dtype=torch.bfloat16,
+        divergence="forward_kl",
+        train_head=True,
+        device=torch.device("cuda"),
+        budget=40 * 151_936 * 4,
+        architecture="sm_90",
+    )
+    on = devices.device("H100")
+    assert choose("auto", size, on) == "tokens"
+    for change in (
+        {"known": True},
+        {"shared": True, "widest": size.vocab},
+        {"alone": True, "teacher_dim": 0},
+        {"no_offsets": True},
+    ):
+        assert choose("auto", replace(size, **change), on) == "vocab", change

@@ -5,8 +5,8 @@ A tile of a product is [BLOCK_N tokens, BLOCK_V columns]. Instead of float32 log
 - codes, logit - (largest - 1) in float16: the largest itself is exact, and what lies up to 2 below it, which carries the
   probability, is within 2^-12 (benchmarks/offsets.py has what that does to gradients);
 - the largest, and the sum of exp(logit - largest) over the logits as they are stored, so that no sweep is needed for normalisers,
-  and what comes out is the loss of logits that are off by no more than that. A minus before the sum of a model that learns (before
-  a 0 too) says that a code there is -inf.
+  and what comes out is the loss of logits that are off by no more than that. A minus before the sum, of a model that learns at
+  least, (before a 0 too) says that a code there is -inf.
 
 A logit is here what the softmax takes: after its head's bias, scale and softcap, and over the temperature. The second product is
 the target's: where that is not the teacher alone (t < 1) its epilogue reads the student's codes of the same tile and mixes. (With
@@ -97,7 +97,8 @@ def offsets_product_kernel(
             banned = tl.min(tl.where(columns < vocab, above, 0.0), 1) == float("-inf")
             sums = tl.where(banned, sums * -1.0, sums)  # -sums would be 0 - sums, which has no -0
         if student_codes is not None:  # which other code may have added up, in another order
-            sums = tl.where(t == 0.0, tl.load(student_parts[1] + at, mask=there, other=0.0), sums)
+            of_student = tl.load(student_parts[1] + at, mask=there, other=0.0)
+            sums = tl.where(tl.where(sums < float("inf"), t, 1.0) == 0.0, of_student, sums)  # NaN and +inf of the teacher show
         tl.store(sums_ptr + at, sums, mask=there)
         if sums_1_ptr is not None:
             tl.store(sums_1_ptr + at, tl.sum(exp(above * temperature), 1), mask=there)
@@ -152,17 +153,17 @@ def _log_sum_of_mixed(sides, t, temperature, end, LANES: tl.constexpr, WIDTH: tl
 
 @triton.jit
 def _top(codes_ptr, largest_ptr, largest, end, tiles, BLOCK_V, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """As device.merged_top: the first code of a largest, in the first tile that has it."""
+    """As device.merged_top: the first of the largest codes, in the first tile whose largest is the row's."""
     tile = tl.zeros([LANES], tl.int32) + tiles
     for at in range(0, tl.where(end > 0, tiles, 0), LANES):
         places = at + tl.arange(0, LANES)
         found = tl.load(largest_ptr + places, mask=places < tiles, other=float("-inf"))
         tile = tl.minimum(tile, tl.where(found == largest, places, tiles))
-    # More columns than a tile has; behind it no code counts, as there may be a smaller largest.
     inside = tl.arange(0, LANES * WIDTH)
-    columns = tl.min(tile, 0) * BLOCK_V + inside
-    codes = tl.load(codes_ptr + columns, mask=(inside < BLOCK_V) & (columns < end), other=0.0)
-    return largest, tl.min(tl.where(codes == 1.0, columns.to(tl.float32), float("inf")), 0)
+    v0 = tl.min(tile, 0) * BLOCK_V
+    codes = tl.load(codes_ptr + v0 + inside, mask=(inside < BLOCK_V) & (v0 + inside < end), other=float("-inf"))
+    _, place = tl.max(codes, 0, return_indices=True)
+    return largest, (v0 + place).to(tl.float32)
 
 
 @triton.jit
@@ -193,7 +194,8 @@ def _statistics_of_codes(
     if not AT_ONE:
         y = _log_sum_of_mixed(sides, t, temperature, end, LANES, WIDTH)
         # At t = 0 the target is the student to the last bit.
-        y = (tl.where(t == 0.0, x[0], y[0]), tl.where(t == 0.0, x[1], y[1]))
+        same = tl.where(y[1] < float("inf"), t, 1.0) == 0.0  # NaN and +inf of the teacher show
+        y = (tl.where(same, x[0], y[0]), tl.where(same, x[1], y[1]))
     x_1 = x
     # Only where the cross-entropy is asked for at another temperature are these sums there.
     if x_parts[2] is not None:
@@ -225,6 +227,7 @@ def offsets_row_kernel(
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    tl.static_assert(LANES * WIDTH >= BLOCK_V)  # or _top does not see a whole tile
     row = tl.program_id(0).to(tl.int64)
     x_ptr, y_ptr, dx_ptr = logits
     sides = (x_ptr + row * strides[0], y_ptr + row * strides[1], own, other, row * tiles, tiles, BLOCK_V)
@@ -240,7 +243,7 @@ def offsets_row_kernel(
     t = 1.0
     if t_ptr is not None:
         t = tl.load(t_ptr)
-    if t == 1.0:
+    if t_ptr is None or t == 1.0:
         rows.one_row(
             sides, dx_row_ptr, rows_ptr + row * device.ROW_COUNT, label, label_logit, weight, t, head, terms, vocab,
             _of_codes, _statistics_of_codes, PAIR, WEIGH, METRICS, True, LANES, WIDTH,

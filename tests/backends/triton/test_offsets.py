@@ -64,6 +64,24 @@ def rows_of(case: Case) -> tuple[offsets.OffsetRows, list[Tensor]]:
     )
 
 
+def teacher_bans(case: Case) -> Case:
+    """A tile and more, and of the student other tokens."""
+    case = replace(case, student_softcap=None, teacher_softcap=None, labels=torch.full((TOKENS,), 5))
+    assert case.student_bias is not None
+    assert case.teacher_bias is not None
+    case.student_bias[60:70] = case.teacher_bias[[3, 149]] = case.teacher_bias[32:64] = -INF
+    return case
+
+
+def with_metrics(case: Case, **more: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """As case.run, and the metrics."""
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in case.learned().items()}
+    loss, found = case.loss(leaves, return_metrics=True, **more)
+    grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    losses, _ = case.loss(return_metrics=True, reduction="none", **more)
+    return {"losses": losses, "loss": loss.detach(), **grads}, found
+
+
 def decoded(side: Any, block: int = 32) -> Tensor:
     largest = side.largest.repeat_interleave(block, 1)[:, : side.codes.shape[1]].double()
     return side.codes.double() + (largest - 1.0)
@@ -168,10 +186,7 @@ class TestLoss:
     def test_a_teacher_that_learns_too(self, banned: bool, made: list[Any]) -> None:
         case = case_of("jsd", temperature=2.0, ce_weight=0.5, seed=3)
         if banned:
-            case = replace(case, student_softcap=None, teacher_softcap=None, labels=torch.full((TOKENS,), 5))
-            assert case.student_bias is not None
-            assert case.teacher_bias is not None
-            case.student_bias[60:70] = case.teacher_bias[[3, 149]] = case.teacher_bias[32:64] = -INF
+            case = teacher_bans(case)
         exact, eager = (okd.plain(case, 0.3, dtype) for dtype in (torch.float64, BF16))
         found = okd.results(case, 0.3, strategy="tokens", memory_budget=6 * 192 * 5)
         assert len(made) > 4
@@ -192,9 +207,8 @@ class TestMetrics:
         if banned:
             case = replace(case, student_softcap=None, teacher_softcap=None, labels=torch.full((TOKENS,), 5))
             case.student_bias[[3, 149]] = case.student_bias[32:64] = case.teacher_bias[60:70] = -INF  # type: ignore[index]
-        leaves = {leaf: part.detach().requires_grad_() for leaf, part in case.learned().items()}
-        loss, found = case.loss(leaves, return_metrics=True)
-        (rows,) = made
+        result, found = with_metrics(case)
+        rows = made[0]
         right = oracle.metrics(*(temperature * logits for logits in rows.logits), None, None, case.options)
         ce = oracle.metrics(*case.logits(), case.labels, case.token_weight, case.options)["ce"]
         torch.testing.assert_close(found.pop("ce").double(), ce, rtol=1e-3, atol=1e-3)
@@ -203,10 +217,7 @@ class TestMetrics:
             torch.testing.assert_close(
                 found[metric].double(), value, rtol=2e-5, atol=2e-6, msg=lambda text, of=metric: f"{of}: {text}"
             )
-        # and they change neither loss nor gradients, but for where the target is rounded
-        with_metrics = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
-        with_metrics |= {"loss": loss.detach(), "losses": case.loss(return_metrics=True, reduction="none")[0]}
-        assert_as_good_as_eager({0: ratios([with_metrics], [case.plain(BF16)], [case.plain()])})
+        assert_as_good_as_eager({0: ratios([result], [case.plain(BF16)], [case.plain()])})
         if t == 0.0:
             assert found["kd"] == 0
 
@@ -218,8 +229,36 @@ class TestMetrics:
         right = oracle.metrics(*case.logits(), case.labels, None, case.options)["ce"]
         torch.testing.assert_close(found["ce"].double(), right, rtol=1e-3, atol=1e-3)
 
-    def test_of_a_student_whose_teacher_learns(self, made: list[Any]) -> None:
+    @pytest.mark.parametrize("t", [0.4, 1.0])
+    def test_however_the_tokens_are_cut(self, t: float, made: list[Any]) -> None:
+        case = case_of("forward_kl", t=t)
+        (_, right), (result, found) = (
+            with_metrics(case, strategy="tokens", memory_budget=budget) for budget in (None, 4 * 192 * 6)
+        )
+        assert len(made) == 2 * (1 + 3)
+        for metric, value in right.items():
+            torch.testing.assert_close(found[metric], value, rtol=1e-6, atol=0)
+        assert_as_good_as_eager({0: ratios([result], [case.plain(BF16)], [case.plain()])})
+
+    def test_of_a_loss_that_does_not_ask_for_the_teacher(self, made: list[Any]) -> None:
+        case = case_of("jsd", kd_weight=0.0, ce_weight=1.0)
+        result, found = with_metrics(case)
+        right = oracle.metrics(*made[0].logits, None, None, case.options)
+        torch.testing.assert_close(found["kd"].double(), right["kd"], rtol=2e-5, atol=2e-6)
+        assert_as_good_as_eager({0: ratios([result], [case.plain(BF16)], [case.plain()])})
+
+    def test_without_a_look_at_the_labels(self) -> None:
+        case = case_of("forward_kl", t=0.4, ce_weight=0.5)
+        (right, of_all), (result, found) = (with_metrics(case, check_labels=check) for check in (True, False))
+        for one, other in ((result, right), (found, of_all)):
+            for name, value in other.items():
+                torch.testing.assert_close(one[name], value, rtol=1e-5, atol=1e-2 * value.abs().max().item())
+
+    @pytest.mark.parametrize("banned", [False, True])
+    def test_of_a_student_whose_teacher_learns(self, banned: bool, made: list[Any]) -> None:
         case = case_of("jsd", temperature=2.0, ce_weight=0.5, seed=3)
+        if banned:
+            case = teacher_bans(case)
         found, without = (okd.run(case, strategy="tokens", return_metrics=metrics) for metrics in (True, False))
         (rows, _) = made
         right = oracle.metrics(*(2.0 * logits for logits in rows.logits), None, None, case.options)
@@ -273,15 +312,20 @@ class TestSpecialValues:
     @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # what the interpreter's NumPy says
     @pytest.mark.parametrize("value", [NAN, INF])
     @pytest.mark.parametrize("part", ["student_hidden", "teacher_hidden", "student_bias", "teacher_bias"])
-    def test_what_is_not_finite_is_seen(self, value: float, part: str) -> None:
-        case = replace(case_of("total_variation"), student_softcap=None, teacher_softcap=None)
+    @pytest.mark.parametrize(
+        ("name", "t", "metrics"),
+        [("total_variation", 1.0, False), ("forward_kl", 0.0, False), ("forward_kl", 0.0, True), ("forward_kl", 0.4, True)],
+    )
+    def test_what_is_not_finite_is_seen(self, name: str, t: float, metrics: bool, value: float, part: str) -> None:
+        case = replace(case_of(name, t=t), student_softcap=None, teacher_softcap=None)
         getattr(case, part).view(-1)[7] = value
-        found = case.run()
+        found = with_metrics(case)[0] if metrics else case.run()
         rows = range(TOKENS) if part.endswith("bias") else [0]
         kept = [row for row in rows if row not in (1, 2)]  # ignored, and of weight 0
         assert found["losses"][kept].isnan().all()
         assert found["loss"].isnan()
         assert found["student_hidden"][kept].isnan().any(1).all()
+        assert found["student_weight"].isnan().any(1).all(), "of every token"
 
     def test_dropped_tokens_are_not_looked_at(self) -> None:
         case = case_of(ce_weight=0.5)
