@@ -371,7 +371,7 @@ class OffsetRows:
         count, vocab = own.codes.shape
         columns = torch.empty((count, len(ROW_COLUMNS)), dtype=torch.float32, device=step.device)
         terms, entry = step.terms, blocks.row_entry(step.device)
-        beside = rows.sums_beside_gradient(terms.divergence, terms.kd_scale, dx is not None)
+        beside = rows.sums_beside_gradient(terms.divergence, terms.temperature, terms.kd_scale, dx is not None)
         logits = (own.codes, other.codes, dx)
         with arch.on(step.device):
             offsets_row_kernel[(count,)](

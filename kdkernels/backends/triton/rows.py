@@ -163,9 +163,13 @@ def row_loss_kernel(
         )  # fmt: skip
 
 
-def sums_beside_gradient(divergence: str, kd_scale: float, gradient: bool) -> bool:
-    """Whether one sweep makes both: where the slope's sum is known before. Then what one_row weighs is device.LOST."""
-    return gradient and kd_scale != 0.0 and resolve(divergence).slope_by_target
+def sums_beside_gradient(divergence: str, temperature: float, kd_scale: float, gradient: bool) -> bool:
+    """Whether one sweep makes both: where the slope's sum is known before. Then what one_row weighs is device.LOST.
+
+    In flat distributions slopes are about as small as the roundings of log-sum-exps that all of a row share; the sum of the slopes
+    as they were computed takes those off again.
+    """
+    return gradient and kd_scale != 0.0 and not flat(temperature) and resolve(divergence).slope_by_target
 
 
 def row_loss(
@@ -201,7 +205,7 @@ def row_loss(
     wanted = labels is not None and (ce_scale != 0.0 or metrics)
     # Running sums cancel where p is close to q, and in flat distributions to nothing.
     weigh = "" if metrics or kd_scale == 0.0 or flat(temperature) else resolve(divergence).one_sweep
-    beside = sums_beside_gradient(divergence, kd_scale, dx is not None)
+    beside = sums_beside_gradient(divergence, temperature, kd_scale, dx is not None)
     entry = blocks.row_entry(x.device)
     width = _together([side for side in (x, z, dx) if side is not None], entry.entries)
     arguments: tuple[Any, ...] = (
