@@ -227,7 +227,7 @@ def offsets_row_kernel(
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    tl.static_assert(LANES * WIDTH >= BLOCK_V)  # or _top does not see a whole tile
+    tl.static_assert(not METRICS or LANES * WIDTH >= BLOCK_V)  # or _top does not see a whole tile
     row = tl.program_id(0).to(tl.int64)
     x_ptr, y_ptr, dx_ptr = logits
     sides = (x_ptr + row * strides[0], y_ptr + row * strides[1], own, other, row * tiles, tiles, BLOCK_V)
