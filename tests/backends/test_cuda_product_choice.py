@@ -72,8 +72,8 @@ def case_of(name: str = "jsd", *, seed: int = 0, dims: tuple[int, int] = DIMS, *
 
 
 @contextlib.contextmanager
-def both_kernels() -> Iterator[None]:
-    with as_on_a_gpu(blocks=(16, product.BLOCK_V, 32)), on_this_machine():
+def both_kernels(row: int = 128) -> Iterator[None]:
+    with as_on_a_gpu(blocks=(16, product.BLOCK_V, 32), row=row), on_this_machine():
         yield
 
 
@@ -101,6 +101,21 @@ class TestLoss:
         assert_as_good_as_eager({0: ratios([found], [case.plain(BF16)], [case.plain()])})
         for name, value in right.items():
             torch.testing.assert_close(found[name].float(), value.float(), rtol=2e-2, atol=4e-3 * value.abs().max().item())
+
+    @pytest.mark.parametrize("t", [1.0, 0.4])
+    def test_metrics_are_those_of_tritons(self, t: float, calls: list[tuple[bool, bool]], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Both models' products are their own then, whatever t."""
+        case = case_of("forward_kl", t=t)
+        found = []
+        for asked, maker in (("offsets-cuda", BY_CUDA), ("offsets", BY_TRITON)):
+            monkeypatch.setenv("KDKERNELS_LOGITS", asked)
+            del calls[:]
+            with both_kernels(row=product.BLOCK_V):
+                _, metrics = case.loss(return_metrics=True)
+            assert calls == [maker, maker]
+            found.append(metrics)
+        for name, value in found[1].items():
+            torch.testing.assert_close(found[0][name], value, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("name", ["forward_kl", "jsd"])
     def test_a_target_that_is_the_student_is_no_loss(self, name: str) -> None:
