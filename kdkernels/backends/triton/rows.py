@@ -24,7 +24,7 @@ from kdkernels.backends.columns import ROW_COLUMNS, WEIGH
 from kdkernels.backends.triton import arch, blocks, device, launch
 from kdkernels.divergences import flat, resolve
 
-# Parts of a row that a thread adds up at the same time; more run out of registers.
+# Parts of a row that a thread adds up at the same time; more run out of registers, and metrics beside the gradient with the second.
 MOST_PARTS = 4
 
 
@@ -208,6 +208,7 @@ def row_loss(
     beside = sums_beside_gradient(divergence, temperature, kd_scale, dx is not None)
     entry = blocks.row_entry(x.device)
     width = _together([side for side in (x, z, dx) if side is not None], entry.entries)
+    parts = 1 if beside and metrics else min(entry.entries // width, MOST_PARTS)
     arguments: tuple[Any, ...] = (
         (x, z, dx),
         (x.stride(0), z.stride(0), 0 if dx is None else dx.stride(0)),
@@ -226,7 +227,7 @@ def row_loss(
             PAIR=launch.pair_function(divergence, temperature),
             WEIGH=device.LOST.value if beside else WEIGH[weigh],
             METRICS=metrics,
-            LANES=entry.num_warps * arch.warp(x.device) * min(entry.entries // width, MOST_PARTS),
+            LANES=entry.num_warps * arch.warp(x.device) * parts,
             WIDTH=width,
             **entry.options(x.device),
         )
