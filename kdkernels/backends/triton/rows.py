@@ -2,7 +2,7 @@
 
 A program reads its row of x and z once for the statistics, again for the sums, and once more for the gradient, which it writes over
 x. There is no sweep for the sums where running sums give them (one-sweep divergences without metrics), nor for forward KL with a
-gradient, whose slope sums to what is known before (Divergence.slope_by_target): value and metrics are summed beside the gradient.
+gradient, whose slope sums to what is known before (sums_beside_gradient): value and metrics are summed beside the gradient.
 
 Its row is to it a tile of LANES parts, each one thread's, which adds up what is its own; the parts are merged once, after the
 sweep. So no sweep has a barrier or a shuffle in it, and where rows start at multiples of 16 entries, as those of the scratch do,
